@@ -1,0 +1,17 @@
+"""Settings of every test."""
+
+import jax
+import pytest
+
+# Shapes that only agree by broadcasting, and products in reduced precision, are errors here.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
