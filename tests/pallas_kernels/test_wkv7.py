@@ -1,0 +1,388 @@
+"""Every implementation of WKV7 against the float64 definition, and under JAX's transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from pallas_kernels import wkv7, wkv7_recurrent
+from tests.helpers import relative_rms
+from tests.pallas_kernels.wkv7_cases import (
+    NAMES,
+    RWKV7_BOUND,
+    Case,
+    expected,
+    make_cotangents,
+    make_inputs,
+)
+
+FORWARD_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # float32, relative RMS
+
+IMPLEMENTATIONS = {
+    "reference": functools.partial(wkv7, implementation="reference"),
+    "xla": functools.partial(wkv7, implementation="xla"),
+    "xla bounded": functools.partial(wkv7, implementation="xla", min_log_decay=RWKV7_BOUND),
+    "recurrent": functools.partial(wkv7_recurrent, implementation="xla"),
+}
+
+PACKED = (
+    # Boundaries before, at and after the edge of a chunk of 64, one-token segments, padding first,
+    # in the middle of a segment, between segments and last; a row of one segment; only padding.
+    ((0, 3), (1, 60), (2, 1), (3, 1), (4, 64), (0, 5), (4, 2), (0, 1), (5, 50), (0, 13)),
+    ((7, 64), (3, 64), (2, 72)),
+    ((1, 200),),
+    ((0, 200),),
+)
+PER_SEGMENT = (
+    ((0, 2), (3, 61), (1, 1), (0, 4), (1, 2), (5, 66)),
+    ((2, 64), (4, 64), (5, 1), (0, 7)),
+)
+
+CASES = {
+    "one token": Case((2, 1, 2, 64, 64)),
+    "15 tokens, K 32": Case((1, 15, 2, 32, 32), scale=0.5),
+    "64 tokens, V 32": Case((1, 64, 2, 64, 32), state=False),
+    "65 tokens, V 96": Case((2, 65, 1, 32, 96)),
+    "200 tokens, K 128": Case((1, 200, 1, 128, 128)),
+    "K 256, V 8": Case((1, 70, 1, 256, 8)),
+    "packed": Case((4, 200, 1, 64, 64), lengths=PACKED),
+    "packed, mixed decay": Case((4, 200, 1, 64, 32), "mixed", lengths=PACKED),
+    "state per segment": Case((2, 136, 1, 64, 32), lengths=PER_SEGMENT, num_segments=6),
+    "tiny decay": Case((1, 200, 1, 64, 64), "tiny"),
+    "decay at the bound": Case((1, 200, 1, 64, 64), "bound"),
+    "strong decay": Case((1, 200, 1, 64, 64), "strong"),
+    "reset at every token": Case((1, 200, 1, 64, 64), "reset"),
+    "mixed decay": Case((1, 200, 1, 64, 64), "mixed"),
+    "repeated token": Case((1, 200, 1, 64, 64), "tiny", tokens="repeated"),
+    "repeated token, decaying": Case((1, 200, 1, 64, 64), tokens="repeated"),
+    "nearly repeated token": Case((1, 200, 1, 64, 64), "tiny", tokens="near"),
+    "periodic tokens": Case((1, 200, 1, 64, 64), "tiny", tokens="periodic"),
+}
+# The largest relative RMS errors over these cases in float32 are 6e-7 in outputs and states and
+# 2e-6 in gradients, both of "xla bounded", whose factors exp(+-20) cost a digit.
+
+
+def run(function, case: Case, dtype=jnp.float32, **options) -> dict[str, jax.Array]:
+    """Outputs, final state and gradients of one call, named as in `expected`."""
+    inputs = make_inputs(case)
+    do, d_final = make_cotangents(case)
+    arrays = {n: jnp.asarray(inputs[n], dtype) for n in NAMES}
+    if inputs["initial_state"] is not None:
+        arrays["initial_state"] = jnp.asarray(inputs["initial_state"], jnp.float32)
+
+    def call(arrays, segment_ids):
+        return function(
+            **arrays,
+            segment_ids=segment_ids,
+            num_segments=case.num_segments,
+            scale=case.scale,
+            **options,
+        )
+
+    @jax.jit
+    def results(arrays, segment_ids, do, d_final):
+        (o, final), backward = jax.vjp(lambda x: call(x, segment_ids), arrays)
+        (gradients,) = backward((do.astype(o.dtype), d_final.astype(final.dtype)))
+        return {"o": o, "final_state": final} | {f"d_{n}": g for n, g in gradients.items()}
+
+    return results(arrays, inputs.get("segment_ids"), do, d_final)
+
+
+def assert_matches(results, case: Case, forward_limit: float, gradient_limit: float) -> None:
+    reference = expected(case)
+    assert results.keys() == reference.keys()
+    for name, x in results.items():
+        limit = gradient_limit if name.startswith("d_") else forward_limit
+        if not reference[name].any():
+            assert not np.any(x), f"{name} must be zero"
+            continue
+        error = relative_rms(x, reference[name])
+        assert error <= limit, f"{name}: relative RMS {error:.1e} is above {limit:.0e}"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name, implementation):
+    case = CASES[name]
+    if implementation == "xla bounded" and case.min_log_decay is None:
+        implementation = "xla"
+    results = run(IMPLEMENTATIONS[implementation], case)
+    assert_matches(results, case, FORWARD_LIMIT, GRADIENT_LIMIT)
+
+
+@pytest.mark.parametrize("implementation", ["xla bounded", "xla"])
+@pytest.mark.parametrize("tokens", ["random", "repeated"])
+def test_long_sequences(tokens, implementation):
+    # Measured: 4e-7 forward and 1.5e-6 in gradients bounded, 2e-7 and 4e-7 without a bound.
+    case = Case((1, 8192, 1, 32, 32), tokens=tokens)
+    results = run(IMPLEMENTATIONS[implementation], case)
+    assert_matches(results, case, FORWARD_LIMIT, GRADIENT_LIMIT)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_16_bit_inputs_lose_only_their_own_rounding(implementation, dtype):
+    case = Case((1, 130, 2, 64, 64))
+    rounded = {
+        n: np.asarray(jnp.asarray(x, dtype), np.float32) for n, x in make_inputs(case).items()
+    }
+    function = IMPLEMENTATIONS[implementation]
+
+    def call(dtype):
+        arrays = {n: jnp.asarray(rounded[n], dtype) for n in NAMES}
+        do = make_cotangents(case)[0].astype(jnp.bfloat16).astype(dtype)
+        o, backward = jax.vjp(lambda x: function(**x)[0], arrays)
+        return o, *backward(do)
+
+    (o, gradients), (o32, gradients32) = jax.jit(call, static_argnums=0)(dtype), call(jnp.float32)
+    limit = 3e-3 if dtype == jnp.bfloat16 else 4e-4  # rounding alone: 1.7e-3 and 2.1e-4
+    assert o.dtype == dtype
+    assert relative_rms(o, o32) < limit
+    for name in NAMES:
+        assert gradients[name].dtype == dtype
+        assert relative_rms(gradients[name], gradients32[name]) < limit
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float64(implementation):
+    case = Case((1, 70, 1, 32, 32))
+    with jax.enable_x64():
+        results = run(IMPLEMENTATIONS[implementation], case, jnp.float64)
+        assert results["o"].dtype == results["final_state"].dtype == jnp.float64
+        assert_matches(results, case, 1e-13, 1e-12)  # measured: 1e-15 and 4e-15
+
+
+def test_log_decay_may_have_a_dtype_of_its_own():
+    case = Case((1, 20, 1, 16, 16))
+    inputs = make_inputs(case)
+    arrays = {
+        n: jnp.asarray(inputs[n], jnp.float32 if n == "log_decay" else jnp.bfloat16) for n in NAMES
+    }
+    gradients = jax.grad(lambda x: wkv7(**x)[0].astype(jnp.float32).sum())(arrays)
+    assert gradients["log_decay"].dtype == jnp.float32
+    assert gradients["r"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pieces_with_carried_state_equal_the_whole(implementation):
+    case = Case((1, 100, 1, 32, 16))
+    function = IMPLEMENTATIONS[implementation]
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    state, pieces = jnp.asarray(make_inputs(case)["initial_state"], jnp.float32), []
+    for start, stop in ((0, 1), (1, 70), (70, 100)):
+        piece = {n: x[:, start:stop] for n, x in arrays.items()}
+        o, state = function(**piece, initial_state=state)
+        pieces.append(o)
+    assert relative_rms(jnp.concatenate(pieces, axis=1), expected(case)["o"]) < FORWARD_LIMIT
+    assert relative_rms(state, expected(case)["final_state"]) < FORWARD_LIMIT
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_may_hold_anything(implementation):
+    case = Case((1, 40, 1, 16, 16), lengths=(((0, 3), (1, 20), (0, 7), (1, 10)),))
+    inputs = make_inputs(case)
+    padding = inputs["segment_ids"] == 0
+    junk = {n: jnp.asarray(inputs[n], jnp.float32).at[padding].set(jnp.nan) for n in NAMES}
+    function = IMPLEMENTATIONS[implementation]
+    state = jnp.asarray(inputs["initial_state"], jnp.float32)
+
+    def call(arrays):
+        return function(**arrays, initial_state=state, segment_ids=inputs["segment_ids"])
+
+    (o, final), backward = jax.vjp(call, junk)
+    (gradients,) = backward(tuple(jnp.asarray(x, jnp.float32) for x in make_cotangents(case)))
+    results = {"o": o, "final_state": final} | {f"d_{n}": g for n, g in gradients.items()}
+    reference = expected(case)
+    for name, x in results.items():
+        assert relative_rms(x, reference[name]) < GRADIENT_LIMIT, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_scan_and_checkpoint(implementation):
+    case = Case((2, 24, 1, 16, 16))
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    function = IMPLEMENTATIONS[implementation]
+
+    def loss(x):
+        return jnp.sum(jnp.sin(function(**x)[0]))
+
+    direct = jax.grad(loss)(arrays)
+    rows = {n: x[:, None] for n, x in arrays.items()}
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(rows)
+    scanned = jax.jit(
+        lambda x: jax.lax.scan(lambda _, row: (None, jax.grad(loss)(row)), None, x)[1]
+    )(rows)
+    again = jax.jit(jax.grad(jax.checkpoint(loss)))(arrays)
+    for name in NAMES:
+        assert relative_rms(mapped[name][:, 0], direct[name]) < 1e-6
+        assert relative_rms(scanned[name][:, 0], direct[name]) < 1e-6
+        assert relative_rms(again[name], direct[name]) < 1e-6
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shard_map(implementation, segmented):
+    case = Case((2, 24, 2, 16, 16))
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    ids = jnp.asarray([[1] * 20 + [2] * 4, [0] * 2 + [1] * 22]) if segmented else None
+    function = functools.partial(
+        IMPLEMENTATIONS[implementation], num_segments=2 if segmented else None
+    )
+    state = jnp.ones((2, 2, 16, 16)) if segmented else jnp.ones((2, 16, 16))  # shared by all rows
+    mesh = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    by_head = PartitionSpec("batch", None, "heads")
+
+    def loss(arrays, state, ids):
+        state = jnp.broadcast_to(state, (len(arrays["r"]), *state.shape))
+        o, final = function(**arrays, initial_state=state, segment_ids=ids)
+        return o, jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
+
+    def sharded_loss(arrays, state, ids):
+        o, total = loss(arrays, state, ids)
+        return o, jax.lax.psum(total, ("batch", "heads"))
+
+    sharded = jax.shard_map(
+        sharded_loss,
+        mesh=mesh,
+        in_specs=(
+            by_head,
+            PartitionSpec(*([None] * (state.ndim - 3)), "heads"),
+            PartitionSpec("batch"),
+        ),
+        out_specs=(by_head, PartitionSpec()),
+    )
+    gradients = jax.jit(jax.grad(lambda *x: sharded(*x)[1], argnums=(0, 1)))(arrays, state, ids)
+    direct = jax.grad(lambda *x: loss(*x)[1], argnums=(0, 1))(arrays, state, ids)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gradients, direct
+    )
+
+
+def test_kk_and_alpha_instead_of_a_and_b():
+    case = Case((2, 20, 1, 16, 16))
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    r, w, k, v, a, b = arrays.values()
+    kk, alpha = -a, b / -a
+
+    def fused(kk, alpha):
+        return wkv7_recurrent(r, w, k, v, kk=kk, alpha=alpha)[0]
+
+    def plain(kk, alpha):
+        return wkv7_recurrent(r, w, k, v, -kk, kk * alpha)[0]
+
+    def with_gradients(function):
+        loss = lambda *x: jnp.sin(function(*x)).sum()  # noqa: E731
+        return function(kk, alpha), *jax.grad(loss, argnums=(0, 1))(kk, alpha)
+
+    for x, y in zip(with_gradients(fused), with_gradients(plain), strict=True):
+        assert relative_rms(x, y) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_reverse_reads_from_the_end(implementation):
+    ids = np.array([[0] * 3 + [1] * 10 + [2] * 7])
+    case = Case((1, 20, 1, 16, 16))
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    state = jnp.asarray(make_inputs(case)["initial_state"], jnp.float32)
+    flipped = {n: x[:, ::-1] for n, x in arrays.items()}
+    o, final = wkv7_recurrent(
+        **arrays, initial_state=state, segment_ids=ids, reverse=True, implementation=implementation
+    )
+    o_flipped, final_flipped = wkv7(
+        **flipped, initial_state=state, segment_ids=ids[:, ::-1], implementation="reference"
+    )
+    assert relative_rms(o, o_flipped[:, ::-1]) < 1e-6
+    assert relative_rms(final, final_flipped) < 1e-6
+
+
+def test_memory_is_linear_and_far_below_the_reference():
+    def temporary_bytes(T, function):
+        x = jax.ShapeDtypeStruct((1, T, 4, 64), jnp.float32)
+        grad = jax.grad(lambda x: function(*x)[0].sum())
+        return jax.jit(grad).lower([x] * 6).compile().memory_analysis().temp_size_in_bytes
+
+    reference = temporary_bytes(2048, IMPLEMENTATIONS["reference"])
+    chunked = temporary_bytes(2048, IMPLEMENTATIONS["xla bounded"])
+    assert chunked <= reference / 10  # measured: 23 MiB of 280 MiB
+    assert temporary_bytes(8192, IMPLEMENTATIONS["xla bounded"]) <= 4.2 * chunked
+    assert temporary_bytes(2048, IMPLEMENTATIONS["xla"]) <= reference / 8
+
+
+def valid_arguments() -> dict:
+    x = jnp.ones((1, 4, 2, 8))
+    return dict.fromkeys(NAMES, x)
+
+
+WRONG_CALLS = {
+    "r not an array": ({"r": [1.0]}, TypeError, "r must be an array"),
+    "r of rank 3": ({"r": jnp.ones((4, 2, 8))}, ValueError, r"r must have 4 axes .*\(4, 2, 8\)"),
+    "k of another length": ({"k": jnp.ones((1, 5, 2, 8))}, ValueError, "k must have .*T=4.*5"),
+    "v of other heads": ({"v": jnp.ones((1, 4, 3, 8))}, ValueError, "v must have .*H=2.*3"),
+    "no tokens": ({n: jnp.ones((1, 0, 2, 8)) for n in NAMES}, ValueError, "empty along T"),
+    "integers": ({"r": jnp.ones((1, 4, 2, 8), int)}, TypeError, "r must have a dtype.*int32"),
+    "mixed dtypes": (
+        {"b": jnp.ones((1, 4, 2, 8), jnp.bfloat16)},
+        TypeError,
+        "b must have the dtype",
+    ),
+    "state of wrong shape": (
+        {"initial_state": jnp.ones((1, 2, 8, 9))},
+        ValueError,
+        "initial_state must have .*V=8",
+    ),
+    "segment ids of rank 1": (
+        {"segment_ids": jnp.ones(4, int)},
+        ValueError,
+        "segment_ids must have 2 axes",
+    ),
+    "float segment ids": (
+        {"segment_ids": jnp.ones((1, 4))},
+        TypeError,
+        "segment_ids must have an integer dtype, got float32",
+    ),
+    "negative segment id": (
+        {"segment_ids": jnp.array([[1, -2, 0, 0]])},
+        ValueError,
+        "segment_ids must be >= 0.*-2",
+    ),
+    "segment id too large": (
+        {"segment_ids": jnp.array([[1, 1, 3, 0]]), "num_segments": 2},
+        ValueError,
+        "at most num_segments=2, got 3",
+    ),
+    "segment id in two runs": (
+        {"segment_ids": jnp.array([[1, 2, 1, 0]]), "num_segments": 2},
+        ValueError,
+        "one run of a row .*id 1 in row 0",
+    ),
+    "num_segments alone": ({"num_segments": 2}, ValueError, "num_segments=2 needs segment_ids"),
+    "num_segments 0": (
+        {"num_segments": 0, "segment_ids": jnp.ones((1, 4), int)},
+        ValueError,
+        "num_segments must be an integer >= 1, got 0",
+    ),
+    "scale an array": ({"scale": jnp.ones(2)}, ValueError, "scale must be a finite number"),
+    "unknown name": ({"implementation": "cuda"}, ValueError, "implementation='cuda' is unknown"),
+}
+
+
+@pytest.mark.parametrize("function", [wkv7, wkv7_recurrent])
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls_name_the_argument(name, function):
+    wrong, error, message = WRONG_CALLS[name]
+    with pytest.raises(error, match=message):
+        function(**valid_arguments() | wrong)
+
+
+def test_wrong_bound():
+    with pytest.raises(ValueError, match=r"min_log_decay must be None or a number <= 0, got 0\.5"):
+        wkv7(**valid_arguments(), min_log_decay=0.5)
+
+
+def test_recurrent_needs_one_pair():
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="a and b, or kk and alpha, got a and kk"):
+        wkv7_recurrent(x, x, x, x, x, kk=x)
