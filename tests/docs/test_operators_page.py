@@ -1,0 +1,54 @@
+import itertools
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from tests.helpers import relative_rms
+from tests.pallas_kernels.operator_checks import draw
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
+CONVERSION, LAYER = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
+    keys, values = (1, 7, 2, 4), (1, 7, 2, 3)
+    drawn = draw(0, r=keys, w=keys, k=keys, v=values, a=keys, b=keys, h0=(3, 2, 4, 3))
+    names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
+    names["w"] = -jnp.abs(names["w"])
+    cu_seqlens = np.array([0, 2, 3, 7])
+    exec(CONVERSION, names, result := {"cu_seqlens": jnp.asarray(cu_seqlens)})
+    for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
+        o, state = pallas_kernels.wkv7(
+            *(names[name][:, start:stop] for name in "rwkvab"),
+            initial_state=names["h0"][n : n + 1],
+            implementation="reference",
+        )
+        assert relative_rms(result["o"][:, start:stop], o) < 1e-6
+        assert relative_rms(result["ht"][n], state[0]) < 1e-6
+
+
+def test_layer_runs():
+    shape = (2, 5, 2, 4)
+    vectors = dict.fromkeys(("removal_scale", "replacement_mix", "bonus"), shape[2:])
+    vectors |= dict.fromkeys(("norm_scale", "norm_bias"), shape[2:])
+    drawn = draw(0, x=(2, 5, 8), mixes=(6, 8), v_first=shape, **vectors)
+    names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
+    names["wkv7"] = pallas_kernels.wkv7
+    names["segment_ids"] = jnp.array([[1, 1, 2, 2, 2], [0, 1, 1, 0, 2]])
+
+    def project(xr, xw, xk, xv, xa, xg):
+        r, w, k, v, alpha, gate = (x.reshape(shape) for x in (xr, xw, xk, xv, xa, xg))
+        return r, k, v, -jnp.abs(w), 1 / (1 + jnp.exp(-alpha)), v, gate
+
+    names["project"] = project
+    exec(LAYER, names)
+    assert names["y"].shape == shape
+    assert jnp.isfinite(names["y"]).all()
+
+
+def test_every_operator_is_listed():
+    for name in pallas_kernels.__all__:
+        assert f"| `{name}`" in PAGE
