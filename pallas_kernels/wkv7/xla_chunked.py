@@ -39,7 +39,7 @@ MAX_CHUNK_UNBOUNDED = 32
 """Tokens in a chunk, at most: fewer where the decay has no useful bound and pairs cost more."""
 
 MATRICES = {"cpu": 16}
-MATRICES_ELSEWHERE = 512
+MATRICES_ELSEWHERE = 2048
 """Chunks times rows times heads that a group works on at least, if there are as many: enough to
 fill an accelerator, few enough to stay in the caches of a CPU."""
 
@@ -141,7 +141,11 @@ def _select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | f
 
 
 def _leaf_products(
-    log_decay: jax.Array, rows: jax.Array, columns: jax.Array, leaf: int
+    log_decay: jax.Array,
+    rows: jax.Array,
+    columns: jax.Array,
+    masks: Masks | None,
+    leaf: int,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A within leaves, `[..., L / leaf, 2, leaf, 2, leaf]`, and sums of log decay within them.
 
@@ -157,9 +161,16 @@ def _leaf_products(
     count = log_decay.shape[-2] // leaf
     w = _blocks(log_decay, count)
     lower = np.tril(np.ones((leaf, leaf), w.dtype))
-    from_start = jnp.einsum("ij,...jk->...ik", lower, w, precision="highest")
+    if masks is None:
+        from_start = jnp.einsum("ij,...jk->...ik", lower, w, precision="highest")
+    else:  # sums that begin with each segment, lest rounding errors leak between their gradients
+        index = masks.index.reshape(*masks.index.shape[:2], count, leaf)
+        same = index[..., :, None] == index[..., None, :]
+        ones = jnp.where(same, lower[None, None, None], 0)
+        from_start = jnp.einsum("gbnij,gbhnjk->gbhnik", ones, w, precision="highest")
     before, to_end = from_start - w, from_start[..., -1:, :] - from_start
-    middle = from_start[..., leaf // 2 - 1, None, :]
+    # A does not depend on where exponents are measured from.
+    middle = jax.lax.stop_gradient(from_start[..., leaf // 2 - 1, None, :])
     row_factors = jnp.exp(jnp.stack([from_start - middle, before - middle], axis=-4))
     column_factor = jnp.exp(middle - from_start)[..., None, :, :, :]
     A = jnp.einsum(
@@ -235,7 +246,7 @@ def _products(
       masks: with index `[G, B, L]` and entry `[G, B]`, or None.
       leaf: tokens in a leaf.
     """
-    A, sums = _leaf_products(log_decay, rows, columns, leaf)
+    A, sums = _leaf_products(log_decay, rows, columns, masks, leaf)
     while (blocks := A.shape[-5]) > 1:
         A, sums = _merge(A, sums, rows, columns, min(RADIX, blocks))
     from_start, before, to_end = sums

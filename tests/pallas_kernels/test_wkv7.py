@@ -71,7 +71,8 @@ def run(function, case: Case, dtype=jnp.float32, **options) -> dict[str, jax.Arr
     do, d_final = make_cotangents(case)
     arrays = {n: jnp.asarray(inputs[n], dtype) for n in NAMES}
     if inputs["initial_state"] is not None:
-        arrays["initial_state"] = jnp.asarray(inputs["initial_state"], jnp.float32)
+        state_dtype = jnp.promote_types(dtype, jnp.float32)
+        arrays["initial_state"] = jnp.asarray(inputs["initial_state"], state_dtype)
 
     def call(arrays, segment_ids):
         return function(
@@ -198,6 +199,21 @@ def test_padding_may_hold_anything(implementation):
     reference = expected(case)
     for name, x in results.items():
         assert relative_rms(x, reference[name]) < GRADIENT_LIMIT, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_do_not_leak_across_segments(implementation):
+    lengths = (((1, 30), (2, 1), (3, 20), (0, 2), (4, 17)),)
+    case = Case((1, 70, 1, 16, 16), lengths=lengths)
+    arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
+    ids = make_inputs(case)["segment_ids"]
+    function = IMPLEMENTATIONS[implementation]
+    o, backward = jax.vjp(lambda x: function(**x, segment_ids=ids)[0], arrays)
+    for segment in (1, 2, 3, 4):
+        of_segment = ids == segment
+        (gradients,) = backward(jnp.where(of_segment[..., None, None], jnp.ones_like(o), 0))
+        for name, gradient in gradients.items():
+            assert not gradient[~of_segment].any(), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,19 @@
+"""RWKV-7 for JAX: the model, its training and its decoding."""
+
+from goose_jax.config import RWKV7Config
+from goose_jax.generation import Generation, SamplingConfig, generate
+from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix
+from goose_jax.state import RWKV7State, init_state
+
+__all__ = [
+    "RWKV7",
+    "Block",
+    "ChannelMix",
+    "Generation",
+    "RWKV7Config",
+    "RWKV7State",
+    "SamplingConfig",
+    "TimeMix",
+    "generate",
+    "init_state",
+]

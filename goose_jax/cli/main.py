@@ -1,0 +1,52 @@
+"""The command `goose-jax`."""
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+import tyro
+
+from goose_jax.cli.generate import generate
+from goose_jax.cli.train import train
+
+_OURS = ("goose_jax", "pallas_kernels")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand.
+
+    Errors of the user and of the machine (a wrong value, a missing file, a full disk) end with
+    status 2 and one line on stderr; a bug shows its traceback.
+
+    Args:
+      arguments: without the program's name; None takes those of the process.
+    """
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "generate": generate},
+            prog="goose-jax",
+            description="RWKV-7 for JAX: train a model, and let it continue a text.",
+            args=arguments,
+        )
+    except KeyboardInterrupt:
+        print("goose-jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, ValueError) and not _raised_by_us(error.__traceback__):
+            raise
+        print(f"goose-jax: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised on purpose: by a check in our code, not inside a library."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] in _OURS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Sampling and generating text."""
+
+from goose_jax.generation.generate import Generation, generate
+from goose_jax.generation.sampling import SamplingConfig, sample_token, token_probabilities
+
+__all__ = ["Generation", "SamplingConfig", "generate", "sample_token", "token_probabilities"]

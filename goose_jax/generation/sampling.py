@@ -1,0 +1,195 @@
+"""From logits to the next token, as the official `rwkv` package samples.
+
+The order of operations differs from that of most libraries: softmax first, then top-p, then top-k
+and only then the temperature, as a power of the probabilities that are left.
+"""
+
+import dataclasses
+import numbers
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_MAX = float(jnp.finfo(jnp.float32).max)
+_INT32_MAX = 2**31 - 1
+_RANGES = (
+    ("temperature", 0.0, 1e30),
+    ("top_p", 0.0, 1.0),
+    ("presence_penalty", -_MAX, _MAX),
+    ("frequency_penalty", -_MAX, _MAX),
+    ("penalty_decay", 0.0, 1.0),
+)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn; the defaults draw from the model's own distribution.
+
+    An instance is a pytree whose leaves are the six numbers: as an argument of a jitted function it
+    is traced, and other numbers do not compile anew. Only the two facts `greedy` and `filters` are
+    static, because greedy decoding needs no random numbers and sorting the vocabulary costs time.
+
+    Attributes:
+      temperature: the probabilities that are left are raised to the power 1 / temperature; 0 is
+        greedy decoding (the most probable token, of equal ones that with the lowest id).
+      top_k: only the `top_k` most probable tokens are left (of equal ones those with lower ids); 0
+        switches this off.
+      top_p: going down the sorted probabilities, their sum reaches `top_p` at some token; tokens
+        less probable than that one are dropped. 1 switches this off.
+      presence_penalty: subtracted from the logit of every token that was generated before.
+      frequency_penalty: subtracted from a token's logit times its (decayed) count.
+      penalty_decay: all counts are multiplied by this before a new token is counted.
+      greedy: whether `temperature` is 0; not an argument.
+      filters: whether `top_k` or `top_p` is on; not an argument.
+
+    Raises:
+      ValueError: naming the argument that is not a number within its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+    greedy: bool = dataclasses.field(init=False, repr=False)
+    filters: bool = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks the numbers and makes their types the same for all instances."""
+        for name, low, high in _RANGES:
+            _set(self, name, _check_number(name, getattr(self, name), low, high))
+        if 0 < self.temperature < 1e-30:  # whose reciprocal could overflow
+            raise ValueError(f"temperature must be 0 or at least 1e-30, got {self.temperature}")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
+            raise ValueError(f"top_k must be an integer, got {self.top_k!r}")
+        _set(self, "top_k", int(_check_number("top_k", self.top_k, 0, _INT32_MAX)))
+        _set(self, "greedy", self.temperature == 0)
+        _set(self, "filters", self.top_k > 0 or self.top_p < 1)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[bool, bool]]:
+        """The numbers, which are traced, and the static facts."""
+        return tuple(getattr(self, name) for name in _NUMBERS), (self.greedy, self.filters)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[bool, bool], leaves: tuple[Any, ...]) -> Self:
+        """The config of possibly traced numbers, which cannot be checked again."""
+        config = object.__new__(cls)
+        names = (*_NUMBERS, "greedy", "filters")
+        for name, value in zip(names, (*leaves, *static), strict=True):
+            _set(config, name, value)
+        return config
+
+
+_NUMBERS = tuple(field.name for field in dataclasses.fields(SamplingConfig) if field.init)
+
+
+def _set(config: SamplingConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not low <= number <= high:  # NaN is not
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+    return number
+
+
+def token_probabilities(
+    logits: Float[Array, "B V"], counts: Float[Array, "B V"], config: SamplingConfig
+) -> Float[Array, "B V"]:
+    """The distribution that `sample_token` draws from.
+
+    Args:
+      logits: `[B, V]`, the model's output for the next token; V is the vocabulary.
+      counts: `[B, V]`, decayed counts of the tokens generated so far (see `count_token`).
+      config: what to do with them.
+
+    Returns:
+      `[B, V]` in fp32 (float64 for float64 logits), zero for tokens that cannot be drawn.
+    """
+    logits = _penalized(logits, counts, config)
+    if config.greedy:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
+    return jax.nn.softmax(_filtered(logits, config), axis=-1)
+
+
+def sample_token(
+    keys: Key[Array, " B"],
+    logits: Float[Array, "B V"],
+    counts: Float[Array, "B V"],
+    config: SamplingConfig,
+) -> Int[Array, " B"]:
+    """Draws one token for each row from `token_probabilities`, with the row's own key.
+
+    Args:
+      keys: `[B]` random keys; unused if `config.greedy`.
+      logits: `[B, V]`.
+      counts: `[B, V]`.
+      config: the same for all rows.
+
+    Returns:
+      `[B]` int32 token ids.
+    """
+    logits = _penalized(logits, counts, config)
+    if config.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, _filtered(logits, config))
+    return drawn.astype(jnp.int32)
+
+
+def count_token(
+    counts: Float[Array, "B V"], tokens: Int[Array, " B"], config: SamplingConfig
+) -> Float[Array, "B V"]:
+    """Decays the counts `[B, V]` and adds the new tokens `[B]`.
+
+    A count never decays to 0, so that `counts > 0` remains true of every token seen.
+    """
+    decayed = jnp.where(counts > 0, jnp.maximum(counts * config.penalty_decay, _TINY), 0.0)
+    return decayed + jax.nn.one_hot(tokens, counts.shape[-1], dtype=counts.dtype)
+
+
+def _penalized(
+    logits: Float[Array, "B V"], counts: Float[Array, "B V"], config: SamplingConfig
+) -> Float[Array, "B V"]:
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    presence = jnp.where(counts > 0, config.presence_penalty, 0.0)
+    return logits - presence - counts * config.frequency_penalty
+
+
+def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
+    """Logits whose softmax is the distribution after top-p, top-k and temperature."""
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    if config.filters:
+        kept = _kept(jnp.exp(log_probabilities), config)
+        log_probabilities = jnp.where(kept, log_probabilities, -jnp.inf)
+    # Relative to the maximum, so that a tiny temperature cannot overflow to -inf everywhere.
+    return (log_probabilities - log_probabilities.max(axis=-1, keepdims=True)) / config.temperature
+
+
+def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Array:
+    """Which tokens `[B, V]` top-p and top-k leave: always at least the most probable one."""
+    size = probabilities.shape[-1]
+    token = jnp.broadcast_to(jnp.arange(size), probabilities.shape)
+    # A stable sort: of equally probable tokens the one with the lower id comes first.
+    negated, order = jax.lax.sort((-probabilities, token), dimension=-1, num_keys=1)
+    ordered = -negated
+
+    # The first position at which the sum reaches top_p. If rounding keeps the sum below top_p, that
+    # is the last position, and top_p = 1 drops nothing even where the sum reaches 1 early.
+    top_p = jnp.asarray(config.top_p, probabilities.dtype)
+    below = (jnp.cumsum(ordered, axis=-1) < top_p).sum(axis=-1, keepdims=True)
+    cutoff = jnp.take_along_axis(ordered, jnp.minimum(below, size - 1), axis=-1)
+    in_top_p = (probabilities >= cutoff) | (top_p >= 1)
+
+    last = jnp.where((config.top_k > 0) & (config.top_k < size), config.top_k, size) - 1
+    last = jnp.full_like(below, last)
+    least, least_token = (jnp.take_along_axis(x, last, axis=-1) for x in (ordered, order))
+    in_top_k = (probabilities > least) | ((probabilities == least) & (token <= least_token))
+    return in_top_p & in_top_k

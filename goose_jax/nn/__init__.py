@@ -1,0 +1,9 @@
+"""The model and its parts, as Flax NNX modules."""
+
+from goose_jax.nn.block import Block, BlockState
+from goose_jax.nn.channel_mix import ChannelMix
+from goose_jax.nn.layer_norm import LayerNorm
+from goose_jax.nn.model import RWKV7
+from goose_jax.nn.time_mix import TimeMix
+
+__all__ = ["RWKV7", "Block", "BlockState", "ChannelMix", "LayerNorm", "TimeMix"]

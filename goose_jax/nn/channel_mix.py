@@ -1,0 +1,88 @@
+"""The channel mix: the feed-forward half of a block."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from goose_jax.config import RWKV7Config
+from goose_jax.nn import initializers
+from goose_jax.nn.initializers import Layer
+from goose_jax.nn.time_mix import Tokens, check_layer
+from goose_jax.state import check_array
+from pallas_kernels import channel_mix
+from pallas_kernels.validation import check_segment_ids
+
+
+class ChannelMix(nnx.Module):
+    """The channel mix of RWKV-7, usable alone: `relu(mixed @ key)^2 @ value`.
+
+    `mixed` is each token, mixed with the one before it.
+
+    Args:
+      config: of the model; `num_layers` enters the initial values.
+      layer: this layer's index, from 0; may be traced. It only enters the initial values.
+      rngs: source of random numbers.
+
+    Example:
+      >>> config = RWKV7Config(vocab_size=1, hidden_size=128, num_layers=2)
+      >>> layer = ChannelMix(config, layer=0, rngs=nnx.Rngs(0))
+      >>> y, state = layer(jnp.ones((1, 3, 128), "bfloat16"))
+      >>> y.shape, state.shape
+      ((1, 3, 128), (1, 128))
+
+    Attributes:
+      shift_mix: `[C]`, share of the previous token.
+      key: `[C, F]`.
+      value: `[F, C]`.
+    """
+
+    def __init__(self, config: RWKV7Config, *, layer: Layer, rngs: nnx.Rngs):
+        check_layer(layer, config)
+        self.config = config
+        C, F = config.hidden_size, config.intermediate_size
+
+        def parameter(value: jax.Array) -> nnx.Param:
+            return nnx.Param(value.astype(config.param_dtype))
+
+        self.shift_mix = parameter(initializers.channel_shift_mix(config, layer))
+        self.key = parameter(initializers.orthogonal(rngs.params(), (C, F), 1.0))
+        self.value = parameter(jnp.zeros((F, C)))
+
+    def __call__(
+        self,
+        x: Tokens,
+        state: Float[Array, "B C"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Tokens, Float[Array, "B C"]]:
+        """Mixes the channels of each token.
+
+        Args:
+          x: `[B, T, C]` in the compute dtype, normalised.
+          state: `[B, C]` in the compute dtype, the token before the first, or None.
+          segment_ids: `[B, T]` integers, several sequences in a row (see
+            `pallas_kernels.packing`); 0 is padding.
+
+        Returns:
+          y: `[B, T, C]`, to be added to the residual stream.
+          state: `[B, C]`.
+
+        Raises:
+          TypeError: for wrong dtypes, naming the argument.
+          ValueError: for wrong shapes, naming the argument.
+        """
+        dtype = jnp.dtype(self.config.compute_dtype)
+        sizes = {"C": self.config.hidden_size}
+        check_array("x", x, "B T C", sizes, dtype)
+        if state is not None:
+            check_array("state", state, "B C", sizes, dtype)
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, sizes)
+        return channel_mix(
+            x,
+            self.shift_mix[...],
+            self.key[...].astype(dtype),
+            self.value[...].astype(dtype),
+            state=state,
+            segment_ids=segment_ids,
+        )

@@ -1,0 +1,190 @@
+"""The language model: embedding, a scan over stacked blocks, head."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from goose_jax.config import RWKV7Config
+from goose_jax.nn import initializers
+from goose_jax.nn.block import Block, BlockState
+from goose_jax.nn.layer_norm import LayerNorm
+from goose_jax.nn.time_mix import Tokens
+from goose_jax.state import RWKV7State, check_state
+from pallas_kernels.validation import check_float, check_int, check_segment_ids
+
+type TokenIds = Int[Array, "B T"]
+
+
+class RWKV7(nnx.Module):
+    """The RWKV-7 language model.
+
+    Every parameter of `blocks` has a leading axis of `num_layers`; the forward pass is one scan
+    over it, so that the time to compile does not grow with depth.
+
+    Args:
+      config: of the model.
+      rngs: source of random numbers for the initial values.
+
+    Example:
+      >>> config = RWKV7Config(vocab_size=257, hidden_size=128, num_layers=2)
+      >>> model = RWKV7(config, rngs=nnx.Rngs(0))
+      >>> logits, state = model(jnp.array([[71, 111, 111]]))
+      >>> logits, state = model(jnp.array([[115]]), state)
+      >>> logits.shape, state.wkv.shape
+      ((1, 1, 257), (2, 1, 2, 64, 64))
+
+    Attributes:
+      config: as given.
+      embedding: `[vocab, C]`.
+      embedding_norm: `LayerNorm` after the embedding (the official code's `blocks.0.ln0`).
+      blocks: a `Block` whose parameters are stacked over layers.
+      final_norm: `LayerNorm` before the head.
+      head: `[C, vocab]`.
+    """
+
+    def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
+        if not isinstance(config, RWKV7Config):
+            raise TypeError(f"config must be an RWKV7Config, got {type(config).__name__}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}: {rngs!r}")
+        self.config = config
+        embedding, blocks, head = _initial_values(config, rngs.params())
+        self.embedding = nnx.Param(embedding)
+        self.embedding_norm = LayerNorm(config)
+        self.blocks = nnx.merge(*blocks)
+        self.final_norm = LayerNorm(config)
+        self.head = nnx.Param(head)
+
+    def __call__(
+        self,
+        tokens: TokenIds,
+        state: RWKV7State | None = None,
+        segment_ids: TokenIds | None = None,
+    ) -> tuple[Float[Array, "B T vocab"], RWKV7State]:
+        """Logits of the token that follows each token.
+
+        Reading a text at once, in pieces with the state carried over, or token by token gives the
+        same logits.
+
+        Args:
+          tokens: `[B, T]` integers, ids from 0 to `vocab_size - 1`.
+          state: of the text before, as this method or `init_state` returned it; None at the start
+            of a text.
+          segment_ids: `[B, T]` integers, several sequences in a row (see
+            `pallas_kernels.packing`): 0 is padding, whose logits mean nothing; `state` belongs to
+            a row's first segment.
+
+        Returns:
+          logits: `[B, T, vocab]` float32 (float64 if that is the compute dtype).
+          state: after the last token of each row.
+
+        Raises:
+          TypeError: for wrong dtypes, naming the argument.
+          ValueError: for wrong shapes, and ids out of range, naming the argument. Where ids are
+            not known, as under jit, those out of range give NaN in all that depends on them.
+        """
+        hidden, state = self.hidden(tokens, state, segment_ids)
+        return self.logits(hidden), state
+
+    def hidden(
+        self,
+        tokens: TokenIds,
+        state: RWKV7State | None = None,
+        segment_ids: TokenIds | None = None,
+    ) -> tuple[Tokens, RWKV7State]:
+        """What the head reads: `[B, T, C]` in the compute dtype, and the new state.
+
+        For a loss that never forms all logits, as `pallas_kernels.cross_entropy(hidden,
+        model.head[...], targets)`. Arguments and errors as for `__call__`.
+        """
+        self._check(tokens, state, segment_ids)
+        # NaN rather than another token's embedding for an id out of range.
+        embedded = self.embedding.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        x = self.embedding_norm(embedded)
+        x, state = self._run_blocks(x, state, segment_ids)
+        return self.final_norm(x), state
+
+    def logits(self, hidden: Float[Array, "B T C"]) -> Float[Array, "B T vocab"]:
+        """Applies the head to (some of) what `hidden` returned; float32 at least."""
+        check_float("hidden", hidden, "B T C", {"C": self.config.hidden_size})
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        head = self.head[...].astype(hidden.dtype)
+        return jnp.matmul(hidden, head, preferred_element_type=dtype)
+
+    def _check(
+        self, tokens: TokenIds, state: RWKV7State | None, segment_ids: TokenIds | None
+    ) -> None:
+        sizes: dict[str, int] = {}
+        check_int("tokens", tokens, "B T", sizes)
+        if not isinstance(tokens, jax.core.Tracer):
+            known = np.asarray(tokens)  # jnp would trace the comparison under an outer jit
+            low, high = int(known.min()), int(known.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}"
+                )
+        if state is not None:
+            check_state(state, self.config, sizes["B"])
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, sizes)
+
+    def _run_blocks(
+        self, x: Tokens, state: RWKV7State | None, segment_ids: TokenIds | None
+    ) -> tuple[Tokens, RWKV7State]:
+        config = self.config
+        graphdef, params = nnx.split(self.blocks)
+
+        def run_block(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
+            x, v_first = carry
+            layer, params, state = of_layer
+            block = nnx.merge(graphdef, params)
+            x, v_first, state = block(x, v_first, state, segment_ids, is_first=layer == 0)
+            return (x, v_first), state
+
+        block_states = (
+            None if state is None else BlockState(state.time_shift, state.wkv, state.channel_shift)
+        )
+        layers = jnp.arange(config.num_layers)
+        # Like x, so that it varies over the mesh axes of a shard_map as the first layer's will.
+        v_first = jnp.zeros_like(x).reshape(*x.shape[:2], config.num_heads, config.head_size)
+        (x, _), new = jax.lax.scan(
+            _rematerialised(run_block, config), (x, v_first), (layers, params, block_states)
+        )
+        return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initial_values(config: RWKV7Config, key: jax.Array) -> tuple[Any, Any, Any]:
+    """The embedding, the split stack of blocks and the head, made by one compiled program.
+
+    Layers are made by `lax.map` rather than `vmap`: it, too, compiles one layer, and needs no more
+    than one layer's scratch memory.
+    """
+    embedding_key, blocks_key, head_key = jax.random.split(key, 3)
+
+    def create(of_layer: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+        layer, key = of_layer
+        return nnx.split(Block(config, layer=layer, rngs=nnx.Rngs(params=key)))
+
+    keys = jax.random.split(blocks_key, config.num_layers)
+    blocks = jax.lax.map(create, (jnp.arange(config.num_layers), keys))
+    embedding = initializers.embedding(embedding_key, config).astype(config.param_dtype)
+    head = initializers.head(head_key, config).astype(config.param_dtype)
+    return embedding, blocks, head
+
+
+def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Callable[..., Any]:
+    if config.remat == "none":
+        return run_block
+    policy = None
+    if config.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(run_block, policy=policy, prevent_cse=False)  # a scan needs no barrier

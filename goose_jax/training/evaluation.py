@@ -1,0 +1,60 @@
+"""Bits per byte on held-out text."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from goose_jax.nn import RWKV7
+from goose_jax.training.corpus import Document, Tokenizer, encode_documents
+from goose_jax.training.data import Batch, evaluation_batches
+from goose_jax.training.loss import token_losses
+from goose_jax.training.step import Parameters
+from pallas_kernels.types import Scalar
+
+
+def make_evaluation(
+    model: RWKV7,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+) -> Callable[[Parameters], float]:
+    """Compiles `bits_per_byte = evaluate(params)`.
+
+    It is the cross entropy of all tokens of the text (in windows of `sequence_length` that know
+    nothing of each other), in bits, per byte of the text's UTF-8. Ends of documents are tokens
+    that cost bits and have no bytes. So models with different tokenizers can be compared.
+
+    Args:
+      model: gives the structure; its parameters are not used.
+      documents: the held-out text.
+      tokenizer: of the model.
+      batch_size: windows that are read at once.
+      sequence_length: tokens of a window.
+    """
+    graphdef = nnx.graphdef(model)
+    num_bytes = sum(document.num_bytes for document in documents)
+    batches = list(
+        evaluation_batches(
+            encode_documents(documents, tokenizer),
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+        )
+    )
+
+    @jax.jit
+    def sum_of_losses(params: Parameters, batch: Batch) -> Scalar:
+        return jnp.sum(token_losses(nnx.merge(graphdef, params), batch))
+
+    def evaluate(params: Parameters) -> float:
+        nats = sum(float(sum_of_losses(params, batch)) for batch in batches)
+        return nats / math.log(2) / num_bytes
+
+    return evaluate
+
+
+__all__ = ["make_evaluation"]

@@ -1,0 +1,151 @@
+"""The optimizer of the official recipe: AdamW with its groups, its schedule and its clipping.
+
+Source: RWKV-LM's x070 training code. Of the parameters,
+
+- the matrices of the embedding, the head and the projections decay, and nothing else does: not the
+  low-rank matrices, the mixes, the norms or the biases;
+- the base of the log decay (the official `w0`) learns at twice the rate of everything else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pallas_kernels.types import Scalar
+
+DECAYED_WEIGHTS = (
+    "embedding",
+    "head",
+    "time_mix.receptance",
+    "time_mix.key",
+    "time_mix.value",
+    "time_mix.output",
+    "channel_mix.key",
+    "channel_mix.value",
+)
+"""Ends of the paths of parameters that weight decay shrinks."""
+
+FASTER_PARAMETERS = ("time_mix.decay_base",)
+"""Ends of the paths of parameters with a learning rate of their own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The numbers of the recipe.
+
+    Attributes:
+      total_steps: optimizer steps at which the learning rate arrives at its end.
+      learning_rate: at the peak. The official runs used 6e-4 (12 layers, width 768), 4e-4 (24,
+        1024) and 3e-4 (24, 2048).
+      final_learning_rate: at the end of the cosine.
+      warmup_steps: steps over which the rate climbs from 1% of the cosine.
+      beta1: decay of Adam's first moment.
+      beta2: decay of Adam's second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, times the learning rate; 0.1 for large corpora, 0.001 for small.
+      max_gradient_norm: longer gradients are scaled down to this global norm.
+      decay_base_rate: factor on the learning rate of the base of the log decay.
+
+    Raises:
+      ValueError: at construction, naming the first number that makes no sense.
+    """
+
+    total_steps: int
+    learning_rate: float = 6e-4
+    final_learning_rate: float = 6e-5
+    warmup_steps: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+    decay_base_rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "warmup_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        for name, low, high in (
+            ("learning_rate", 0.0, math.inf),
+            ("final_learning_rate", 0.0, self.learning_rate),
+            ("beta1", 0.0, 1.0),
+            ("beta2", 0.0, 1.0),
+            ("eps", 0.0, math.inf),
+            ("weight_decay", 0.0, math.inf),
+            ("decay_base_rate", 0.0, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)!r}")
+        if self.total_steps <= self.warmup_steps:
+            raise ValueError(f"{self.total_steps=} must be more than {self.warmup_steps=}")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm must be > 0, got {self.max_gradient_norm!r}")
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> Callable[[Any], Scalar]:
+    """The learning rate at each step, counted from 0: a cosine, scaled up linearly at its start."""
+    warmup, total = config.warmup_steps, config.total_steps
+    end = config.final_learning_rate / config.learning_rate if config.learning_rate else 0.0
+
+    def schedule(step: Any) -> Scalar:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / (total - warmup), 0, 1)
+        factor = (0.5 + end / 2) + (0.5 - end / 2) * jnp.cos(jnp.pi * progress)
+        if warmup:
+            factor *= jnp.where(step < warmup, 0.01 + 0.99 * step / warmup, 1.0)
+        return config.learning_rate * factor
+
+    return schedule
+
+
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The recipe as an optax transformation, for the parameters of an `RWKV7` (or parts of one).
+
+    Parameters are recognised by the ends of their paths, so the tree may be the plain dict of
+    `nnx.to_pure_dict` or an `nnx.State`.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_gradient_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed_weights),
+        _scale_named(FASTER_PARAMETERS, config.decay_base_rate),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
+    )
+
+
+def decayed_weights(params: Any) -> Any:
+    """Which parameters decay: a tree of booleans like `params`."""
+    return jax.tree.map_with_path(lambda path, _: _ends_with(path, DECAYED_WEIGHTS), params)
+
+
+def _scale_named(names: tuple[str, ...], factor: float) -> optax.GradientTransformation:
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map_with_path(
+            lambda path, update: update * factor if _ends_with(path, names) else update, updates
+        )
+
+    return optax.stateless(scale)
+
+
+def _ends_with(path: Any, names: tuple[str, ...]) -> bool:
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the value inside an nnx.Param
+        path = path[:-1]
+    full = "." + jax.tree_util.keystr(path, simple=True, separator=".")
+    return full.endswith(tuple("." + name for name in names))
+
+
+__all__ = [
+    "DECAYED_WEIGHTS",
+    "FASTER_PARAMETERS",
+    "OptimizerConfig",
+    "decayed_weights",
+    "learning_rate_schedule",
+    "optimizer",
+]

@@ -1,0 +1,60 @@
+"""The loss curve as a picture. Needs matplotlib (the extra "plots")."""
+
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SMOOTHING_SHARE = 50  # the smooth curve averages over this part of the steps
+
+
+def check_matplotlib() -> None:
+    """Checks that `plot_loss` can work.
+
+    Raises:
+      ValueError: with what to install, if matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
+        )
+
+
+def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draws the training loss and held-out bits per byte over the steps, as a PNG.
+
+    Args:
+      metrics: with "step" and either "loss" (nats per token) or "held_out_bits_per_byte".
+      path: of the picture, which is written over.
+      title: above it.
+    """
+    from matplotlib.figure import Figure  # an extra; a Figure by itself needs no display
+
+    metrics = list(metrics)
+    training = [(line["step"], line["loss"] / math.log(2)) for line in metrics if "loss" in line]
+    name = "held_out_bits_per_byte"
+    held_out = [(line["step"], line[name]) for line in metrics if name in line]
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="0.8", linewidth=1)
+        axes.plot(steps, _smoothed(losses), label="training, bits per token")
+    if held_out:
+        steps, bits = zip(*held_out, strict=True)
+        axes.plot(steps, bits, "o-", label="held out, bits per byte")
+    axes.set(xlabel="step", ylabel="bits", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    width = max(1, len(values) // _SMOOTHING_SHARE)
+    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
+__all__ = ["check_matplotlib", "plot_loss"]

@@ -1,0 +1,135 @@
+"""One optimizer step as one compiled program."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from goose_jax.nn import RWKV7
+from goose_jax.training.data import Batch
+from goose_jax.training.loss import L2WRAP, num_targets, token_losses
+from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, optimizer
+from pallas_kernels.types import Scalar
+
+type Parameters = dict[str, Any]
+"""A nested dict of arrays by attribute name, as `nnx.to_pure_dict` makes it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step.
+
+    Attributes:
+      step: int32, optimizer steps made.
+      params: parameters of the model, in float32.
+      opt_state: of the optimizer.
+    """
+
+    step: Int[Array, ""]
+    params: Parameters
+    opt_state: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What one step reports, before its update.
+
+    Attributes:
+      loss: mean cross entropy of the counted targets, in nats.
+      gradient_norm: global norm of the gradient, before clipping.
+      learning_rate: of this step.
+      tokens: int32, how many targets were counted.
+    """
+
+    loss: Scalar
+    gradient_norm: Scalar
+    learning_rate: Scalar
+    tokens: Int[Array, ""]
+
+
+type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
+    """The state before the first step, with a copy of the model's parameters.
+
+    Raises:
+      ValueError: if the parameters are stored in fewer than 32 bits, where most updates would be
+        rounded away. (`compute_dtype` may be bfloat16.)
+    """
+    params: Parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    if jnp.finfo(model.config.param_dtype).bits < 32:
+        raise ValueError(f"training needs param_dtype='float32', got {model.config.param_dtype=}")
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config).init(params))
+
+
+def with_params(model: RWKV7, params: Parameters) -> RWKV7:
+    """A model of the same structure with the given parameters; `model` is left as it is."""
+    return nnx.merge(nnx.graphdef(model), params)
+
+
+def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2WRAP) -> TrainStep:
+    """Compiles `state, metrics = train_step(state, batch)`.
+
+    The state that goes in is used up: its buffers become those of the state that comes out.
+
+    A batch with a leading axis of microbatches is worked off one microbatch at a time and makes one
+    optimizer step, the same as with all rows in one batch: every counted target has equal weight.
+
+    Args:
+      model: gives the structure; its parameters are not used.
+      config: of the optimizer.
+      l2wrap: see `token_losses`.
+    """
+    graphdef = nnx.graphdef(model)
+    transformation = optimizer(config)
+    schedule = learning_rate_schedule(config)
+
+    def loss(params: Parameters, batch: Batch, count: Scalar) -> Scalar:
+        return jnp.sum(token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)) / count
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = num_targets(batch)
+        count = jnp.maximum(tokens, 1).astype(jnp.float32)
+
+        def of_microbatch(batch: Batch) -> tuple[Scalar, Parameters]:
+            return jax.value_and_grad(loss)(state.params, batch, count)
+
+        if batch.inputs.ndim == 3:
+            value, gradient = _sum_over_microbatches(of_microbatch, batch)
+        else:
+            value, gradient = of_microbatch(batch)
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+        metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda array: array[0], batch))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+__all__ = [
+    "Metrics",
+    "Parameters",
+    "TrainState",
+    "TrainStep",
+    "init_train_state",
+    "make_train_step",
+    "with_params",
+]

@@ -1,0 +1,142 @@
+import functools
+import sys
+
+import jax
+import pytest
+import tyro
+from flax import nnx
+
+from goose_jax.checkpoints.native import CheckpointMetadata, save_checkpoint
+from goose_jax.cli.generate import TextStop, generate
+from goose_jax.config import RWKV7Config
+from goose_jax.generation import SamplingConfig
+from goose_jax.generation import generate as generate_tokens
+from goose_jax.nn import RWKV7
+from goose_jax.text import ByteTokenizer, get_tokenizer
+
+CONFIG = RWKV7Config(
+    vocab_size=257,
+    hidden_size=16,
+    num_layers=1,
+    head_size=16,
+    decay_rank=4,
+    alpha_rank=4,
+    value_rank=4,
+    gate_rank=4,
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = nnx.jit(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)))()
+    model.head[...] += jax.random.normal(jax.random.key(0), model.head.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "checkpoint"
+    save_checkpoint(path, model, CheckpointMetadata(tokenizer="byte"))
+    return str(path)
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    def run(*arguments, checkpoint=checkpoint):
+        tyro.cli(generate, args=[checkpoint, *arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def expected_text(model, prompt, **settings):
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_document]
+    settings = {"max_new_tokens": 40, "stop_tokens": [0]} | settings
+    return tokenizer.decode(generate_tokens(model, [tokens], **settings).sequences[0])
+
+
+def test_a_prompt_is_continued(run, model):
+    text = expected_text(model, "def ", sampling=SamplingConfig(top_p=0.85))
+    assert len(text) >= 20
+    assert run("--prompt", "def ", "--max-new-tokens", "40") == f"def {text}\n"
+    assert run("--prompt", "def ", "--max-new-tokens", "40", "--no-echo") == f"{text}\n"
+
+
+def test_every_setting_arrives(run, model):
+    sampling = SamplingConfig(
+        temperature=0.7,
+        top_k=100,
+        top_p=0.97,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        penalty_decay=0.9,
+    )
+    text = expected_text(model, "", sampling=sampling, seed=3)
+    numbers = "--temperature 0.7 --top-k 100 --top-p 0.97 --presence-penalty 0.5"
+    numbers += " --frequency-penalty 0.3 --penalty-decay 0.9 --seed 3 --max-new-tokens 40"
+    assert run(*numbers.split()) == f"{text}\n"
+
+
+def test_a_stop_text_ends_the_output(run):
+    greedy = ["--temperature", "0", "--max-new-tokens", "40", "--no-echo", "--prompt", "x"]
+    text = run(*greedy)
+    stop = text[18:20]
+    assert run(*greedy, "--stop", "never to be found", stop) == text[: text.index(stop)] + "\n"
+
+
+def test_text_is_written_as_it_comes(checkpoint, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys.stdout, "write", pieces.append)
+    generate(checkpoint, prompt="x", max_new_tokens=40)
+    assert len(pieces) == 5  # the prompt, three blocks of at most 16 tokens, the end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-p", "1.5"], r"top_p must be in \[0, 1\], got 1\.5"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be an integer >= 1, got 0"),
+        (["--stop", ""], "stop must not be an empty text"),
+        (["--seed", "-1"], r"seed must lie in 0\.\.2\*\*32-1, got -1"),
+    ],
+)
+def test_wrong_arguments_are_named(run, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_tokenizers_are_found_by_name():
+    assert isinstance(get_tokenizer("byte"), ByteTokenizer)
+    with pytest.raises(ValueError, match="name='morse' is unknown"):
+        get_tokenizer("morse")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two three", (), "one two three"),
+        ("one two three", ("two",), "one "),
+        ("one two three", ("three", "ne t"), "o"),
+        ("one two thre", ("three",), "one two thre"),
+        ("aaab", ("aab",), "a"),
+        ("ends\n\nUser: no", ("\n\nUser:",), "ends"),
+    ],
+)
+def test_text_stops(text, stops, expected, size):
+    ending = TextStop(stops)
+    pieces = [ending.push(text[i : i + size]) for i in range(0, len(text), size)]
+    assert "".join(pieces) + ending.finish() == expected
+    assert ending.reached == (len(expected) < len(text))
+
+
+def test_text_that_may_be_a_stop_is_held_back():
+    push = functools.partial(TextStop.push, TextStop(["\n\n"]))
+    assert [push("a\n"), push("b"), push("\n"), push("\n"), push("c")] == ["a", "\nb", "", "", ""]

@@ -1,0 +1,336 @@
+"""The command line, on a model and a text of the smallest size."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from goose_jax.checkpoints import load_checkpoint
+from goose_jax.cli import main as command
+from goose_jax.cli.main import main
+from goose_jax.cli.train_settings import TrainSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+SMALL = [
+    *("--num-layers=1", "--hidden-size=32", "--head-size=16", "--batch-size=4"),
+    *("--sequence-length=12", "--steps=8", "--warmup-steps=2", "--learning-rate=1e-2"),
+    *("--save-every=4", "--evaluate-every=4", "--held-out-bytes=64"),
+    *("--sample-length=8", "--prompt=the"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """A folder of compiled programs: many tests need the same ones, and so does a subprocess."""
+    path = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield path
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "fox.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder, capture):
+    """A finished run: its folder and what was printed."""
+    with capture() as printed:
+        main(["train", *SMALL, f"--data={folder / 'fox.txt'}", f"--out={folder / 'runs'}"])
+    return folder / "runs" / "fox-1", printed
+
+
+@pytest.fixture(scope="module")
+def capture():
+    """Like `capsys`, for a whole module."""
+
+    @contextlib.contextmanager
+    def captured():
+        out, err = io.StringIO(), io.StringIO()
+        printed = {}
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield printed
+        printed.update(out=out.getvalue(), err=err.getvalue())
+
+    return captured
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run):
+    return {line["step"]: line["loss"] for line in lines_of(run) if "loss" in line}
+
+
+def params_of(path):
+    return nnx.to_pure_dict(nnx.state(load_checkpoint(path)[0]))
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr, after a progress bar if there was one, with which a command fails."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    before, error, line = capsys.readouterr().err.rpartition("goose-jax: error: ")
+    assert error
+    assert "Traceback" not in before
+    assert line.count("\n") == 1
+    return line
+
+
+def test_a_run_leaves_what_it_should(finished):
+    run, printed = finished
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"00000004", "00000008"}
+    assert json.loads((run / "settings.json").read_text())["num_layers"] == 1
+
+    steps = [line for line in lines_of(run) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert steps[0]["tokens"] == 4 * 12
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    held_out = {line["step"]: line["held_out_bits_per_byte"] for line in lines_of(run)
+                if "held_out_bits_per_byte" in line}  # fmt: skip
+    assert list(held_out) == [0, 4, 8]
+    assert 7.5 < held_out[0] < 9  # 8 bits per byte, and a little
+    assert held_out[8] < held_out[0] - 1
+
+    out = printed["out"]
+    assert f"held out: {held_out[0]:.3f} bits per byte before training, {held_out[8]:.3f}" in out
+    assert "computing in float32" in out
+    assert "\nthe" in out
+    assert f"goose-jax generate {run} --prompt the" in out
+    for word in ("loss", "tokens/s", "ETA", "step 8/8"):
+        assert word in printed["err"]
+
+
+def test_the_checkpoint_can_be_used(finished, capsys):
+    model, metadata = load_checkpoint(finished[0])
+    assert (metadata.step, metadata.tokenizer) == (8, "byte")
+    assert model.config.num_layers == 1
+    main(["generate", str(finished[0]), "--prompt=the", "--max-new-tokens=4"])
+    assert capsys.readouterr().out.startswith("the")
+
+
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+    run = pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "00000008")  # as if it had been killed in step 8
+    main(["train", "--resume", str(run)])
+    assert losses_of(run) == losses_of(finished[0])
+    assert [line["step"] for line in lines_of(run)] == [
+        line["step"] for line in lines_of(finished[0])
+    ]
+    jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(finished[0]))
+
+
+def test_a_run_is_not_written_over(finished, folder, monkeypatch):
+    monkeypatch.setattr("goose_jax.cli.train._Training.fit", lambda *_: sys.exit(9))
+    for number in (2, 3):
+        with pytest.raises(SystemExit):
+            main(["train", *SMALL, f"--data={folder / 'fox.txt'}", f"--out={folder / 'runs'}"])
+        assert (folder / "runs" / f"fox-{number}" / "settings.json").is_file()
+    assert len(losses_of(finished[0])) == 8
+
+
+def test_what_is_not_finite_stops_the_run(folder, capsys):
+    err = fails(
+        capsys,
+        "train",
+        *SMALL,
+        "--learning-rate=1e30",
+        "--save-every=1",
+        f"--data={folder / 'fox.txt'}",
+        f"--out={folder / 'wild'}",
+        "--no-plot",
+    )
+    run = folder / "wild" / "fox-1"
+    bad_step = max(losses_of(run)) + 1
+    assert f"step {bad_step}: the loss is nan" in err
+    saved = run / "checkpoints" / f"{bad_step - 1:08d}"
+    assert f"{saved} is from before" in err
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(saved)))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, compiled):
+    out = folder / "interrupted"
+    arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "goose_jax.cli.main", "train", *arguments, "--no-plot",
+         f"--data={folder / 'fox.txt'}", f"--out={out}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compiled,
+                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+    )  # fmt: skip
+    metrics = out / "fox-1" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "saving after this step" in stderr
+    step = max(losses_of(out / "fox-1"))
+    assert f"stopped after step {step}" in stdout
+    assert f"goose-jax train --resume {out / 'fox-1'}" in stdout
+    assert load_checkpoint(out / "fox-1")[1].step == step
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file or folder at {path}"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "{path} is not a text file: byte 8 is zero"),
+        (b"text in \xe4 latin-1", "{path} is not a UTF-8 text file: byte 8 is 0xe4"),
+        (b"", "{path} does not hold any text"),
+        (b"a text", "{path} is too short"),
+        (b"a text that is too short", "{path} is too short: 24 tokens to train on"),
+    ],
+)
+def test_a_text_that_cannot_be_used(tmp_path, capsys, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    err = fails(capsys, "train", f"--data={path}", f"--out={tmp_path / 'runs'}", "--no-plot")
+    assert message.format(path=path) in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    err = fails(capsys, "train", f"--data={tmp_path}", f"--out={tmp_path / 'runs'}", "--no-plot")
+    assert f"{tmp_path} does not hold a file with text" in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--hidden-size=100", "self.head_size=64 must be at least 2 and divide self.hidden_size=1"),
+        ("--num-layers=0", "num_layers must be an integer >= 1, got 0"),
+        ("--steps=0", "steps must be an integer >= 1, got 0"),
+        ("--steps=10", "total_steps=10 must be more than self.warmup_steps="),
+        ("--batch-size=0", "batch_size must be an integer >= 1, got 0"),
+        ("--sequence-length=-3", "sequence_length must be an integer >= 1, got -3"),
+        ("--learning-rate=-1", "learning_rate must lie in [0.0, inf], got -1.0"),
+        ("--held-out-bytes=0", "held_out_bytes must be an integer >= 1, got 0"),
+        ("--prompt=", "prompt must not be empty"),
+        ("--seed=-1", "seed must be at least 0, got -1"),
+    ],
+)
+def test_a_wrong_setting(folder, tmp_path, capsys, argument, message):
+    out = tmp_path / "runs"
+    data = folder / "fox.txt"
+    assert message in fails(
+        capsys, "train", argument, f"--data={data}", f"--out={out}", "--no-plot"
+    )
+    assert not out.exists()
+
+
+def test_what_cannot_be_parsed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--steps=many"])
+    assert stop.value.code == 2
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_matplotlib_is_missing(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    err = fails(capsys, "train", f"--out={tmp_path / 'runs'}")
+    assert "pip install 'goose-jax[plots]', or give --no-plot" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def test_a_run_that_cannot_be_resumed(run, capsys):
+    def resume(*arguments):
+        return fails(capsys, "train", f"--resume={run}", *arguments)
+
+    assert "keeps its settings; leave out --steps, --batch-size" in resume(
+        "--batch-size=3", "--steps=9"
+    )
+    assert f"{run} has made all of its 8 steps" in resume()
+
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"unheard_of": 1}))
+    assert "['unheard_of']" in resume()
+    (run / "settings.json").write_text(json.dumps(settings)[:-5])
+    assert f"{run / 'settings.json'} is damaged" in resume()
+    (run / "settings.json").write_text(json.dumps(settings))
+
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "lo')
+    assert f"{run / 'metrics.jsonl'}:" in resume()
+    shutil.rmtree(run / "checkpoints")
+    assert f"{run} has no checkpoint" in resume()
+    (run / "settings.json").unlink()
+    assert f"there is no training run at {run}" in resume()
+
+
+def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
+    other = tmp_path / "fox.txt"
+    other.write_text(TEXT + "more")
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(settings | {"data": str(other)}))
+    err = fails(capsys, "train", f"--resume={run}")
+    assert f"was trained on another text than is in {other} now" in err
+
+
+def test_settings_survive_being_written():
+    settings = TrainSettings(data=pathlib.Path("/a/b"), out=pathlib.Path("c"), steps=30)
+    assert TrainSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert TrainSettings.from_json(TrainSettings().to_json()) == TrainSettings()
+
+
+def raise_bug(arguments):
+    return {}[arguments]
+
+
+def raise_in_a_library(arguments):
+    return np.zeros(3).reshape(2)
+
+
+@pytest.mark.parametrize(("bug", "kind"), [(raise_bug, KeyError), (raise_in_a_library, ValueError)])
+def test_a_bug_keeps_its_traceback(monkeypatch, bug, kind):
+    monkeypatch.setattr(command, "train", lambda: bug("x"))
+    with pytest.raises(kind):
+        main(["train"])
+
+
+def test_ctrl_c_outside_of_training(monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "goose-jax: interrupted\n"

@@ -1,0 +1,104 @@
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from goose_jax import RWKV7Config
+
+SMALL = {"vocab_size": 257, "hidden_size": 128, "num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "ranks"),
+    [
+        (128, (32, 32, 32, 64)),
+        (768, (64, 64, 32, 128)),
+        (1024, (64, 64, 64, 160)),  # 2.5 multiples of 32 round to 2, not 3
+        (2048, (128, 128, 64, 224)),
+    ],
+)
+def test_low_rank_widths_are_the_official_ones(hidden_size, ranks):
+    config = RWKV7Config(vocab_size=1, hidden_size=hidden_size, num_layers=1)
+    widths = (config.decay_rank, config.alpha_rank, config.value_rank, config.gate_rank)
+    assert widths == ranks
+
+
+def test_defaults():
+    config = RWKV7Config(**SMALL)
+    assert config.intermediate_size == 512
+    assert config.num_heads == 2
+    assert config.head_norm_eps == pytest.approx(64e-5, rel=1e-12)
+    assert RWKV7Config(**SMALL, head_size=32).head_norm_eps == pytest.approx(32e-5, rel=1e-12)
+    assert RWKV7Config(**SMALL, head_size=32).num_heads == 4
+    assert config == RWKV7Config(**SMALL, decay_rank=32)
+    assert hash(config) == hash(RWKV7Config(**SMALL))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden_size"),
+    [
+        ("0.1B", 12, 768),
+        ("0.4B", 24, 1024),
+        ("1.5B", 24, 2048),
+        ("2.9B", 32, 2560),
+        ("7.2B", 32, 4096),
+        ("13.3B", 61, 4096),
+    ],
+)
+def test_presets(name, layers, hidden_size):
+    config = RWKV7Config.preset(name)
+    assert (config.num_layers, config.hidden_size) == (layers, hidden_size)
+    assert (config.vocab_size, config.head_size) == (65536, 64)
+
+
+def test_preset_overrides():
+    config = RWKV7Config.preset("0.1B", vocab_size=257, hidden_size=1024, remat="full")
+    assert (config.vocab_size, config.num_layers, config.remat) == (257, 12, "full")
+    assert config.intermediate_size == 4096
+    with pytest.raises(ValueError, match=r"name='0\.2B' is unknown"):
+        RWKV7Config.preset("0.2B")
+
+
+def test_dictionary_round_trip():
+    config = RWKV7Config(**SMALL, gate_rank=7, remat="dots", implementation="reference")
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["decay_rank"] == 32
+    assert RWKV7Config.from_dict(values) == config
+    assert RWKV7Config.from_dict(SMALL) == RWKV7Config(**SMALL)
+    with pytest.raises(ValueError, match=r"unknown=\['hiden_size'\] and missing=\['hidden_size'\]"):
+        RWKV7Config.from_dict({"vocab_size": 1, "hiden_size": 64, "num_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": -1}, "vocab_size must be an integer >= 1, got -1"),
+        ({"vocab_size": 257.0}, "vocab_size must be an integer >= 1, got 257.0"),
+        ({"num_layers": 0}, "num_layers must be an integer >= 1, got 0"),
+        ({"num_layers": True}, "num_layers must be an integer >= 1, got True"),
+        ({"hidden_size": 100}, r"self.head_size=64 must .* divide self.hidden_size=100"),
+        ({"head_size": 48}, r"self.head_size=48 must .* divide self.hidden_size=128"),
+        ({"head_size": 1}, "self.head_size=1 must be at least 2"),
+        ({"intermediate_size": 0}, "intermediate_size must be an integer >= 1, got 0"),
+        ({"gate_rank": -32}, "gate_rank must be an integer >= 1, got -32"),
+        ({"norm_eps": 0.0}, "norm_eps must be a number > 0, got 0.0"),
+        ({"head_norm_eps": "1"}, "head_norm_eps must be a number > 0, got '1'"),
+        ({"param_dtype": "int8"}, "param_dtype must be one of .*, got 'int8'"),
+        ({"compute_dtype": "fp32"}, "compute_dtype must be one of .*, got 'fp32'"),
+        ({"compute_dtype": "float64"}, "compute_dtype='float64' needs .*jax_enable_x64"),
+        ({"remat": "some"}, "self.remat='some' must be one of"),
+        ({"implementation": 3}, "self.implementation=3 must be None or a name"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        RWKV7Config(**(SMALL | values))
+
+
+def test_it_is_frozen_and_float64_is_allowed_where_jax_has_it():
+    config = RWKV7Config(**SMALL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
+    with jax.enable_x64(True):
+        assert RWKV7Config(**SMALL, compute_dtype="float64").compute_dtype == "float64"

@@ -1,0 +1,303 @@
+import importlib
+import math
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from goose_jax.config import RWKV7Config
+from goose_jax.generation import SamplingConfig, generate
+from goose_jax.nn import RWKV7
+from goose_jax.state import init_state
+from tests.helpers import relative_rms
+
+generate_module = importlib.import_module("goose_jax.generation.generate")
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 97
+CONFIG = RWKV7Config(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=2,
+    head_size=16,
+    decay_rank=8,
+    alpha_rank=8,
+    value_rank=8,
+    gate_rank=8,
+    compute_dtype="float32",
+)
+GREEDY = SamplingConfig(temperature=0)
+WARM = SamplingConfig(temperature=0.8, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.1)
+PROMPTS = [[5], [7, 8, 9, 7, 8, 9, 7], list(range(16)), list(range(40, 60))]
+STATE_TOLERANCE = 1e-5  # of fp32 states that were read in other pieces; measured 6.5e-7
+
+
+@jax.jit
+def random_params(seed):
+    params = nnx.state(RWKV7(CONFIG, rngs=nnx.Rngs(jax.random.key(seed))))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def random_model(seed):
+    """A model no weight of which is 0, so that its states matter to the tokens."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, random_params(seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(0)
+
+
+@pytest.fixture(scope="module")
+def forward(model):
+    """Logits and state after reading one row of tokens all at once, padded to one length."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, tokens, segment_ids):
+        return nnx.merge(graphdef, params)(tokens, segment_ids=segment_ids)
+
+    def read(tokens):
+        padding = 96 - len(tokens)
+        ids = np.pad(np.ones((1, len(tokens)), np.int32), ((0, 0), (0, padding)))
+        padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, padding)))
+        logits, state = run(params, padded, ids)
+        return np.asarray(logits[0, : len(tokens)]), state
+
+    return read
+
+
+def state_row(state, row):
+    return jax.tree.map(lambda x: np.asarray(x[:, row]), state)
+
+
+def assert_states_agree(got, expected):
+    for x, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_rms(x, reference) < STATE_TOLERANCE
+
+
+def test_greedy_decoding_agrees_with_the_parallel_forward(model, forward):
+    result = generate(model, PROMPTS, max_new_tokens=40, sampling=GREEDY)
+    assert result.tokens.shape == (4, 40)
+    assert result.tokens.dtype == result.lengths.dtype == np.int32
+    assert result.lengths.tolist() == [40] * 4
+    for row, (prompt, new) in enumerate(zip(PROMPTS, result.sequences, strict=True)):
+        logits, state = forward(prompt + new)
+        assert logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == new
+        assert_states_agree(state_row(result.state, row), state_row(state, 0))
+        assert len(set(new)) > 3  # the model is not stuck at one token
+
+
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model):
+    together = generate(model, PROMPTS, max_new_tokens=20, sampling=WARM, seed=[3, 1, 4, 1])
+    for row, (prompt, seed) in enumerate(zip(PROMPTS[:3], (3, 1, 4), strict=True)):
+        alone = generate(model, [prompt], max_new_tokens=20, sampling=WARM, seed=seed)
+        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+        assert_states_agree(state_row(alone.state, 0), state_row(together.state, row))
+
+
+def test_streaming_in_any_blocks_changes_nothing(model):
+    settings = {"max_new_tokens": 20, "sampling": WARM, "seed": 11, "stop_tokens": [3, 30]}
+    expected = generate(model, PROMPTS, **settings)
+    assert set(expected.lengths) - {20}  # a row has stopped
+    for block_size in (16, 7):
+        blocks = []
+        result = generate(
+            model, PROMPTS, on_tokens=blocks.append, block_size=block_size, **settings
+        )
+        assert len(blocks) == math.ceil(20 / block_size)
+        streamed = [np.concatenate(row).tolist() for row in zip(*blocks, strict=True)]
+        assert streamed == expected.sequences == result.sequences
+        assert (result.tokens == expected.tokens).all()
+        jax.tree.map(np.testing.assert_array_equal, result.state, expected.state)
+
+
+def test_a_stopped_sequence_is_padded_and_its_state_rests(model, forward):
+    free = generate(model, PROMPTS, max_new_tokens=40, sampling=GREEDY)
+    stop = free.tokens[1, 5]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free.sequences]
+    assert len({len(row) for row in expected}) > 1
+    stopped = generate(model, PROMPTS, max_new_tokens=40, sampling=GREEDY, stop_tokens=[1, stop])
+    expected = [[t for t in row if 1 not in row[: i + 1]] for i, row in enumerate(expected)]
+    assert stopped.sequences == expected
+    for row, (prompt, new) in enumerate(zip(PROMPTS, expected, strict=True)):
+        assert (stopped.tokens[row, len(new) :] == generate_module.PADDING).all()
+        assert_states_agree(state_row(stopped.state, row), state_row(forward(prompt + new)[1], 0))
+
+
+def test_generation_ends_once_all_rows_have_stopped(model):
+    blocks = []
+    result = generate(
+        model,
+        PROMPTS,
+        max_new_tokens=1000,
+        sampling=WARM,
+        stop_tokens=range(VOCAB),
+        on_tokens=blocks.append,
+    )
+    assert result.tokens.shape == (4, 1000)
+    assert result.lengths.tolist() == [0] * 4
+    assert [len(new) for new in blocks[0]] == [0] * 4
+    assert len(blocks) == 1
+
+
+def test_a_callback_can_end_the_generation(model, forward):
+    result = generate(
+        model, PROMPTS, max_new_tokens=100, sampling=GREEDY, on_tokens=lambda new: True
+    )
+    assert result.tokens.shape == (4, 100)
+    assert result.lengths.tolist() == [16] * 4
+    _, state = forward(PROMPTS[1] + result.sequences[1])
+    assert_states_agree(state_row(result.state, 1), state_row(state, 0))
+
+
+def test_seeds(model):
+    prompts = [[1, 2]] * 4
+
+    def tokens(seed):
+        result = generate(model, prompts, max_new_tokens=20, sampling=WARM, seed=seed)
+        return result.tokens.tolist()
+
+    first = tokens(0)
+    assert first == tokens(0)
+    assert first != tokens(1)
+    assert len({tuple(row) for row in first}) == 4  # rows of one seed differ
+    chosen = tokens([5, 0, 5, 2**32 - 1])
+    assert chosen[0] == chosen[2] != chosen[3]
+    assert chosen[1] == first[0]
+
+
+def test_a_carried_state_continues_the_text(model, forward):
+    first = generate(model, PROMPTS, max_new_tokens=20, sampling=GREEDY)
+    kept = jax.tree.map(np.array, first.state)
+    more = [[1, 2, 3], [4], [5, 6], [7, 8]]
+    second = generate(model, more, max_new_tokens=16, sampling=GREEDY, state=first.state)
+    for row in range(4):
+        read = PROMPTS[row] + first.sequences[row] + more[row]
+        logits, _ = forward(read + second.sequences[row])
+        assert logits[len(read) - 1 : -1].argmax(axis=-1).tolist() == second.sequences[row]
+    # The state handed in is not consumed: it can be continued in several ways.
+    jax.tree.map(np.testing.assert_array_equal, first.state, kept)
+
+
+def test_penalties_count_what_was_generated(model):
+    never_again = SamplingConfig(temperature=0, presence_penalty=1e6)
+    result = generate(model, PROMPTS, max_new_tokens=VOCAB, sampling=never_again)
+    assert [sorted(row) for row in result.sequences] == [list(range(VOCAB))] * 4
+
+
+def test_long_prompts_are_read_in_pieces(model, forward, monkeypatch):
+    monkeypatch.setattr(generate_module, "MAX_PIECE", 32)
+    prompts = [list(range(70)), [9, 9], list(range(32)), list(range(33))]
+    result = generate(model, prompts, max_new_tokens=16, sampling=GREEDY)
+    for prompt, new in zip(prompts, result.sequences, strict=True):
+        logits, _ = forward(prompt + new)
+        assert logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == new
+
+
+@pytest.mark.parametrize(
+    ("length", "padded"), [(1, 16), (16, 16), (17, 32), (1000, 1024), (1025, 2048), (3000, 3072)]
+)
+def test_padded_lengths_are_few(length, padded):
+    assert generate_module._padded_length(length) == padded
+
+
+def test_programs_are_compiled_once(model, monkeypatch):
+    traces = []
+    hidden = RWKV7.hidden
+
+    def counted(self, tokens, *args):
+        traces.append(tokens.shape)
+        return hidden(self, tokens, *args)
+
+    monkeypatch.setattr(RWKV7, "hidden", counted)
+    calls = [
+        ([1], model, {}),
+        ([1, 2, 3], random_model(1), {"seed": 4, "max_new_tokens": 3}),
+        (list(range(16)), model, {"sampling": SamplingConfig(temperature=0.5)}),
+        ([1], model, {"sampling": SamplingConfig(frequency_penalty=1), "seed": range(5)}),
+        ([1], model, {"max_new_tokens": 50, "state": init_state(CONFIG, 5)}),
+        ([1], model, {"on_tokens": lambda new: None, "stop_tokens": [1]}),
+    ]
+    for prompt, which, settings in calls:
+        prompts = [prompt] + [[2]] * 4  # a batch size that no other test uses
+        generate(which, prompts, **({"max_new_tokens": 20} | settings))
+    assert traces == [(5, 16), (5, 1)]
+
+
+def test_prefill_forms_logits_of_the_last_token_only_and_bakes_in_no_parameter(model):
+    graphdef, params = nnx.split(model)
+    ids = jnp.ones((3, 32), jnp.int32)
+    traced = generate_module._read_piece.trace(graphdef, params, ids, ids, init_state(CONFIG, 3))
+    text = str(traced.jaxpr)
+    assert f"[3,1,{VOCAB}]" in text
+    assert f"[3,32,{VOCAB}]" not in text
+    assert f"[96,{VOCAB}]" not in text
+    constants = {np.shape(constant) for constant in traced.jaxpr.consts}
+    assert not constants & {np.shape(x) for x in jax.tree.leaves(params)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": []}, "prompts must be a list of lists of token ids"),
+        ({"prompts": "text"}, "prompts must be a list of lists of token ids"),
+        ({"prompts": ["text"]}, r"prompts\[0\] must be .*encode text first.*'text'"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] must be a sequence of token ids, got 1"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] must hold at least one token"),
+        ({"prompts": [[1], [2.0]]}, r"prompts\[1\] must be a sequence of token ids, got \[2.0\]"),
+        ({"prompts": [[1], [2, VOCAB]]}, r"prompts\[1\] must hold ids in 0\.\.96, got 97"),
+        ({"prompts": [[-1]]}, r"prompts\[0\] must hold ids in 0\.\.96, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"max_new_tokens": 2.0}, r"max_new_tokens must be an integer >= 1, got 2\.0"),
+        ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
+        ({"stop_tokens": [VOCAB]}, r"stop_tokens must hold ids in 0\.\.96, got 97"),
+        ({"stop_tokens": "\n"}, "stop_tokens must be a sequence of token ids"),
+        ({"seed": -1}, r"seed must lie in 0\.\.2\*\*32-1, got -1"),
+        ({"seed": [1, 2]}, r"seed must be an integer or one for each of 1 rows: seed=\[1, 2\]"),
+        ({"seed": 1.5}, r"seed must lie in 0\.\.2\*\*32-1, got 1\.5"),
+        ({"seed": [0.5]}, r"seed must lie in 0\.\.2\*\*32-1, got 0\.5"),
+        ({"state": init_state(CONFIG, 2)}, r"state\.time_shift must have shape .* B=1"),
+    ],
+)
+def test_wrong_arguments_are_named(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **({"prompts": [[1]], "max_new_tokens": 1} | wrong))
+
+
+def test_wrong_types_are_named(model):
+    with pytest.raises(TypeError, match="sampling must be None or a SamplingConfig"):
+        generate(model, [[1]], max_new_tokens=1, sampling={"temperature": 1})
+    with pytest.raises(TypeError, match="state must be None or an RWKV7State"):
+        generate(model, [[1]], max_new_tokens=1, state=jnp.zeros(3))
+
+
+def test_the_page_about_generation_runs(capsys):
+    page = (ROOT / "docs/generation.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    names = {}
+    exec("\n".join(blocks), names)
+    assert names["answers"].tokens.shape == (2, 32)
+
+
+def test_the_decoding_example_runs(capsys):
+    result = runpy.run_path(str(ROOT / "examples/generate.py"))["main"]()
+    assert result.lengths.tolist() == [64] * 2
+    lines = capsys.readouterr().out
+    assert all(lines.count(f"'{start}") == 1 for start in ("def main(", "import"))
+
+
+def test_the_example_of_modules_learns(capsys):
+    with jax.numpy_rank_promotion("allow"):  # as in a user's program
+        losses = runpy.run_path(str(ROOT / "examples/modules.py"))["main"](steps=100)
+    assert losses[-1] < losses[0] / 5  # measured 0.024

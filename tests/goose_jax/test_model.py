@@ -1,0 +1,292 @@
+"""The whole model: against the official one, and against itself by other routes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from goose_jax import RWKV7, init_state
+from pallas_kernels import cross_entropy
+from tests.goose_jax.official_weights import (
+    GOLDEN,
+    GOLDEN_CONFIG,
+    from_official,
+    golden_model,
+    golden_weights,
+    to_official,
+)
+from tests.helpers import relative_rms
+
+forward = jax.jit(lambda model, tokens, state, ids: model(tokens, state, ids))
+
+
+@jax.jit
+def token_by_token(model, tokens, state):
+    graphdef, params = nnx.split(model)
+
+    def step(state, token):
+        logits, state = nnx.merge(graphdef, params)(token[:, None], state)
+        return state, logits[:, 0]
+
+    state, logits = jax.lax.scan(step, state, tokens.T)
+    return jnp.swapaxes(logits, 0, 1), state
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model()
+
+
+@pytest.fixture(scope="module")
+def official():
+    with np.load(GOLDEN / "logits_17_tokens.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 320, (2, 40)))
+
+
+def assert_states_close(state, expected, limit):
+    for field in dataclasses.fields(expected):
+        error = relative_rms(getattr(state, field.name), getattr(expected, field.name))
+        assert error < limit, (field.name, error)
+
+
+def assert_official(logits, state, official, limit):
+    assert relative_rms(logits[0], official["logits_np64"]) < limit
+    assert relative_rms(jnp.swapaxes(state.wkv[:, 0], -1, -2), official["state_wkv_np64"]) < limit
+    assert relative_rms(state.time_shift[:, 0], official["state_att_x_np64"]) < limit
+    assert relative_rms(state.channel_shift[:, 0], official["state_ffn_x_np64"]) < limit
+
+
+def test_official_logits_and_states(model, official):
+    tokens = jnp.asarray(official["tokens"], jnp.int32)[None]
+    logits, state = forward(model, tokens, None, None)
+    assert np.abs(logits[0] - official["logits_np64"]).max() < 1e-4  # measured: 2.6e-6
+    assert_official(logits, state, official, 1e-5)  # measured: 3.7e-7
+    logits, state = token_by_token(model, tokens, init_state(GOLDEN_CONFIG, 1))
+    assert np.abs(logits[0] - official["logits_np64"]).max() < 1e-4  # measured: 2.4e-6
+    assert_official(logits, state, official, 1e-5)  # measured: 4.3e-7
+
+
+def test_official_logits_in_float64(official):
+    with jax.enable_x64(True):
+        config = dataclasses.replace(GOLDEN_CONFIG, compute_dtype="float64", param_dtype="float64")
+        model = from_official(golden_weights(), config)
+        logits, state = forward(model, jnp.asarray(official["tokens"])[None], None, None)
+        assert logits.dtype == state.wkv.dtype == jnp.float64
+        assert_official(logits, state, official, 1e-12)  # measured: 7.8e-16
+
+
+def test_weights_survive_renaming(model):
+    official = to_official(nnx.state(model))
+    for name, value in golden_weights().items():
+        np.testing.assert_array_equal(official.pop(name), value, err_msg=name)
+    assert sorted(official) == [f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")]
+
+
+def test_in_pieces_and_token_by_token_as_at_once(model, tokens):
+    expected, expected_state = forward(model, tokens, None, None)
+    pieces, state = [], None
+    for piece in jnp.split(tokens, [20, 23], axis=1):
+        logits, state = forward(model, piece, state, None)
+        pieces.append(logits)
+    assert relative_rms(jnp.concatenate(pieces, axis=1), expected) < 1e-5  # measured: 4.3e-7
+    assert_states_close(state, expected_state, 1e-5)
+    logits, state = token_by_token(model, tokens, init_state(GOLDEN_CONFIG, 2))
+    assert relative_rms(logits, expected) < 1e-5  # measured: 4.8e-7
+    assert_states_close(state, expected_state, 1e-5)
+
+
+def random_state(batch_size):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+        init_state(GOLDEN_CONFIG, batch_size),
+    )
+
+
+def test_packed_rows_equal_separate_texts(model, tokens):
+    """Row 0: a carried-on text, two whole ones and padding between; row 1: one text, no padding."""
+    start = random_state(2)
+    packed = tokens[:, :35]
+    ids = np.array([[0] * 2 + [7] * 9 + [0] * 3 + [2] + [5] * 18 + [0] * 2, [1] * 35])
+    logits, state = forward(model, packed, start, jnp.asarray(ids))
+
+    # The same texts as rows of their own, followed by tokens that they do not see.
+    separate = jnp.stack([jnp.roll(packed[0], -begin) for begin in (2, 14, 15)] + [packed[1]])
+    starts = jax.tree.map(
+        lambda x: jnp.stack([x[:, 0], 0 * x[:, 0], 0 * x[:, 0], x[:, 1]], axis=1), start
+    )
+    expected, ends = forward(model, separate, starts, None)
+    # Measured: at most 8.8e-7.
+    assert relative_rms(logits[0, 2:11], expected[0, :9]) < 1e-5
+    assert relative_rms(logits[0, 14:15], expected[1, :1]) < 1e-5
+    assert relative_rms(logits[0, 15:33], expected[2, :18]) < 1e-5
+    assert relative_rms(logits[1], expected[3]) < 1e-5
+    _, last_end = forward(model, packed[:1, 15:33], None, None)
+    assert_states_close(jax.tree.map(lambda x: x[:, :1], state), last_end, 1e-5)
+    row_1, end_1 = (jax.tree.map(lambda x: x[:, -1], s) for s in (state, ends))
+    assert_states_close(row_1, end_1, 1e-5)
+
+
+def test_left_padding_changes_nothing(model, tokens):
+    padded = jnp.pad(tokens[:, :20], ((0, 0), (12, 0)), constant_values=3)
+    ids = jnp.pad(jnp.ones((2, 20), jnp.int32), ((0, 0), (12, 0)))
+    logits, state = forward(model, padded, None, ids)
+    expected, expected_state = forward(model, tokens[:, :20], None, None)
+    assert relative_rms(logits[:, 12:], expected) < 1e-5  # measured: 4.1e-7
+    assert_states_close(state, expected_state, 1e-5)
+    # A row that is all padding leaves the state as it was.
+    _, untouched = forward(model, padded, expected_state, jnp.zeros_like(ids))
+    assert_states_close(untouched, expected_state, 1e-12)
+
+
+def mean_loss(model, tokens, targets):
+    hidden, _ = model.hidden(tokens)
+    return cross_entropy(hidden, model.head[...].astype(hidden.dtype), targets).mean()
+
+
+@functools.cache
+def compiled_gradient(remat):
+    """The gradient of the golden model's loss, for tokens and targets `[2, 39]`."""
+    tokens = jax.ShapeDtypeStruct((2, 39), jnp.int32)
+    model = relabel(golden_model(), remat=remat)
+    return jax.jit(jax.value_and_grad(mean_loss)).lower(model, tokens, tokens).compile()
+
+
+def relabel(model, **changes):
+    """The same parameters under a changed configuration."""
+    config = dataclasses.replace(model.config, **changes)
+    abstract = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
+
+
+UNTRAINED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+
+
+def test_every_parameter_is_trained_but_the_first_value_residual(model, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss, gradients = compiled_gradient("none")(model, inputs, targets)
+    logits, _ = forward(model, tokens, None, None)
+    log_probabilities = jax.nn.log_softmax(logits[:, :-1])
+    expected = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)  # measured: below 1e-6
+    for name, gradient in to_official(nnx.state(gradients)).items():
+        assert np.isfinite(gradient).all(), name
+        assert gradient.any() == (name not in UNTRAINED), name
+
+
+def test_rematerialisation_saves_memory_and_changes_nothing(model, tokens):
+    memory, gradients = {}, {}
+    for remat in ("none", "dots", "full"):
+        compiled = compiled_gradient(remat)
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        _, gradient = compiled(relabel(model, remat=remat), tokens[:, :-1], tokens[:, 1:])
+        gradients[remat] = to_official(nnx.state(gradient))
+    for name in gradients["none"].keys() - UNTRAINED:
+        for remat in ("dots", "full"):
+            error = relative_rms(gradients[remat][name], gradients["none"][name])
+            assert error < 3e-5, (name, error)  # measured: at most 4.4e-6
+    # Measured: 9.1 MB, 6.5 MB, 5.0 MB.
+    assert memory["none"] > 1.1 * memory["dots"] > 1.1 * 1.1 * memory["full"]
+
+
+def test_bfloat16_computation_keeps_float32_where_it_matters(model, tokens):
+    low = relabel(model, compute_dtype="bfloat16")
+    logits, state = forward(low, tokens, None, None)
+    assert logits.dtype == state.wkv.dtype == jnp.float32
+    assert state.time_shift.dtype == state.channel_shift.dtype == jnp.bfloat16
+    expected, _ = forward(model, tokens, None, None)
+    assert relative_rms(logits, expected) < 2e-2  # measured: 8.1e-3
+
+
+def test_gradients_in_bfloat16_of_packed_texts(model):
+    """The loss of one text does not depend on the embeddings of the text packed before it."""
+    ids = jnp.asarray([[1] * 20 + [2] * 20])
+    row = jnp.concatenate([jnp.arange(20), jnp.arange(100, 120)])[None]
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        hidden, _ = model.hidden(row, None, ids)
+        return jnp.square(model.logits(hidden[:, 20:])).sum()
+
+    gradients = gradient(relabel(model, compute_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    size = np.abs(gradients.embedding[...]).max(axis=-1)
+    assert (size[100:120] > 0).all()
+    # Not zero: the gradient of the decay is a sum that runs over the boundary and cancels there.
+    assert size[:20].max() < 1e-7 * size[100:120].max()  # measured: 2.9e-9
+    by_name = to_official(nnx.state(gradients))
+    assert not any(by_name[name].any() for name in UNTRAINED)
+
+
+def test_other_head_sizes(tokens):
+    """The golden weights with four heads of 32 instead of two of 64."""
+    config = dataclasses.replace(GOLDEN_CONFIG, head_size=32)
+    model = from_official(golden_weights(), config)
+    expected, expected_state = forward(model, tokens, None, None)
+    logits, state = token_by_token(model, tokens, init_state(config, 2))
+    assert state.wkv.shape == (3, 2, 4, 32, 32)
+    assert relative_rms(logits, expected) < 1e-5  # measured: 4.4e-7
+    assert_states_close(state, expected_state, 1e-5)
+
+
+def test_ids_out_of_range_give_nan_under_jit(model):
+    logits, _ = forward(model, jnp.array([[1, 320, 2], [1, 2, 3]]), None, None)
+    assert np.isfinite(logits[0, 0]).all()
+    assert np.isnan(logits[0, 1:]).all()
+    assert np.isfinite(logits[1]).all()
+    logits, _ = forward(model, jnp.array([[-1, 4, 5], [1, 2, 3]]), None, None)
+    assert np.isnan(logits[0]).all()
+
+
+STATE = init_state(GOLDEN_CONFIG, 2)
+replace = functools.partial(dataclasses.replace, STATE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokens": jnp.zeros((2, 3))}, TypeError, "tokens must have an integer dtype"),
+        ({"tokens": [[1, 2]]}, TypeError, "tokens must be an array, got list"),
+        ({"tokens": jnp.zeros(3, int)}, ValueError, r"tokens must have 2 axes \[B, T\]"),
+        ({"tokens": jnp.zeros((2, 0), int)}, ValueError, "tokens must not be empty along T"),
+        ({"tokens": jnp.full((1, 2), 320)}, ValueError, r"tokens must lie in 0\.\.319, got 320"),
+        ({"tokens": jnp.full((1, 2), -1)}, ValueError, r"tokens must lie in 0\.\.319, got -1"),
+        ({"state": 3}, TypeError, "state must be None or an RWKV7State, got int"),
+        ({"state": init_state(GOLDEN_CONFIG, 1)}, ValueError, "state.time_shift .* with B=2"),
+        ({"state": replace(wkv=STATE.wkv[:2])}, ValueError, "state.wkv .* with layers=3"),
+        ({"state": replace(wkv=STATE.wkv[..., :9])}, ValueError, "state.wkv .* with V=64"),
+        (
+            {"state": replace(channel_shift=jnp.zeros((3, 2, 128), "bfloat16"))},
+            TypeError,
+            "state.channel_shift must have dtype float32, got bfloat16",
+        ),
+        ({"segment_ids": jnp.zeros((2, 4), int)}, ValueError, "segment_ids .* with T=3"),
+        ({"segment_ids": jnp.zeros(3, int)}, ValueError, "segment_ids must have 2 axes"),
+        ({"segment_ids": jnp.full((2, 3), -2)}, ValueError, "segment_ids must be >= 0 .*got -2"),
+        ({"segment_ids": jnp.ones((2, 3))}, TypeError, "segment_ids must have an integer dtype"),
+    ],
+)
+def test_wrong_calls(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        model(**({"tokens": jnp.ones((2, 3), int)} | arguments))
+
+
+def test_wrong_construction(model):
+    with pytest.raises(TypeError, match=r"rngs must be an nnx.Rngs, got int: 0"):
+        RWKV7(GOLDEN_CONFIG, rngs=0)
+    with pytest.raises(TypeError, match="config must be an RWKV7Config, got dict"):
+        RWKV7(GOLDEN_CONFIG.to_dict(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"batch_size must be an integer >= 1, got 0"):
+        init_state(GOLDEN_CONFIG, 0)
+    with pytest.raises(ValueError, match=r"hidden must have shape .* with C=128"):
+        model.logits(jnp.zeros((1, 1, 64)))

@@ -1,0 +1,202 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cross_entropy
+from tests.pallas_kernels.operator_checks import (
+    assert_close,
+    check_shard_map,
+    check_transformations,
+    draw,
+    evaluate,
+    saved_for_backward,
+)
+
+IMPLEMENTATIONS = ("xla", "reference")
+ROWS, LENGTH, CHANNELS, VOCAB = 2, 7, 8, 50
+INPUTS = draw(0, hidden=(ROWS, LENGTH, CHANNELS), weight=(CHANNELS, VOCAB))
+TARGETS = np.random.default_rng(1).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+TARGETS[0, 0], TARGETS[1, 6] = 0, VOCAB - 1
+DLOSSES = draw(1000, x=(ROWS, LENGTH))["x"]  # the cotangent that `evaluate` draws
+
+# dtype: relative RMS errors of losses and gradients. The probabilities are rounded to 16 bits
+# before the products that give the gradients.
+LIMITS = {
+    "float64": (1e-14, 1e-13),
+    "float32": (1e-6, 2e-6),
+    "bfloat16": (1e-6, 5e-3),
+    "float16": (1e-6, 7e-4),
+}
+
+
+def formula(hidden, weight, l2wrap):
+    """Losses and gradients in float64, written out; the first of equal logits is the largest."""
+    logits = hidden @ weight
+    exponentials = np.exp(logits)
+    normalizer = exponentials.sum(-1)
+    rows, positions = np.indices(TARGETS.shape)
+    losses = np.log(normalizer) - logits[rows, positions, TARGETS]
+    dlogits = exponentials / normalizer[..., None]
+    dlogits[rows, positions, TARGETS] -= 1
+    dlogits[rows, positions, logits.argmax(-1)] += l2wrap * logits.max(-1)
+    dlogits *= DLOSSES[..., None]
+    return losses, {
+        "hidden": dlogits @ weight.T,
+        "weight": np.einsum("btc,btv->cv", hidden, dlogits),
+    }
+
+
+def judge(inputs, dtype="float32", l2wrap=0.3, **options):
+    expected_losses, expected_gradients = formula(**inputs, l2wrap=l2wrap)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
+        function = functools.partial(cross_entropy, targets=TARGETS, l2wrap=l2wrap, **options)
+        (losses,), gradients = evaluate(function, arrays)
+    assert losses.dtype == ("float64" if dtype == "float64" else "float32")
+    assert_close(losses, expected_losses, LIMITS[dtype][0], "losses")
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert_close(gradient, expected_gradients[name], LIMITS[dtype][1], name)
+
+
+# Largest errors measured: float32 losses 3.3e-8, gradients 1.0e-7;
+# bfloat16 losses 3.3e-8, gradients 2.5e-3.
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("l2wrap", [0, 0.3])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equals_the_formula(implementation, l2wrap, dtype):
+    judge(INPUTS, dtype, l2wrap, implementation=implementation, chunk_size=4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 6, 14, 1000])
+def test_any_chunk_size(chunk_size):
+    judge(INPUTS, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_first_of_equal_logits_is_the_largest(implementation):
+    # Every logit occurs twice, the second time far enough away to be in another vector register.
+    weight = np.concatenate([INPUTS["weight"][:, : VOCAB // 2]] * 2, axis=1)
+    judge(INPUTS | {"weight": weight}, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_logits(implementation):
+    arrays = {name: jnp.asarray(x) for name, x in INPUTS.items()}
+    arrays["hidden"] *= 1e4
+
+    def loss(arrays):
+        return cross_entropy(**arrays, targets=TARGETS, implementation=implementation).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(arrays)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradients)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float16_gradients_of_a_mean_over_many_tokens(implementation):
+    # A gradient of 1 / 65536 times a small probability is no float16 number.
+    arrays = {name: jnp.asarray(x, jnp.float16) for name, x in INPUTS.items()}
+
+    @jax.jit
+    def gradient(scale):
+        def loss(weight):
+            losses = cross_entropy(arrays["hidden"], weight, TARGETS, implementation=implementation)
+            return scale * losses.sum()
+
+        return jax.grad(loss)(arrays["weight"]).astype(jnp.float32) / scale
+
+    assert_close(gradient(2.0**-10), gradient(1.0), 1e-3, "weight")  # measured: 2e-5
+
+
+def test_l2wrap_leaves_the_loss_alone():
+    arrays = {name: jnp.asarray(x) for name, x in INPUTS.items()}
+    for implementation in IMPLEMENTATIONS:
+        function = functools.partial(
+            cross_entropy, **arrays, targets=TARGETS, implementation=implementation
+        )
+        np.testing.assert_array_equal(function(l2wrap=0.5), function())
+
+
+def test_keeps_no_logits():
+    inputs = [jnp.asarray(x, jnp.float32) for x in INPUTS.values()]
+    function = functools.partial(cross_entropy, targets=TARGETS, chunk_size=2)
+    saved = saved_for_backward(function, *inputs)
+    assert saved == sorted([TARGETS.shape, *(x.shape for x in inputs)])
+
+
+def test_memory_is_far_below_full_logits():
+    rows, length, channels, vocab = 2, 2048, 16, 2048
+    hidden = jax.ShapeDtypeStruct((rows, length, channels), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((channels, vocab), jnp.bfloat16)
+    targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def temporary_bytes(implementation):
+        def loss(hidden, weight, targets):
+            losses = cross_entropy(
+                hidden,
+                weight,
+                targets,
+                l2wrap=1e-4,
+                chunk_size=128,
+                implementation=implementation,
+            )
+            return losses.mean()
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return step.lower(hidden, weight, targets).compile().memory_analysis().temp_size_in_bytes
+
+    full_logits = rows * length * vocab * 4  # 32 MiB
+    assert temporary_bytes("reference") >= full_logits
+    assert temporary_bytes("xla") < full_logits / 10  # measured: 2.4 MiB
+
+
+def test_targets_out_of_range_give_nan_where_they_cannot_be_checked():
+    arrays = {name: jnp.asarray(x) for name, x in INPUTS.items()}
+    targets = jnp.asarray(TARGETS).at[0, 1].set(-1).at[1, 2].set(VOCAB)
+    wrong = np.zeros(TARGETS.shape, bool)
+    wrong[0, 1] = wrong[1, 2] = True
+    for implementation in IMPLEMENTATIONS:
+        function = jax.jit(functools.partial(cross_entropy, implementation=implementation))
+        np.testing.assert_array_equal(jnp.isnan(function(**arrays, targets=targets)), wrong)
+
+
+def test_transformations():
+    function = functools.partial(cross_entropy, targets=TARGETS, l2wrap=0.3, chunk_size=4)
+    check_transformations(function, INPUTS)
+
+
+def test_shard_map():
+    def function(targets, **arrays):
+        return cross_entropy(**arrays, targets=targets.astype(int), l2wrap=0.3, chunk_size=3)
+
+    check_shard_map(function, INPUTS | {"targets": TARGETS.astype(float)}, ("weight",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden": jnp.ones((7, 8))}, ValueError, r"hidden must have 3 axes \[B, T, C\]"),
+        ({"weight": jnp.ones((50, 8))}, ValueError, r"weight must have .* with C=8"),
+        ({"weight": jnp.ones((8, 0))}, ValueError, r"weight must not be empty along vocab"),
+        (
+            {"weight": jnp.ones((8, 50), jnp.bfloat16)},
+            TypeError,
+            r"weight must have the dtype of hidden",
+        ),
+        ({"targets": TARGETS[0]}, ValueError, r"targets must have 2 axes"),
+        ({"targets": TARGETS * 1.0}, TypeError, r"targets must have an integer dtype"),
+        ({"targets": TARGETS - 1}, ValueError, r"targets must be in 0..49, got .* from -1"),
+        ({"targets": jnp.asarray(TARGETS) + 1}, ValueError, r"targets must be in .* to 50"),
+        ({"l2wrap": -1e-4}, ValueError, r"l2wrap must be a number >= 0 .* got -0.0001"),
+        ({"l2wrap": float("nan")}, ValueError, r"l2wrap must be a number >= 0"),
+        ({"chunk_size": 0}, ValueError, r"chunk_size must be an integer >= 1, got 0"),
+        ({"implementation": "triton"}, ValueError, r"implementation='triton' is unknown"),
+    ],
+)
+def test_wrong_calls(changes, error, message):
+    inputs = {name: jnp.asarray(x) for name, x in INPUTS.items()} | {"targets": TARGETS}
+    with pytest.raises(error, match=message):
+        cross_entropy(**inputs | changes)
