@@ -91,7 +91,7 @@ class _Text:
         if settings.data is None:
             source, name, documents = "the standard library", "stdlib", standard_library()
         else:
-            source, name = str(settings.data), settings.data.absolute().stem
+            source, name = str(settings.data), settings.data.absolute().stem or "run"
             documents = read_documents(settings.data, pattern=settings.pattern)
         training, held_out = split_documents(documents, held_out_bytes=settings.held_out_bytes)
         tokens = encode_documents(training, ByteTokenizer())

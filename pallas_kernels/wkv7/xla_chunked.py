@@ -8,7 +8,7 @@ A chunk of L tokens with entry state S0 is read at once (`docs/rwkv7.md` derives
 
 where `A_xy[i, j] = sum_c x[i, c] y[j, c] exp(sum of log decays between j and i)` for j before i,
 `r_in`, `a_in` are decayed from the chunk's beginning and `k_out`, `b_out` to its end. Rows (r, a)
-and columns (k, b) are stacked, so that one product makes all four A.
+and columns (k, b) are stacked for one product that makes all four A.
 
 The work is laid out as a scan over groups of G chunks. Within a group everything that does not
 need the state is done for all chunks at once, and a short scan carries the state from chunk to
@@ -50,6 +50,10 @@ MAX_EXPONENT = 30.0
 """Largest exponent that a factor may carry; masked products of two stay finite in float32."""
 
 
+type Pair = tuple[jax.Array, jax.Array]
+"""r and a, the rows of A, or k and b, its columns."""
+
+
 class Plan(NamedTuple):
     """How a call is cut up, known at trace time.
 
@@ -72,14 +76,14 @@ class Products(NamedTuple):
 
     Attributes:
       A: `[..., 2, L, 2, L]`, A_rk, A_rb in the first row, A_ak, A_ab in the second.
-      rows: `[..., 2, L, K]`, r_in and a_in.
-      columns: `[..., 2, L, K]`, k_out and b_out.
+      rows: r_in and a_in, `[..., L, K]`.
+      columns: k_out and b_out, `[..., L, K]`.
       decay: `[..., K]`, of the whole chunk.
     """
 
     A: jax.Array
-    rows: jax.Array
-    columns: jax.Array
+    rows: Pair
+    columns: Pair
     decay: jax.Array
 
 
@@ -142,8 +146,8 @@ def _select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | f
 
 def _leaf_products(
     log_decay: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
+    rows: Pair,
+    columns: Pair,
     masks: Masks | None,
     leaf: int,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -154,7 +158,7 @@ def _leaf_products(
     end.
     """
     if leaf == 1:  # r meets what its own token wrote, undecayed; a reads the state before that
-        of_r = jnp.einsum("...lk,...ylk->...ly", rows[..., 0, :, :], columns)
+        of_r = jnp.stack([jnp.sum(rows[0] * column, axis=-1) for column in columns], axis=-1)
         A = jnp.stack([of_r, jnp.zeros_like(of_r)], axis=-2)[..., :, None, :, None]
         zeros = jnp.zeros_like(log_decay)
         return A, (log_decay, zeros, zeros)
@@ -171,12 +175,12 @@ def _leaf_products(
     before, to_end = from_start - w, from_start[..., -1:, :] - from_start
     # A does not depend on where exponents are measured from.
     middle = jax.lax.stop_gradient(from_start[..., leaf // 2 - 1, None, :])
-    row_factors = jnp.exp(jnp.stack([from_start - middle, before - middle], axis=-4))
-    column_factor = jnp.exp(middle - from_start)[..., None, :, :, :]
+    r, a, k, b = (_blocks(x, count) for x in (*rows, *columns))
+    to_token = jnp.exp(middle - from_start)
     A = jnp.einsum(
         "...xnik,...ynjk->...nxiyj",
-        _blocks(rows, count) * row_factors,
-        _blocks(columns, count) * column_factor,
+        jnp.stack([r * jnp.exp(from_start - middle), a * jnp.exp(before - middle)], axis=-4),
+        jnp.stack([k * to_token, b * to_token], axis=-4),
     )
     keep = np.stack([lower, lower - np.eye(leaf)]) > 0
     return _select(keep[:, :, None, :], A, 0), tuple(
@@ -187,8 +191,8 @@ def _leaf_products(
 def _merge(
     A: jax.Array,
     sums: tuple[jax.Array, ...],
-    rows: jax.Array,
-    columns: jax.Array,
+    rows: Pair,
+    columns: Pair,
     radix: int,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """From A and the sums of log decay within blocks to those within blocks `radix` times as long.
@@ -199,38 +203,36 @@ def _merge(
     *lead, count, _, size, _, _ = A.shape
     count //= radix
     from_start, before, to_end = (_blocks(x, count, radix) for x in sums)  # [..., n, R, size, K]
-    total = from_start[..., -1, :]
-    p, q, m = np.ogrid[:radix, :radix, :radix]
+    totals = [from_start[..., block, -1, :] for block in range(radix)]  # [..., n, K]
 
-    def sum_over_blocks(mask):  # [..., R] to [..., n, ..., K]
-        terms = jnp.expand_dims(total, tuple(range(-1 - mask.ndim, -2)))
-        return jnp.sum(_select(mask[..., None], terms, 0), axis=-2)
+    def decay_of(first, end):
+        return sum(totals[first:end], start=jnp.zeros_like(totals[0]))
 
-    gap = _select((q < p)[..., 0][..., None], sum_over_blocks((q < m) & (m < p)), -jnp.inf)
-    row_factors = jnp.exp(jnp.stack([from_start, before], axis=-5))
-    decayed_rows = _blocks(rows, count, radix) * row_factors
-    decayed_columns = _blocks(columns, count, radix) * jnp.exp(to_end)[..., None, :, :, :, :]
-    decayed_columns = (
-        decayed_columns[..., None, :, :, :] * jnp.exp(gap)[..., None, :, :, :, None, :]
-    )
+    def columns_seen_from(p):
+        later = jnp.full_like(totals[0], -jnp.inf)
+        gaps = [decay_of(q + 1, p) if q < p else later for q in range(radix)]
+        factor = jnp.exp(to_end) * jnp.exp(jnp.stack(gaps, axis=-2))[..., None, :]
+        return jnp.stack([k * factor, b * factor], axis=-5)  # [..., 2, n, R, size, K]
+
+    r, a, k, b = (_blocks(x, count, radix) for x in (*rows, *columns))
+    decayed_rows = jnp.stack([r * jnp.exp(from_start), a * jnp.exp(before)], axis=-5)
+    # Stacked, not broadcast, over p: the gradient would sum over that short axis, slowly on CPUs.
+    decayed_columns = jnp.stack([columns_seen_from(p) for p in range(radix)], axis=-4)
     below = jnp.einsum("...xnpik,...ynpqjk->...nxpiyqj", decayed_rows, decayed_columns)
     A = jnp.moveaxis(A.reshape(*lead, count, radix, 2, size, 2, size), -5, -4)
     diagonal = np.eye(radix, dtype=bool)[:, None, None, :, None]
     A = _select(diagonal, jnp.broadcast_to(A[..., None, :], below.shape), below)
-    passed, ahead = sum_over_blocks((m < p)[:, 0]), sum_over_blocks((m > p)[:, 0])
-    sums = (
-        from_start + passed[..., None, :],
-        before + passed[..., None, :],
-        to_end + ahead[..., None, :],
-    )
+    passed = jnp.stack([decay_of(0, p) for p in range(radix)], axis=-2)[..., None, :]
+    ahead = jnp.stack([decay_of(q + 1, radix) for q in range(radix)], axis=-2)[..., None, :]
+    sums = (from_start + passed, before + passed, to_end + ahead)
     A = A.reshape(*lead, count, 2, radix * size, 2, radix * size)
     return A, tuple(x.reshape(*lead, -1, x.shape[-1]) for x in sums)
 
 
 def _products(
     log_decay: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
+    rows: Pair,
+    columns: Pair,
     masks: Masks | None,
     leaf: int,
 ) -> Products:
@@ -241,8 +243,8 @@ def _products(
 
     Args:
       log_decay: `[G, B, H, L, K]`.
-      rows: `[G, B, H, 2, L, K]`, r and a.
-      columns: `[G, B, H, 2, L, K]`, k and b.
+      rows: r and a, `[G, B, H, L, K]`.
+      columns: k and b, `[G, B, H, L, K]`.
       masks: with index `[G, B, L]` and entry `[G, B]`, or None.
       leaf: tokens in a leaf.
     """
@@ -251,8 +253,8 @@ def _products(
         A, sums = _merge(A, sums, rows, columns, min(RADIX, blocks))
     from_start, before, to_end = sums
     A = A[..., 0, :, :, :, :]
-    rows = rows * jnp.exp(jnp.stack([from_start, before], axis=-3))
-    columns = columns * jnp.exp(to_end)[..., None, :, :]
+    rows = (rows[0] * jnp.exp(from_start), rows[1] * jnp.exp(before))
+    columns = (columns[0] * jnp.exp(to_end), columns[1] * jnp.exp(to_end))
     decay = jnp.exp(from_start[..., -1, :])
     if masks is not None:
         index, entry = masks.index, masks.entry
@@ -260,8 +262,9 @@ def _products(
         same = index[..., :, None] == index[..., None, :]  # [G, B, L, L]
         A = jnp.where(same[:, :, None, None, :, None, :], A, 0)
         enters, leaves = index == entry[..., None], index == last[..., None]
-        rows = jnp.where(enters[:, :, None, None, :, None], rows, 0)
-        columns = jnp.where(leaves[:, :, None, None, :, None], columns, 0)
+        r, a = (jnp.where(enters[:, :, None, :, None], x, 0) for x in rows)
+        k, b = (jnp.where(leaves[:, :, None, :, None], x, 0) for x in columns)
+        rows, columns = (r, a), (k, b)
         decay = jnp.where((entry == last)[:, :, None, None], decay, 0)
     return Products(A, rows, columns, decay)
 
@@ -303,13 +306,13 @@ def _from_chunks(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _read_group(inputs, boundaries, plan, dtype):
-    """What a group reads, chunk by chunk, with rows and columns stacked."""
+    """What a group reads, chunk by chunk: log decay, rows, columns, values, masks."""
     r, log_decay, k, v, a, b = (_to_chunks(x, plan, dtype) for x in inputs)
     masks = None
     if isinstance(boundaries, Masks):
         index = boundaries.index.reshape(-1, plan.group, plan.chunk).swapaxes(0, 1)
         masks = Masks(index, boundaries.entry)
-    return log_decay, jnp.stack([r, a], axis=-3), jnp.stack([k, b], axis=-3), v, masks
+    return log_decay, (r, a), (k, b), v, masks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -363,28 +366,28 @@ def _chunked_forward(plan, inputs, boundaries, stored, state):
     def group(carry, group_inputs):
         inputs, at = group_inputs
         log_decay, rows, columns, v, masks = _read_group(inputs, at, plan, dtype)
-        A, rows, columns, decay = _products(log_decay, rows, columns, masks, plan.leaf)
+        products = _products(log_decay, rows, columns, masks, plan.leaf)
+        A, (r_in, a_in), (k_out, b_out), decay = products
         X = _inverse(A[..., 1, :, 1, :])
-        u_from_state = X @ rows[..., 1, :, :]
+        u_from_state = X @ a_in
         u_from_v = X @ (A[..., 1, :, 0, :] @ v)
-        keys, removal = columns[..., 0, :, :], columns[..., 1, :, :]
 
         def chunk(carry, x):
             state, stored = carry
-            u_from_state, u_from_v, keys, removal, v, decay, at = x
+            u_from_state, u_from_v, k_out, b_out, v, decay, at = x
             if stored is not None:
                 state = load_state(state, initially_stored, at.load)
             u = u_from_state @ state + u_from_v
-            after = decay[..., None] * state + _transpose(keys) @ v + _transpose(removal) @ u
+            after = decay[..., None] * state + _transpose(k_out) @ v + _transpose(b_out) @ u
             if stored is not None:
                 stored = store_state(stored, at.store, after)
             return (after, stored), (state, u)
 
         transfers = at if isinstance(at, Transfers) else None
         carry, (entries, u) = jax.lax.scan(
-            chunk, carry, (u_from_state, u_from_v, keys, removal, v, decay, transfers)
+            chunk, carry, (u_from_state, u_from_v, k_out, b_out, v, decay, transfers)
         )
-        o = rows[..., 0, :, :] @ entries + A[..., 0, :, 0, :] @ v + A[..., 0, :, 1, :] @ u
+        o = r_in @ entries + A[..., 0, :, 0, :] @ v + A[..., 0, :, 1, :] @ u
         return carry, (entries, _from_chunks(plan.scale * o, inputs[3].dtype))
 
     with _precision(inputs):
@@ -402,12 +405,10 @@ def _chunked_backward(plan, residuals, gradients):
     def group(carry, group_inputs):
         (inputs, at), entries, do = group_inputs
         log_decay, rows, columns, v, masks = _read_group(inputs, at, plan, dtype)
-        (A, rows, columns, decay), products_backward = jax.vjp(
+        (A, (r_in, a_in), (k_out, b_out), decay), products_backward = jax.vjp(
             functools.partial(_products, masks=masks, leaf=plan.leaf), log_decay, rows, columns
         )
         X = _inverse(A[..., 1, :, 1, :])
-        r_in, a_in = rows[..., 0, :, :], rows[..., 1, :, :]
-        removal = columns[..., 1, :, :]
         u_from_state = X @ a_in
         u = u_from_state @ entries + X @ (A[..., 1, :, 0, :] @ v)
         do = plan.scale * _to_chunks(do, plan, dtype)
@@ -415,10 +416,10 @@ def _chunked_backward(plan, residuals, gradients):
 
         def chunk(carry, x):
             d_after, d_loaded = carry
-            u_from_state, r_in, removal, decay, do, du_from_o, at = x
+            u_from_state, r_in, b_out, decay, do, du_from_o, at = x
             if d_loaded is not None:
                 d_after += store_state_backward(d_stored, at.store)
-            du = du_from_o + removal @ d_after
+            du = du_from_o + b_out @ d_after
             d_state = decay[..., None] * d_after
             d_state += _transpose(r_in) @ do + _transpose(u_from_state) @ du
             if d_loaded is not None:
@@ -429,28 +430,22 @@ def _chunked_backward(plan, residuals, gradients):
         carry, (d_after, du) = jax.lax.scan(
             chunk,
             carry,
-            (u_from_state, r_in, removal, decay, do, du_from_o, transfers),
+            (u_from_state, r_in, b_out, decay, do, du_from_o, transfers),
             reverse=True,
         )
         dw = _transpose(X) @ du  # of a_in S0 + A_ak V
         dv = _transpose(A[..., 0, :, 0, :]) @ do + _transpose(A[..., 1, :, 0, :]) @ dw
-        dv += columns[..., 0, :, :] @ d_after
-        d_results, values = jnp.stack([do, dw], axis=-3), jnp.stack([v, u], axis=-3)
+        dv += k_out @ d_after
         d_products = Products(
-            A=jnp.einsum("...xiv,...yjv->...xiyj", d_results, values),
-            rows=jnp.einsum("...xiv,...kv->...xik", d_results, entries),
-            columns=jnp.einsum("...yjv,...kv->...yjk", values, d_after),
+            A=jnp.einsum(
+                "...xiv,...yjv->...xiyj", jnp.stack([do, dw], axis=-3), jnp.stack([v, u], axis=-3)
+            ),
+            rows=(do @ _transpose(entries), dw @ _transpose(entries)),
+            columns=(v @ _transpose(d_after), u @ _transpose(d_after)),
             decay=jnp.sum(entries * d_after, axis=-1),
         )
-        d_log_decay, d_rows, d_columns = products_backward(d_products)
-        d_inputs = (
-            d_rows[..., 0, :, :],
-            d_log_decay,
-            d_columns[..., 0, :, :],
-            dv,
-            d_rows[..., 1, :, :],
-            d_columns[..., 1, :, :],
-        )
+        d_log_decay, (dr, da), (dk, db) = products_backward(d_products)
+        d_inputs = (dr, d_log_decay, dk, dv, da, db)
         return carry, tuple(_from_chunks(d, x.dtype) for d, x in zip(d_inputs, inputs, strict=True))
 
     d_loaded = None if d_stored is None else never_stored(d_stored, at.store)
