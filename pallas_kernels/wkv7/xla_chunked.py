@@ -15,6 +15,7 @@ need the state is done for all chunks at once, and a short scan carries the stat
 chunk. The backward keeps the entry state of each chunk and computes the rest again.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -354,10 +355,11 @@ def _grouped(
     return tuple(_in_groups(x, plan) for x in inputs), boundaries
 
 
-def _precision(inputs):
-    """Full products for float32 inputs; the backend's default suffices for 16-bit ones."""
-    full = jnp.result_type(*inputs).itemsize >= 4
-    return jax.default_matmul_precision("highest" if full else None)
+def _precision(inputs: tuple[jax.Array, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Full products for float32 inputs; for 16-bit ones what JAX is set to suffices."""
+    if jnp.result_type(*inputs).itemsize >= 4:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def _chunked_forward(plan, inputs, boundaries, stored, state):

@@ -1,6 +1,7 @@
 """Every implementation of WKV7 against the float64 definition, and under JAX's transformations."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from tests.pallas_kernels.wkv7_cases import (
 )
 
 FORWARD_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # float32, relative RMS
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="measures CPUs")
 
 IMPLEMENTATIONS = {
     "reference": functools.partial(wkv7, implementation="reference"),
@@ -314,6 +317,7 @@ def test_reverse_reads_from_the_end(implementation):
     assert relative_rms(final, final_flipped) < 1e-6
 
 
+@on_cpu  # elsewhere more chunks are worked on at once
 def test_memory_is_linear_and_far_below_the_reference():
     def temporary_bytes(T, function):
         x = jax.ShapeDtypeStruct((1, T, 4, 64), jnp.float32)
@@ -325,6 +329,39 @@ def test_memory_is_linear_and_far_below_the_reference():
     assert chunked <= reference / 10  # measured: 23 MiB of 280 MiB
     assert temporary_bytes(8192, IMPLEMENTATIONS["xla bounded"]) <= 4.2 * chunked
     assert temporary_bytes(2048, IMPLEMENTATIONS["xla"]) <= reference / 8
+
+
+def compiled_gradient(T: int, function):
+    inputs = {n: x for n, x in make_inputs(Case((1, T, 4, 64, 64))).items() if n in NAMES}
+    arrays = {n: jnp.asarray(x, jnp.float32) for n, x in inputs.items()}
+    program = jax.jit(jax.grad(lambda x: function(**x)[0].sum())).lower(arrays).compile()
+    return functools.partial(program, arrays)
+
+
+def best_seconds(*programs, rounds: int = 4) -> list[float]:
+    """The least time that each takes, measured in turn."""
+    times = []
+    for _ in range(rounds):
+        times.append([])
+        for program in programs:
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            times[-1].append(time.perf_counter() - start)
+    return np.min(times, axis=0).tolist()
+
+
+@on_cpu
+def test_speed():
+    # On two idle cores the chunked form takes a fifth of the reference's time, and 8 times as long
+    # for 8 times the tokens (docs/performance.md). These limits leave room for a busy machine.
+    chunked = IMPLEMENTATIONS["xla bounded"]
+    short, long, scan = best_seconds(
+        compiled_gradient(2048, chunked),
+        compiled_gradient(16384, chunked),
+        compiled_gradient(2048, IMPLEMENTATIONS["reference"]),
+    )
+    assert short < scan / 2
+    assert long < 12 * short
 
 
 def valid_arguments() -> dict:
