@@ -4,16 +4,21 @@ from goose_jax.config import RWKV7Config
 from goose_jax.generation import Generation, SamplingConfig, generate
 from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix
 from goose_jax.state import RWKV7State, init_state
+from goose_jax.training import OptimizerConfig, TrainState, init_train_state, make_train_step
 
 __all__ = [
     "RWKV7",
     "Block",
     "ChannelMix",
     "Generation",
+    "OptimizerConfig",
     "RWKV7Config",
     "RWKV7State",
     "SamplingConfig",
     "TimeMix",
+    "TrainState",
     "generate",
     "init_state",
+    "init_train_state",
+    "make_train_step",
 ]

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -215,20 +217,19 @@ def _read_arrays(path: Path, like: Any) -> Any:
     # The device is said here, because that of the file may not exist on this machine.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
-        ),
-        like,
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like
     )
     try:
         with _orbax() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata.tree
             _check_fits(path, stored, abstract)
-            return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
+            arrays = checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
     except CheckpointError:
         raise
     except Exception as error:  # Orbax has no common class of errors
         raise CheckpointError(f"{path} is damaged: {_reason(error)}") from error
+    # Copies that are not bound to that device: as arrays are that were made, not loaded.
+    return jax.tree.map(lambda array: jnp.array(np.asarray(array)), arrays)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class TrainSettings:
     head_size: int = 64
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "dots", "full"] = "none"
-    steps: int = 1400
+    steps: int = 1200
     batch_size: int = 8
     microbatches: int = 1
     sequence_length: int = 128
@@ -75,8 +75,8 @@ class TrainSettings:
     warmup_steps: int = 30
     weight_decay: float = 0.1
     held_out_bytes: int = 32768
-    evaluate_every: int = 350
-    save_every: int = 350
+    evaluate_every: int = 300
+    save_every: int = 300
     keep: int = 2
     plot: bool = True
     prompt: str = "def "

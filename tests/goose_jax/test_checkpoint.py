@@ -79,6 +79,8 @@ def test_a_model_comes_back(saved, model):
     assert loaded.config == CONFIG
     assert metadata == METADATA
     assert_equal(params_of(loaded), params_of(model))
+    # Not bound to a device, or a program compiled for a new model would be compiled again for it.
+    assert not any(leaf.committed for leaf in jax.tree.leaves(nnx.state(loaded)))
 
 
 def test_an_optimizer_state_comes_back(saved, model, opt_state):
