@@ -352,8 +352,8 @@ def best_seconds(*programs, rounds: int = 4) -> list[float]:
 
 @on_cpu
 def test_speed():
-    # On two idle cores the chunked form takes a fifth of the reference's time, and 8 times as long
-    # for 8 times the tokens (docs/performance.md). These limits leave room for a busy machine.
+    # On two cores the chunked form takes a sixth to a third of the reference's time, and 7 times as
+    # long for 8 times the tokens (docs/performance.md). These limits leave room for a busy machine.
     chunked = IMPLEMENTATIONS["xla bounded"]
     short, long, scan = best_seconds(
         compiled_gradient(2048, chunked),
