@@ -1,5 +1,6 @@
 """RWKV-7 for JAX: the model, its training and its decoding."""
 
+from goose_jax.checkpoints import load_pretrained, load_state, save_pretrained, save_state
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import Generation, SamplingConfig, generate
 from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix
@@ -20,5 +21,9 @@ __all__ = [
     "generate",
     "init_state",
     "init_train_state",
+    "load_pretrained",
+    "load_state",
     "make_train_step",
+    "save_pretrained",
+    "save_state",
 ]

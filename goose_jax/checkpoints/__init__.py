@@ -7,11 +7,17 @@ from goose_jax.checkpoints.native import (
     load_optimizer_state,
     save_checkpoint,
 )
+from goose_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from goose_jax.checkpoints.state_files import load_state, save_state
 
 __all__ = [
     "CheckpointError",
     "CheckpointMetadata",
     "load_checkpoint",
     "load_optimizer_state",
+    "load_pretrained",
+    "load_state",
     "save_checkpoint",
+    "save_pretrained",
+    "save_state",
 ]

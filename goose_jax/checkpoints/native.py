@@ -47,12 +47,13 @@ class CheckpointMetadata:
     """What a checkpoint knows beside its arrays.
 
     Attributes:
-      tokenizer: name of the tokenizer the model was trained with, as in "byte".
+      tokenizer: name of the tokenizer the model was trained with, as in "byte"; None if nobody
+        said which.
       step: optimizer steps the model was trained for.
       extra: anything that JSON can hold.
     """
 
-    tokenizer: str
+    tokenizer: str | None
     step: int = 0
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -115,13 +116,19 @@ def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, Checkpoi
     """
     path = find_checkpoint(path)
     _verify(path, without=_OPTIMIZER)
+    config, metadata = read_description(path, **overrides)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    params = _read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, params), metadata
+
+
+def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, CheckpointMetadata]:
+    """What a checkpoint's directory says of its model, without reading any parameter."""
     stored = _read_json(path / _METADATA)
     if (found := stored.pop("format", None)) != _FORMAT:
         raise CheckpointError(f"{path} has format {found}, but {_FORMAT} is read here")
     config = RWKV7Config.from_dict(_read_json(path / _CONFIG) | overrides)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
-    params = _read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
-    return nnx.merge(graphdef, params), CheckpointMetadata(**stored)
+    return config, CheckpointMetadata(**stored)
 
 
 def load_optimizer_state(path: Path | str, like: Any) -> Any:
@@ -311,5 +318,6 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_state",
+    "read_description",
     "save_checkpoint",
 ]

@@ -1,23 +1,24 @@
 """`goose-jax generate`: continues a prompt on the terminal."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
-from goose_jax.checkpoints.native import load_checkpoint
+from goose_jax.cli.loading import Dtype, load_model
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
-from goose_jax.text import StreamingDecoder, get_tokenizer
+from goose_jax.text import StreamingDecoder, TextStop
 
 
 def generate(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     *,
     prompt: str = "",
+    tokenizer: str | None = None,
+    dtype: Dtype | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -31,9 +32,18 @@ def generate(
 ) -> None:
     """Continues a prompt with a trained model and writes the text as it comes.
 
+    In use:
+      goose-jax generate runs/stdlib-1 --prompt "def "
+      goose-jax generate rwkv7.pth --prompt "The goose" --temperature 0.8
+      goose-jax generate my-model/ --tokenizer my-vocabulary.txt --stop "User:"
+
     Args:
-      checkpoint: Directory of a checkpoint, or of a training run (then its newest checkpoint).
+      checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
+        or the folder of a training run (then its newest checkpoint).
       prompt: Text to continue; without one, a new document begins.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
+        the checkpoint says.
+      dtype: Of parameters and computation; by default that of the checkpoint.
       max_new_tokens: The most tokens that are generated. The end of the document ends it sooner.
       temperature: 0 always takes the most probable token; higher is more varied.
       top_k: Draw from this many of the most probable tokens only; 0 is off.
@@ -58,9 +68,13 @@ def generate(
         penalty_decay=penalty_decay,
     )
     ending = TextStop(stop)
-    model, metadata = load_checkpoint(checkpoint)
-    tokenizer = get_tokenizer(metadata.tokenizer)
-    decoder = StreamingDecoder(tokenizer)
+    model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    end = found.end_of_document
+    tokens = found.encode(prompt) or ([] if end is None else [end])
+    if not tokens:
+        raise ValueError("give a --prompt: this tokenizer has no token that begins a document")
+    decoder = StreamingDecoder(found)
+    decoder.push(tokens)
 
     def write_tokens(new: list[np.ndarray]) -> bool:
         _write(ending.push(decoder.push(new[0].tolist())))
@@ -70,59 +84,14 @@ def generate(
         _write(prompt)
     generate_tokens(
         model,
-        [tokenizer.encode(prompt) or [tokenizer.end_of_document]],
+        [tokens],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_tokens=[tokenizer.end_of_document],
+        stop_tokens=[] if end is None else [end],
         seed=seed,
         on_tokens=write_tokens,
     )
     _write(ending.push(decoder.finish()) + ending.finish() + "\n")
-
-
-class TextStop:
-    """Cuts a stream of text off before the first of several texts.
-
-    The end of the stream that may be the beginning of one of them is held back.
-
-    Args:
-      stops: texts, none of them empty.
-
-    Attributes:
-      reached: whether one of them was found; nothing comes after that.
-
-    Raises:
-      ValueError: if one of `stops` is empty.
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        if "" in stops:
-            raise ValueError(f"stop must not be an empty text, got {stops!r}")
-        self.reached = False
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """What may be written now that more text has come."""
-        if self.reached:
-            return ""
-        text = self._held + text
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        self.reached = bool(found)
-        end = min(found) if found else len(text) - self._beginning_at_end_of(text)
-        self._held = "" if found else text[end:]
-        return text[:end]
-
-    def finish(self) -> str:
-        """What was held back when the stream ended."""
-        return self._held
-
-    def _beginning_at_end_of(self, text: str) -> int:
-        """Length of the longest end of `text` that begins one of the stops."""
-        return max(
-            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
 
 
 def _write(text: str) -> None:
@@ -130,4 +99,4 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-__all__ = ["TextStop", "generate"]
+__all__ = ["generate"]

@@ -1,12 +1,16 @@
 """The command `goose-jax`."""
 
+import io
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 
 import tyro
 
+from goose_jax.cli.chat import chat
+from goose_jax.cli.convert import convert
 from goose_jax.cli.generate import generate
+from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.train import train
 
 _OURS = ("goose_jax", "pallas_kernels")
@@ -21,11 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: without the program's name; None takes those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # which may be unable to express what is written
+            stream.reconfigure(errors="replace")
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "generate": generate},
+            {
+                "train": train,
+                "generate": generate,
+                "chat": chat,
+                "convert": convert,
+                "inspect": inspect,
+            },
             prog="goose-jax",
-            description="RWKV-7 for JAX: train a model, and let it continue a text.",
+            description="RWKV-7 for JAX: train a model, let it continue a text, talk with it.",
             args=arguments,
         )
     except KeyboardInterrupt:

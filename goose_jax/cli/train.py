@@ -45,6 +45,11 @@ def train(settings: Annotated[TrainSettings, tyro.conf.arg(name="")]) -> None:
     """Trains a byte-level RWKV-7 and keeps it in a folder, with its metrics and a loss curve.
 
     Ctrl-C saves a checkpoint and says how to go on from it.
+
+    In use:
+      goose-jax train
+      goose-jax train --data my-texts/ --steps 2000 --hidden-size 256
+      goose-jax train --resume runs/my-texts-1
     """
     run, settings = _open_run(settings)
     if settings.plot:

@@ -158,6 +158,30 @@ def generate(
     return Generation(tokens, lengths, progress.state)
 
 
+def prefill(
+    model: RWKV7, prompts: Sequence[Sequence[int]], *, state: RWKV7State | None = None
+) -> RWKV7State:
+    """Reads tokens without generating any, with the program that `generate` reads prompts with.
+
+    Args:
+      model: as for `generate`.
+      prompts: B sequences of token ids, each with one at least; their lengths may differ.
+      state: the state they continue from; None is the start of a text.
+
+    Returns:
+      The state after all tokens, from which `generate` can go on.
+
+    Raises:
+      TypeError: if `state` is something else.
+      ValueError: naming the argument that is out of range.
+    """
+    rows = _check_prompts(prompts, model.config.vocab_size)
+    if state is not None:
+        check_state(state, model.config, len(rows))
+    graphdef, params = nnx.split(model)
+    return _read_prompts(graphdef, params, rows, state, model.config).state
+
+
 def _check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     if isinstance(ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of token ids (encode text first), got {ids!r}")

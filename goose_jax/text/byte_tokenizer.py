@@ -1,13 +1,8 @@
-"""Text as bytes, and the decoding of a stream of tokens.
+"""Text as the bytes of its UTF-8."""
 
-UTF-8 spreads a character over up to four bytes, so a token may end in the middle of one.
-"""
+from collections.abc import Iterable
 
-import codecs
-from collections.abc import Iterable, Sequence
-from typing import Protocol
-
-_REPLACEMENT = "\ufffd".encode()
+from goose_jax.text.tokenizer import REPLACEMENT
 
 
 class ByteTokenizer:
@@ -16,10 +11,12 @@ class ByteTokenizer:
     Attributes:
       vocab_size: 257.
       end_of_document: 0; also what padding looks like. It decodes to nothing.
+      leading_space: False: nothing is put before a text.
     """
 
     vocab_size = 257
     end_of_document = 0
+    leading_space = False
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -47,45 +44,7 @@ class ByteTokenizer:
     def _bytes_of(self, token: int) -> bytes:
         if token == self.end_of_document:
             return b""
-        return bytes([token - 1]) if 0 < token < self.vocab_size else _REPLACEMENT
+        return bytes([token - 1]) if 0 < token < self.vocab_size else REPLACEMENT
 
 
-class DecodesBytes(Protocol):
-    """A tokenizer that `StreamingDecoder` can use."""
-
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids; never fails."""
-        ...
-
-
-class StreamingDecoder:
-    """Turns tokens into text as they arrive, and holds back incomplete characters.
-
-    The pieces together are what `tokenizer.decode` makes of all tokens at once, wherever the stream
-    was cut.
-
-    Args:
-      tokenizer: anything with `decode_bytes(tokens) -> bytes`.
-
-    Example:
-      >>> decoder = StreamingDecoder(ByteTokenizer())
-      >>> decoder.push([0xC3 + 1])  # the first of two bytes
-      ''
-      >>> decoder.push([0xA9 + 1])
-      'é'
-    """
-
-    def __init__(self, tokenizer: DecodesBytes):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """The text that more tokens complete; never fails."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(tokens))
-
-    def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never became complete, or nothing."""
-        return self._decoder.decode(b"", final=True)
-
-
-__all__ = ["ByteTokenizer", "DecodesBytes", "StreamingDecoder"]
+__all__ = ["ByteTokenizer"]

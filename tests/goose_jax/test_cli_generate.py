@@ -6,23 +6,19 @@ import pytest
 import tyro
 from flax import nnx
 
-from goose_jax.checkpoints.native import CheckpointMetadata, save_checkpoint
-from goose_jax.cli.generate import TextStop, generate
+from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint, save_pretrained
+from goose_jax.cli.generate import generate
+from goose_jax.cli.loading import load_model
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.nn import RWKV7
-from goose_jax.text import ByteTokenizer, get_tokenizer
+from goose_jax.text import ByteTokenizer, TextStop, VocabularyTokenizer
 
 CONFIG = RWKV7Config(
     vocab_size=257,
-    hidden_size=16,
+    hidden_size=64,
     num_layers=1,
-    head_size=16,
-    decay_rank=4,
-    alpha_rank=4,
-    value_rank=4,
-    gate_rank=4,
     compute_dtype="float32",
 )
 
@@ -112,10 +108,40 @@ def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path):
         run(checkpoint=str(tmp_path / "nowhere"))
 
 
-def test_tokenizers_are_found_by_name():
-    assert isinstance(get_tokenizer("byte"), ByteTokenizer)
-    with pytest.raises(ValueError, match="name='morse' is unknown"):
-        get_tokenizer("morse")
+@pytest.fixture(scope="module", params=["pth", "huggingface"])
+def foreign(request, model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("foreign") / "model"
+    save_pretrained(model, path, request.param)
+    return path
+
+
+def test_checkpoints_of_others_are_continued(run, model, foreign):
+    arguments = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "20"]
+    text = expected_text(model, "x", sampling=SamplingConfig(temperature=0), max_new_tokens=20)
+    with pytest.raises(ValueError, match="model does not tell its tokenizer; give --tokenizer: b"):
+        run(*arguments, "--prompt", "x", checkpoint=str(foreign))
+    arguments += ["--tokenizer", "byte", "--prompt", "x"]
+    assert run(*arguments, checkpoint=str(foreign)) == f"x{text}\n"
+
+
+def test_a_tokenizer_can_be_given_or_lie_in_the_folder(checkpoint, model, tmp_path):
+    file = tmp_path / "rwkv_vocab_test.txt"
+    file.write_text("1 'a' 1\n2 'ab' 2\n")
+    assert load_model(checkpoint, tokenizer=str(file))[1].encode("aab") == [1, 2]
+    save_pretrained(model, tmp_path / "folder", "huggingface")
+    file.rename(tmp_path / "folder" / file.name)
+    _, tokenizer = load_model(tmp_path / "folder")
+    assert isinstance(tokenizer, VocabularyTokenizer)
+    assert tokenizer.encode("aab") == [1, 2]
+    with pytest.raises(ValueError, match=r"'world' has 65536 ids, .* model's vocabulary is 257"):
+        load_model(checkpoint, tokenizer="world")
+
+
+def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
+    config = load_model(checkpoint, dtype="bfloat16")[0].config
+    assert (config.param_dtype, config.compute_dtype) == ("bfloat16", "bfloat16")
+    config = load_model(checkpoint)[0].config
+    assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from goose_jax.config import RWKV7Config
-from goose_jax.generation import SamplingConfig, generate
+from goose_jax.generation import SamplingConfig, generate, prefill
 from goose_jax.nn import RWKV7
 from goose_jax.state import init_state
 from tests.helpers import relative_rms
@@ -279,6 +279,18 @@ def test_wrong_types_are_named(model):
         generate(model, [[1]], max_new_tokens=1, sampling={"temperature": 1})
     with pytest.raises(TypeError, match="state must be None or an RWKV7State"):
         generate(model, [[1]], max_new_tokens=1, state=jnp.zeros(3))
+
+
+def test_tokens_can_be_read_without_generating_any(model):
+    result = generate(model, [[5, 6, 7]], max_new_tokens=4, sampling=GREEDY)
+    state = prefill(model, [[5, 6, 7]])
+    state = prefill(model, result.sequences, state=state)
+    for name in ("time_shift", "wkv", "channel_shift"):
+        assert relative_rms(getattr(state, name), getattr(result.state, name)) < STATE_TOLERANCE
+    with pytest.raises(ValueError, match=r"prompts\[0\] must hold at least one token"):
+        prefill(model, [[]])
+    with pytest.raises(TypeError, match="state must be None or an RWKV7State"):
+        prefill(model, [[1]], state=3)
 
 
 def test_the_page_about_generation_runs(capsys):

@@ -11,14 +11,7 @@ from flax import nnx
 
 from goose_jax import RWKV7, init_state
 from pallas_kernels import cross_entropy
-from tests.goose_jax.official_weights import (
-    GOLDEN,
-    GOLDEN_CONFIG,
-    from_official,
-    golden_model,
-    golden_weights,
-    to_official,
-)
+from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model, to_official
 from tests.helpers import relative_rms
 
 forward = jax.jit(lambda model, tokens, state, ids: model(tokens, state, ids))
@@ -78,17 +71,10 @@ def test_official_logits_and_states(model, official):
 def test_official_logits_in_float64(official):
     with jax.enable_x64(True):
         config = dataclasses.replace(GOLDEN_CONFIG, compute_dtype="float64", param_dtype="float64")
-        model = from_official(golden_weights(), config)
+        model = golden_model(config)
         logits, state = forward(model, jnp.asarray(official["tokens"])[None], None, None)
         assert logits.dtype == state.wkv.dtype == jnp.float64
         assert_official(logits, state, official, 1e-12)  # measured: 7.8e-16
-
-
-def test_weights_survive_renaming(model):
-    official = to_official(nnx.state(model))
-    for name, value in golden_weights().items():
-        np.testing.assert_array_equal(official.pop(name), value, err_msg=name)
-    assert sorted(official) == [f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")]
 
 
 def test_in_pieces_and_token_by_token_as_at_once(model, tokens):
@@ -231,7 +217,7 @@ def test_gradients_in_bfloat16_of_packed_texts(model):
 def test_other_head_sizes(tokens):
     """The golden weights with four heads of 32 instead of two of 64."""
     config = dataclasses.replace(GOLDEN_CONFIG, head_size=32)
-    model = from_official(golden_weights(), config)
+    model = golden_model(config)
     expected, expected_state = forward(model, tokens, None, None)
     logits, state = token_by_token(model, tokens, init_state(config, 2))
     assert state.wkv.shape == (3, 2, 4, 32, 32)

@@ -1,0 +1,219 @@
+"""Loads a model from any checkpoint, and saves one in the layouts of others."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+
+from goose_jax.checkpoints import huggingface
+from goose_jax.checkpoints.conversion import build_model, check_range, split_model
+from goose_jax.checkpoints.key_map import Layout
+from goose_jax.checkpoints.native import (
+    CheckpointError,
+    CheckpointMetadata,
+    load_checkpoint,
+    save_checkpoint,
+)
+from goose_jax.checkpoints.pth import read_pth
+from goose_jax.checkpoints.pth_writer import write_pth
+from goose_jax.checkpoints.stored import StoredTensor, common_dtype, read_config
+from goose_jax.config import WORLD_VOCAB_SIZE, RWKV7Config
+from goose_jax.nn import RWKV7
+
+type CheckpointKind = Literal["pth", "huggingface", "native"]
+
+_OFFICIAL_EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}  # constants in the official code
+_CHANGEABLE = ("compute_dtype", "head_norm_eps", "implementation", "norm_eps", "remat")
+_MAX_SHARD_BYTES = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint in another's layout, of which only names, shapes and dtypes were read.
+
+    Attributes:
+      tensors: by name; reading them reads the file.
+      layout: which names they have.
+      config: with the tensors' dtype as `param_dtype`, if they have one in common.
+      metadata: `tokenizer` is None where nothing tells it.
+    """
+
+    tensors: dict[str, StoredTensor]
+    layout: Layout
+    config: RWKV7Config
+    metadata: CheckpointMetadata
+
+
+def load_pretrained(
+    path: Path | str, *, dtype: str | None = None, **overrides: Any
+) -> tuple[RWKV7, CheckpointMetadata]:
+    """Loads a model from an official `.pth` file, a folder of FLA's models, or our own checkpoint.
+
+    Sizes are read from the weights. The memory needed is that of the parameters, one of which
+    passes through the host at a time where the device is not the CPU; plus, for our own
+    checkpoints, what Orbax needs.
+
+    Args:
+      path: a `.pth` file; a folder with `config.json` and safetensors; a checkpoint's directory or
+        that of a training run.
+      dtype: name of the dtype for the parameters, rounded to it where necessary; None keeps that
+        of the file.
+      **overrides: `compute_dtype`, `remat`, `implementation`, `norm_eps` or `head_norm_eps` of
+        `RWKV7Config`, to be set otherwise.
+
+    Returns:
+      model: on JAX's default device.
+      metadata: its `tokenizer` is "world" for a vocabulary of 65536 and None where nothing tells
+        it.
+
+    Raises:
+      FileNotFoundError: if there is nothing at `path`.
+      CheckpointError: if it is no checkpoint of RWKV-7, damaged, or refused as malicious; if
+        tensors are missing, unknown or of wrong shapes, it lists them. Also if a file holds several
+        dtypes and `dtype` is None, or values are beyond the range of float16.
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> model, metadata = load_pretrained("RWKV-x070-World-0.4B.pth", dtype="bfloat16")
+      >>> model.config.num_layers, metadata.tokenizer
+      (24, 'world')
+    """
+    path = Path(path)
+    if fixed := sorted(set(overrides) - set(_CHANGEABLE)):
+        raise ValueError(f"{', '.join(fixed)} cannot be overridden, only {', '.join(_CHANGEABLE)}")
+    if checkpoint_kind(path) == "native":
+        model, metadata = load_checkpoint(path, **overrides)
+        return (model if dtype is None else _cast(model, dtype)), metadata
+    found = open_foreign(path, **overrides)
+    dtype = dtype or common_dtype(found.tensors, str(path))
+    config = dataclasses.replace(found.config, param_dtype=dtype)
+    return build_model(found.tensors, found.layout, config), found.metadata
+
+
+def save_pretrained(
+    model: RWKV7,
+    path: Path | str,
+    layout: CheckpointKind,
+    metadata: CheckpointMetadata | None = None,
+    *,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Saves a model for the official code, for FLA, or as our own checkpoint.
+
+    Parameters keep their dtype and all bits. (The first layer's value residual is not used: FLA's
+    layout has no place for it, and in a `.pth` file it is left out if it is zero.)
+
+    Args:
+      model: to save.
+      path: the file ("pth") or directory (others) to make.
+      layout: "pth", "huggingface" or "native".
+      metadata: of the model; a `.pth` file has no place for it. None where nothing is known but
+        that a vocabulary of 65536 is "world".
+      max_shard_bytes: in "huggingface", tensors go into several files, none larger than this
+        (unless by a single tensor).
+
+    Raises:
+      FileExistsError: if there is something at `path`; nothing is ever written over.
+      OSError: if writing fails, as on a full disk. What was written is removed.
+      ValueError: if an argument is out of range, or the layout has no place for an epsilon of the
+        model's configuration.
+    """
+    path = Path(path)
+    metadata = metadata or _metadata(model.config)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
+    if max_shard_bytes < 1:
+        raise ValueError(f"{max_shard_bytes=} must be at least 1")
+    config = model.config
+    match layout:
+        case "native":
+            save_checkpoint(path, model, metadata)
+        case "pth":
+            _check_epsilons(config, _OFFICIAL_EPS, "the official code")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_pth(path, split_model(model, "pth"))
+        case "huggingface":
+            expected = {"head_norm_eps": config.head_size * config.norm_eps}
+            _check_epsilons(config, expected, f"FLA with {config.norm_eps=}")
+            huggingface.write_folder(path, model, metadata, max_shard_bytes=max_shard_bytes)
+        case _:
+            raise ValueError(f"{layout=} must be 'pth', 'huggingface' or 'native'")
+
+
+def checkpoint_kind(path: Path) -> CheckpointKind:
+    """What is at `path`, judged by the files that are there.
+
+    Raises:
+      FileNotFoundError: if there is nothing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    if path.is_file():
+        return "pth"
+    is_ours = (path / "checksums.json").is_file() or (path / "checkpoints").is_dir()
+    return "huggingface" if (path / huggingface.CONFIG).is_file() and not is_ours else "native"
+
+
+def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
+    """Reads what a `.pth` file or a folder of FLA's holds, but not the weights.
+
+    Args:
+      path: of the file or folder.
+      **overrides: as for `load_pretrained`.
+
+    Raises:
+      CheckpointError: as `load_pretrained` does.
+    """
+    if path.is_file():
+        found = read_pth(path)
+        if isinstance(found, list):
+            raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
+        config = read_config(found, "pth", str(path), **(_OFFICIAL_EPS | overrides))
+        return ForeignCheckpoint(found, "pth", _with_dtype(config, found), _metadata(config))
+    settings = huggingface.read_settings(path)
+    tensors, layout = huggingface.read_tensors(path)
+    told = {"norm_eps": settings.get("norm_eps", 1e-5)} | overrides
+    told["untold_value_rank"] = settings.get("v_low_rank_dim")
+    config = read_config(tensors, layout, str(path), **told)
+    huggingface.check_sizes(path, settings, config)
+    if "head_norm_eps" not in overrides:
+        config = dataclasses.replace(config, head_norm_eps=config.head_size * config.norm_eps)
+    metadata = huggingface.read_metadata(path, settings)
+    if metadata is None:
+        has_tokenizer = (path / "tokenizer.json").exists()  # then no size of vocabulary tells
+        metadata = CheckpointMetadata(tokenizer=None) if has_tokenizer else _metadata(config)
+    return ForeignCheckpoint(tensors, layout, _with_dtype(config, tensors), metadata)
+
+
+def _metadata(config: RWKV7Config) -> CheckpointMetadata:
+    # Models of this vocabulary are those of the World series; no other size tells a tokenizer.
+    is_world = config.vocab_size == WORLD_VOCAB_SIZE
+    return CheckpointMetadata(tokenizer="world" if is_world else None)
+
+
+def _with_dtype(config: RWKV7Config, tensors: dict[str, StoredTensor]) -> RWKV7Config:
+    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    only = dtypes.pop() if len(dtypes) == 1 else config.param_dtype
+    return dataclasses.replace(config, param_dtype=only)
+
+
+def _check_epsilons(config: RWKV7Config, expected: dict[str, float], where: str) -> None:
+    for name, value in expected.items():
+        if not math.isclose(getattr(config, name), value, rel_tol=1e-6):
+            raise ValueError(
+                f"the layout has no place for {name}={getattr(config, name)}: {where} computes "
+                f"with {value}"
+            )
+
+
+def _cast(model: RWKV7, dtype: str) -> RWKV7:
+    config = dataclasses.replace(model.config, param_dtype=dtype)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for path, param in params.items():
+        rounded = param[...].astype(dtype)
+        check_range(".".join(map(str, path)), rounded, param[...].dtype)
+        params[path] = rounded
+    return nnx.merge(graphdef, nnx.to_pure_dict(nnx.from_flat_state(params)))

@@ -1,0 +1,111 @@
+"""The tensors of a `.pth` file, as its pickle describes them: views of storages."""
+
+import dataclasses
+import math
+import reprlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from goose_jax.checkpoints.native import CheckpointError
+
+STORAGE_DTYPES = {
+    "FloatStorage": np.dtype(np.float32),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "HalfStorage": np.dtype(np.float16),
+    "DoubleStorage": np.dtype(np.float64),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+_MAX_AXES = 8
+
+
+class PickleError(CheckpointError):
+    """A pickle that says something else than which tensors there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A run of numbers in the file.
+
+    Attributes:
+      key: names the entry of the archive that holds it.
+      dtype: of each number.
+      size: how many there are.
+    """
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorView:
+    """A tensor as a view of a storage.
+
+    Attributes:
+      storage: that it is part of.
+      offset: index of its first number.
+      shape: its shape.
+      strides: numbers between neighbours along each axis, not negative.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageType:
+    """A class of torch that stands for a dtype.
+
+    Attributes:
+      dtype: of the numbers in such a storage.
+    """
+
+    dtype: np.dtype
+
+
+def storage_of(identity: Any) -> Storage:
+    """The storage that a pickle refers to: ("storage", its type, key, device, size).
+
+    Raises:
+      PickleError: if `identity` is anything else.
+    """
+    match identity:
+        case ("storage", StorageType(dtype), str(key), str(), int(size)) if size >= 0:
+            return Storage(key, dtype, size)
+    raise PickleError(f"the persistent id {reprlib.repr(identity)} is refused: it is no storage")
+
+
+def tensor_of(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, *_: Any
+) -> TensorView:
+    """The tensor that `torch._utils._rebuild_tensor_v2` would make of these arguments.
+
+    Raises:
+      PickleError: if they are of other types, or describe numbers outside of the storage.
+    """
+    where = f"offset {reprlib.repr(offset)}, shape {reprlib.repr(shape)}, strides "
+    where += reprlib.repr(strides)  # which unlike repr is short, whatever a file has nested
+    if not (isinstance(storage, Storage) and isinstance(shape, tuple)):
+        raise PickleError(f"a tensor is refused: it has no storage or no shape ({where})")
+    if not (isinstance(strides, tuple) and len(strides) == len(shape) <= _MAX_AXES):
+        raise PickleError(f"a tensor is refused: its shape and strides do not fit ({where})")
+    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
+        raise PickleError(f"a tensor is refused: {where} are not all whole numbers from 0")
+    axes = list(zip(shape, strides, strict=True))
+    count, last = math.prod(shape), offset + sum((size - 1) * stride for size, stride in axes)
+    # A view that repeats numbers could claim any size.
+    if count and (last >= storage.size or count > storage.size):
+        raise PickleError(
+            f"a tensor is refused: {where} lie outside of its storage of {storage.size} numbers"
+        )
+    return TensorView(storage, offset, shape, strides)

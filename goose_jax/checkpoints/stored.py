@@ -1,0 +1,157 @@
+"""Tensors in a file of another's layout, and the configuration that they tell."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, key_map
+from goose_jax.checkpoints.native import CheckpointError
+from goose_jax.config import RWKV7Config
+
+STORED_DTYPES = tuple(
+    np.dtype(dtype) for dtype in (np.float32, jnp.bfloat16, np.float16, np.float64)
+)
+_READ_FROM = {  # the parameter and its axis that tell the size of an axis
+    "vocab": ("embedding", 0),
+    "C": ("embedding", 1),
+    "K": ("blocks.time_mix.bonus", 1),
+    "F": ("blocks.channel_mix.key", 1),
+    "decay_rank": ("blocks.time_mix.decay_down", 1),
+    "alpha_rank": ("blocks.time_mix.alpha_down", 1),
+    "value_rank": ("blocks.time_mix.value_residual_down", 1),
+    "gate_rank": ("blocks.time_mix.gate_down", 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+      shape: its shape there.
+      dtype: its dtype there.
+      read: reads it; the result may be a view of the file.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def read_config(
+    tensors: Mapping[str, StoredTensor],
+    layout: Layout,
+    source: str,
+    *,
+    untold_value_rank: int | None = None,
+    **settings: Any,
+) -> RWKV7Config:
+    """The configuration that names and shapes of tensors tell; checks all of them.
+
+    Args:
+      tensors: all of the file's, by name.
+      layout: of the file.
+      source: what error messages call the file.
+      untold_value_rank: of a single layer that lacks the value residual, which it does not use;
+        None means the official width.
+      **settings: fields of `RWKV7Config` that tensors do not tell.
+
+    Raises:
+      CheckpointError: if tensors are missing, unknown, or of a wrong shape or dtype; it lists all.
+    """
+    num_layers = len({_layer(layout, name) for name in tensors} - {None})
+    sizes = _read_sizes(tensors, layout, num_layers)
+    if problems := _problems(tensors, layout, num_layers, sizes):
+        raise CheckpointError(f"{source} is no RWKV-7 checkpoint: " + "; ".join(problems))
+    value_rank = {"value_rank": sizes.get("value_rank", untold_value_rank)}
+    return RWKV7Config(
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["C"],
+        num_layers=num_layers,
+        head_size=sizes["K"],
+        intermediate_size=sizes["F"],
+        decay_rank=sizes["decay_rank"],
+        alpha_rank=sizes["alpha_rank"],
+        gate_rank=sizes["gate_rank"],
+        **(value_rank | settings),
+    )
+
+
+def common_dtype(tensors: Mapping[str, StoredTensor], source: str) -> str:
+    """The name of the dtype that all tensors have.
+
+    Raises:
+      CheckpointError: if they have several.
+    """
+    names = sorted({tensor.dtype.name for tensor in tensors.values()})
+    if len(names) > 1:
+        raise CheckpointError(f"{source} holds tensors of {', '.join(names)}; choose one by dtype=")
+    return names[0]
+
+
+def _layer(layout: Layout, name: str) -> str | None:
+    prefix = "blocks" if layout == "pth" else r"model\.layers"
+    match = re.match(rf"{prefix}\.(\d+)\.", name)
+    return match[1] if match else None
+
+
+def _read_sizes(
+    tensors: Mapping[str, StoredTensor], layout: Layout, num_layers: int
+) -> dict[str, int]:
+    """The sizes of axes, without those that no tensor tells."""
+    sizes = {"6": 6}
+    entries = {entry.parameter: entry for entry in key_map(layout)}
+    for axis, (parameter, position) in _READ_FROM.items():
+        entry = entries[parameter]
+        for name in entry.names(num_layers):
+            if name in tensors and len(shape := tensors[name].shape) == 2:
+                sizes[axis] = shape[::-1][position] if entry.form == TRANSPOSED else shape[position]
+                break
+    if "C" in sizes and "K" in sizes:
+        sizes["H"] = sizes["C"] // max(sizes["K"], 1)
+    return sizes
+
+
+def _problems(
+    tensors: Mapping[str, StoredTensor], layout: Layout, num_layers: int, sizes: Mapping[str, int]
+) -> list[str]:
+    expected: dict[str, Entry] = {}
+    optional = set()
+    for entry in key_map(layout):
+        names = entry.names(max(num_layers, 1))
+        expected |= dict.fromkeys(names, entry)
+        if entry.is_optional:
+            optional.add(names[0])
+    missing = expected.keys() - tensors.keys()
+    if optional <= missing:
+        missing -= optional
+    problems = [f"missing: {', '.join(sorted(missing))}"] if missing else []
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"unknown: {', '.join(unknown)}")
+    for name in sorted(tensors.keys() & expected.keys()):
+        problems += _misfits(name, tensors[name], expected[name], sizes)
+    return problems
+
+
+def _misfits(
+    name: str, tensor: StoredTensor, entry: Entry, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    if tensor.dtype not in STORED_DTYPES:
+        yield f"{name} has dtype {tensor.dtype.name}"
+    if not set(entry.axes) <= set(sizes):  # what should tell a size is missing or has other axes
+        tells = any(entry.parameter == parameter for parameter, _ in _READ_FROM.values())
+        if tells and len(tensor.shape) != 2:
+            yield f"{name} has shape {list(tensor.shape)} rather than two axes"
+        return
+    expected = entry.stored_shape(sizes)
+    if _without_ones(tensor.shape) != _without_ones(expected):
+        yield f"{name} has shape {list(tensor.shape)} rather than {list(expected)}"
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """Files differ in whether vectors are [C] or [1, 1, C]."""
+    return tuple(size for size in shape if size != 1)

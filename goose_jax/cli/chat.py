@@ -1,0 +1,223 @@
+"""`goose-jax chat`: a conversation on the terminal."""
+
+import contextlib
+import dataclasses
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from goose_jax.cli.chat_session import ChatSession, Conversation, Ending, ReplySettings
+from goose_jax.cli.loading import Dtype, load_model
+from goose_jax.cli.saved_chat import load_chat, save_chat
+from goose_jax.nn import RWKV7
+from goose_jax.text.chat_prompt import clean, think_prefix
+
+_HOW_TO_END = "Ctrl-D or /quit ends the session"
+_SWITCH = {"on": True, "true": True, "off": False, "false": False}
+
+
+def chat(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    settings: Annotated[ReplySettings, tyro.conf.arg(name="")] = ReplySettings(),  # noqa: B008
+    *,
+    tokenizer: str | None = None,
+    dtype: Dtype | None = None,
+    load: Path | None = None,
+) -> None:
+    """Talks with a model. In the session, /help lists the commands; Ctrl-C stops a reply.
+
+    In use:
+      goose-jax chat rwkv7-g1.pth --think
+      goose-jax chat my-model/ --dtype bfloat16 --system "Be brief." --temperature 0.8
+      goose-jax chat my-model/ --load yesterday.chat
+
+    Args:
+      checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
+        or the folder of a training run.
+      settings: How replies are written.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
+        the checkpoint says.
+      dtype: Of parameters and computation; by default that of the checkpoint.
+      load: A conversation that /save has written, to go on with.
+
+    Raises:
+      ValueError: if an argument is out of range, or a file is damaged or of another model.
+      OSError: if a file is not there, or cannot be read.
+    """
+    model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    session = ChatSession(model, found, settings)
+    if load is not None:
+        session.conversation = load_chat(load, model)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  so that lines can be edited, where there is such a thing
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    print("/help lists the commands.")
+    _Terminal(session, model).run()
+
+
+class _Terminal:
+    """Reads lines, and does what they say."""
+
+    def __init__(self, session: ChatSession, model: RWKV7):
+        self._session = session
+        self._model = model
+        self._ended = False
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "help": ("", "list the commands", self._help),
+            "set": ("[NAME VALUE]", "show the settings, or change one", self._set),
+            "reset": ("", "forget the conversation and begin anew", self._reset),
+            "regenerate": ("", "write another reply to the last message", self._regenerate),
+            "history": ("", "show the conversation as the model has read it", self._history),
+            "save": ("FILE", "save the conversation", self._save),
+            "load": ("FILE", "go on with a conversation that was saved", self._load),
+            "quit": ("", "end the session", self._quit),
+        }
+
+    def run(self) -> None:
+        """Goes on until the user ends it."""
+        while not self._ended:
+            try:
+                self._obey(_read_message())
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print(f"\n[{_HOW_TO_END}]")
+            except (ValueError, OSError) as error:
+                print(f"error: {error}")
+
+    def _obey(self, message: str) -> None:
+        if not message.startswith("/"):
+            if clean(message):
+                self._write_reply(lambda *how: self._session.reply(message, *how))
+            return
+        name, _, argument = message[1:].partition(" ")
+        if name not in self._commands:
+            raise ValueError(
+                f"there is no command /{name}; /help lists them "
+                "(to send a message that begins with /, put a space before it)"
+            )
+        usage, _, command = self._commands[name]
+        argument = argument.strip()
+        if (usage == "FILE") != bool(argument) and not usage.startswith("["):
+            raise ValueError(f"usage: /{name} {usage}".rstrip())
+        command(argument)
+
+    def _write_reply(
+        self, reply: Callable[[Callable[[str], None], Callable[[], bool]], Ending]
+    ) -> None:
+        label = [f"\nAssistant:{think_prefix(self._session.settings.think)}"]
+
+        def write(text: str) -> None:
+            _write("".join(label) + text)
+            label.clear()
+
+        try:
+            with _first_ctrl_c() as pressed:
+                ending = reply(write, pressed.is_set)
+        except KeyboardInterrupt:
+            print("\n[stopped at once: this message and its reply are forgotten]\n")
+            return
+        note = {
+            "end": "",
+            "length": f"\n[stopped: max_new_tokens {self._session.settings.max_new_tokens}]",
+            "interrupted": "\n[interrupted]",
+        }
+        print(f"{note[ending]}\n")
+
+    def _help(self, _argument: str) -> None:
+        for name, (usage, purpose, _command) in self._commands.items():
+            print(f"  {f'/{name} {usage}':<19} {purpose}")
+        print("A line that ends with \\ goes on in the next one. Ctrl-C stops a reply;")
+        print(f"{_HOW_TO_END}.")
+
+    def _set(self, argument: str) -> None:
+        if argument:
+            self._session.settings = _changed(self._session.settings, argument)
+        for name, value in dataclasses.asdict(self._session.settings).items():
+            print(f"  {name} {value!r}")
+        if argument.startswith("system ") and self._session.conversation.text:
+            print("[a conversation begins with it: it counts after /reset]")
+
+    def _reset(self, _argument: str) -> None:
+        self._session.conversation = Conversation()
+        print("[forgotten]")
+
+    def _regenerate(self, _argument: str) -> None:
+        self._write_reply(self._session.regenerate)
+
+    def _history(self, _argument: str) -> None:
+        print(self._session.conversation.text)
+
+    def _save(self, argument: str) -> None:
+        save_chat(Path(argument).expanduser(), self._session.conversation, self._model)
+        print(f"[saved in {argument}]")
+
+    def _load(self, argument: str) -> None:
+        self._session.conversation = load_chat(Path(argument).expanduser(), self._model)
+        print(f"[loaded: {len(self._session.conversation.text)} characters]")
+
+    def _quit(self, _argument: str) -> None:
+        self._ended = True
+
+
+def _read_message() -> str:
+    """One line, or several of which all but the last end with a backslash."""
+    lines = [input("User: ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input("  ... "))
+    return "\n".join(lines)
+
+
+def _changed(settings: ReplySettings, argument: str) -> ReplySettings:
+    """Settings after `NAME VALUE`."""
+    name, _, text = argument.partition(" ")
+    defaults = dataclasses.asdict(ReplySettings())
+    if name not in defaults:
+        raise ValueError(f"there is no setting {name!r}; give one of {', '.join(defaults)}")
+    value = _parse(name, text.strip(), type(defaults[name]))
+    return dataclasses.replace(settings, **{name: value})
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    """The value of a type that a text means."""
+    if kind is tuple:
+        return (text,) if text else ()
+    try:
+        return _SWITCH[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = "on or off" if kind is bool else f"of type {kind.__name__}"
+        raise ValueError(f"{name} must be {expected}, got {text!r}") from None
+
+
+@contextlib.contextmanager
+def _first_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts, as without this."""
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        pressed.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+__all__ = ["chat"]

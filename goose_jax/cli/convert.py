@@ -1,0 +1,57 @@
+"""`goose-jax convert`: writes a checkpoint in another layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from flax import nnx
+
+from goose_jax.checkpoints import load_pretrained, save_pretrained
+from goose_jax.cli.inspect_checkpoint import format_bytes
+
+type Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def convert(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    layout: Literal["pth", "huggingface", "native"],
+    dtype: Dtype | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Writes a checkpoint in another layout, or with parameters of another dtype.
+
+    In use:
+      goose-jax convert rwkv7.pth rwkv7-hf/ --layout huggingface
+      goose-jax convert runs/stdlib-1 model.pth --layout pth --dtype bfloat16
+
+    Args:
+      source: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax, or
+        the folder of a training run (then its newest checkpoint).
+      target: What to make; nothing is ever written over.
+      layout: pth: the official file; huggingface: the folder that flash-linear-attention reads;
+        native: a checkpoint of goose-jax.
+      dtype: Of the parameters, which are rounded to it; by default they keep theirs.
+      tokenizer: Name of the tokenizer that the target is to remember (a .pth has no place for it);
+        by default that of the source.
+
+    Raises:
+      ValueError: if the source is damaged, or the layout has no place for something in it.
+      OSError: if the source cannot be read or the target cannot be written.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; a checkpoint is not written over anything")
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model, metadata = load_pretrained(source, dtype=dtype)
+        if tokenizer is not None:
+            metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
+        save_pretrained(model, target, layout, metadata)
+    arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
+    count, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
+    print(f"wrote {target}: {count:,} parameters in {arrays[0].dtype.name}, {format_bytes(size)}")
+
+
+__all__ = ["convert"]

@@ -1,0 +1,194 @@
+"""Tokenizers of Hugging Face: `tokenizer.json`, encoded by the package `tokenizers`.
+
+That package decodes whole sequences only, and what it makes of a prefix may change with the next
+token. So the bytes of each token are worked out here, once, from the file's decoder.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from goose_jax.text.tokenizer import REPLACEMENT
+
+type _Step = Callable[[str | bytes], str | bytes]
+
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_CONFIG = "tokenizer_config.json"
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, without the special tokens that its template would add to a text.
+
+    Special tokens decode to nothing. Decoders that turn each token into bytes by itself are
+    supported: `ByteLevel`, `Metaspace`, `Replace` (of a text), `ByteFallback`, `Fuse` and a `Strip`
+    that takes the first space off the text. Unlike in the package, of bytes that are not UTF-8 only
+    those become U+FFFD, and not their neighbours too; and ids that are no token give U+FFFD.
+
+    Attributes:
+      vocab_size: all ids are below this.
+      end_of_document: the id of the `eos_token` in the `tokenizer_config.json` beside the file;
+        without that, of the special token with one of the usual names; None if there is none.
+      leading_space: whether `encode` puts a space before a text, which decoding takes off again.
+
+    Args:
+      path: of the `tokenizer.json`.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: with what to install, if the package `tokenizers` is missing; or if the file is no
+        `tokenizer.json`, or has another decoder.
+    """
+
+    def __init__(self, path: Path | str):
+        if importlib.util.find_spec("tokenizers") is None:
+            raise ValueError(
+                f"{path} needs the package tokenizers: pip install 'goose-jax[huggingface]'"
+            )
+        import tokenizers  # an extra
+
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            fields = json.loads(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package has no class of its own for its errors
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = {token["content"] for token in fields["added_tokens"] if token["special"]}
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.end_of_document = _end_of_document(Path(path), vocabulary, special)
+        try:
+            to_bytes, self.leading_space = _decoder(fields["decoder"])
+        except NotImplementedError as error:
+            raise ValueError(f"{path} has a decoder that is not supported: {error}") from error
+        self._bytes = {
+            token: b"" if name in special or token == self.end_of_document else to_bytes(name)
+            for name, token in vocabulary.items()
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+          UnicodeEncodeError: if the text holds half a surrogate pair, which UTF-8 cannot express.
+        """
+        text.encode()
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of token ids from the beginning of a text; never fails.
+
+        What is not UTF-8 becomes U+FFFD, and so does each id that is no token.
+        """
+        text = self.decode_bytes(tokens).decode(errors="replace")
+        return text.removeprefix(" ") if self.leading_space else text
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes of token ids from anywhere in a text; an id that is no token gives U+FFFD."""
+        return b"".join(self._bytes.get(int(token), REPLACEMENT) for token in tokens)
+
+
+def _end_of_document(path: Path, vocabulary: Mapping[str, int], special: set[str]) -> int | None:
+    config = path.with_name(_CONFIG)
+    if config.is_file():
+        try:
+            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config} is not the JSON of a tokenizer: {error}") from error
+        name = token["content"] if isinstance(token, dict) else token
+        if name is not None and name not in vocabulary:
+            raise ValueError(f"{config} has eos_token {name!r}, which is not in {path.name}")
+        return None if name is None else vocabulary[name]
+    return next((vocabulary[name] for name in _END_NAMES if name in special), None)
+
+
+def _decoder(fields: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
+    """What makes bytes of a token's name, and whether the first space of a text is taken off."""
+    steps: list[_Step] = []
+    fused = leading_space = False
+    for part in _parts(fields):
+        kind = part["type"]
+        if kind == "Fuse":
+            fused = True
+        elif kind == "Strip" and fused and _strips_one_space(part):
+            leading_space = True
+        elif fused:
+            raise NotImplementedError(f"{kind} after Fuse")
+        else:
+            steps.append(_step(part))
+            leading_space |= kind == "Metaspace" and _prepends(part)
+
+    def to_bytes(name: str) -> bytes:
+        value: str | bytes = name
+        for step in steps:
+            value = step(value)
+        return value.encode() if isinstance(value, str) else value
+
+    return to_bytes, leading_space
+
+
+def _parts(fields: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if fields is None:
+        raise NotImplementedError("none at all")
+    if fields["type"] == "Sequence":
+        return [part for inner in fields["decoders"] for part in _parts(inner)]
+    return [fields]
+
+
+def _strips_one_space(part: Mapping[str, Any]) -> bool:
+    return (part["content"], part["start"], part["stop"]) == (" ", 1, 0)
+
+
+def _prepends(part: Mapping[str, Any]) -> bool:
+    # Files of older versions have a flag instead of the scheme.
+    return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)
+
+
+def _step(part: Mapping[str, Any]) -> _Step:
+    kind = part["type"]
+    if kind == "ByteLevel":
+        return _on_text(_from_byte_level)
+    if kind == "ByteFallback":
+        return _on_text(_from_byte_name)
+    if kind == "Metaspace":
+        return _on_text(lambda name: name.replace(part["replacement"], " "))
+    if kind == "Replace" and "String" in part["pattern"]:
+        return _on_text(lambda name: name.replace(part["pattern"]["String"], part["content"]))
+    raise NotImplementedError(json.dumps(part))
+
+
+def _on_text(step: Callable[[str], str | bytes]) -> _Step:
+    """Leaves alone what an earlier step turned into bytes."""
+    return lambda value: step(value) if isinstance(value, str) else value
+
+
+def _from_byte_name(name: str) -> str | bytes:
+    match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", name)
+    return bytes.fromhex(match[1]) if match else name
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte.
+
+    Printable characters of Latin-1 stand for themselves, the other bytes for U+0100, U+0101, ...
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + n): byte for n, byte in enumerate(others)
+    }
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _from_byte_level(name: str) -> str | bytes:
+    # A token that was added by hand may be plain text.
+    if all(character in _BYTE_LEVEL for character in name):
+        return bytes(_BYTE_LEVEL[character] for character in name)
+    return name
+
+
+__all__ = ["HuggingFaceTokenizer"]

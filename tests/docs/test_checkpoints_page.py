@@ -1,0 +1,31 @@
+"""docs/checkpoints.md runs, and its table is the key map."""
+
+import pathlib
+import re
+
+from goose_jax.checkpoints.key_map import key_map
+from goose_jax.cli.main import main
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+MARKS = {"same": "", "transposed": " ᵀ", "flat": " ¹", "row": " ²"}
+
+
+def test_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    exec(compile("\n".join(blocks), "docs/checkpoints.md", "exec"), {"__name__": "checkpoints"})
+    main(["inspect", "model.pth"])
+    assert "2 layers, width 64" in capsys.readouterr().out
+
+
+def test_table_is_the_key_map():
+    expected = []
+    for pth, fla in zip(key_map("pth"), key_map("huggingface"), strict=True):
+        row = "" if pth.row is None else f"[{pth.row}]"
+        expected.append(
+            f"| `{pth.parameter}{row}` | {', '.join(pth.axes)} | `{pth.name}`{MARKS[pth.form]} "
+            f"| `{fla.name}`{MARKS[fla.form]} |"
+        )
+    table = PAGE[PAGE.index("| Parameter | Axes |") :]
+    assert re.findall(r"^\| `.*$", table, re.MULTILINE) == expected
