@@ -11,10 +11,12 @@ from pallas_kernels.validation import (
     check_segment_ids,
 )
 from pallas_kernels.wkv7.common import Implementation
+from pallas_kernels.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.wkv7.reference import wkv7_reference
 from pallas_kernels.wkv7.xla_chunked import wkv7_xla
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "mosaic_gpu": wkv7_mosaic_gpu,
     "xla": wkv7_xla,
     "reference": wkv7_reference,
 }
@@ -91,8 +93,9 @@ def wkv7(
         at most one run per row; where it does not occur, the final state is the initial one.
       min_log_decay: the caller's promise that no `log_decay` is below this number (RWKV-7:
         `-exp(-0.5)`). It lets an implementation use a faster form; None makes no promise.
-      implementation: "xla" (chunked matrix products), "reference" (a scan over tokens), or None,
-        which chooses.
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: inputs of 16 bits, K of 64 or 128, V
+        a multiple of 64, min_log_decay of at least -1), "xla" (chunked matrix products),
+        "reference" (a scan over tokens), or None, which takes the first of these that can.
 
     Returns:
       o: `[B, T, H, V]`, in the dtype of `v`; zero at padding.

@@ -1,0 +1,209 @@
+"""What the kernels share: how a call is cut up, decays within a chunk, and segments.
+
+Decays are measured from the middle of a chunk. With g the sum of log decays from the chunk's
+beginning to a token, with it, and m the same at token 31,
+
+    r^ = scale r exp(g - m)    a^ = a exp(g - w - m)    k^ = k exp(m - g)    b^ = b exp(m - g)
+
+so that `r^ k^T` etc. hold the right decays whatever m is, and no exponent exceeds 32 times the
+bound of the log decay. The state is kept transposed, `[V, K]`, because decays then scale columns;
+`S^ = S exp(m)` goes with r^ and a^, and the state that leaves is `exp(gL - m)` times what k^ and b^
+wrote, gL the sum over the whole chunk.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.arrays import vary_alike
+from pallas_kernels.wkv7.mosaic_gpu.tiles import (
+    LAYOUT,
+    TILE,
+    Operand,
+    keep,
+    load_rows,
+    row_and_column,
+    spread_rows,
+    transposed,
+)
+
+type Product = Callable[..., tuple[jax.Array, ...]]
+"""`tiles.products`, for a GPU or interpreted."""
+
+LOG2E = math.log2(math.e)
+
+_SHARED_MEMORY_TILES = 27
+"""What a block of an H100 or H200 can have, less some room for vectors and barriers."""
+
+MIDDLE = TILE // 2 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is compiled.
+
+    Attributes:
+      scale: factor on the outputs.
+      multiprocessors: how many the GPU has.
+      interpret: run on a CPU, tensor cores not modelled.
+    """
+
+    scale: float = 1.0
+    multiprocessors: int = 132
+    interpret: bool = False
+
+    @property
+    def inverting_warpgroups(self) -> int:
+        """How many chunks a multiprocessor inverts at a time."""
+        # The interpreter has a thread for each, and where cores are few they can block each other.
+        return 1 if self.interpret else 4
+
+    def chunks(self, T: int) -> int:
+        """Number of chunks in a row of T tokens."""
+        return -(-T // TILE)
+
+    def slots(self, tiles: int, *, others: int, most: int) -> int:
+        """How many slots of so many tiles shared memory has room for beside `others`.
+
+        Raises:
+          NotImplementedError: if not even one.
+        """
+        slots = min(most, (_SHARED_MEMORY_TILES - others) // tiles)
+        if slots == 0:
+            raise NotImplementedError(f"mosaic_gpu needs {tiles + others} tiles of shared memory")
+        return slots
+
+    def kernel(
+        self,
+        body: Callable[..., None],
+        *,
+        name: str,
+        out_type: Any,
+        grid: Mapping[str, int],
+        scratch_types: Any,
+        warpgroups: int = 1,
+    ) -> Callable[..., Any]:
+        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks."""
+        body.__name__ = name
+        kernel = plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch_types,
+            grid=tuple(grid.values())[::-1],
+            grid_names=tuple(grid)[::-1],
+            num_threads=warpgroups,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                # Reductions over rows would share one buffer between all warpgroups.
+                reduction_scratch_bytes=0,
+            ),
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+        )
+
+        def call(*operands: jax.Array) -> Any:
+            results = kernel(*operands)
+            _, results = vary_alike(operands, results)  # inside of shard_map
+            return results
+
+        return call
+
+
+def chunk_of(gmem: Any, row: Any, chunk: Any, head: Any, block: Any) -> Any:
+    """64 tokens by 64 channels of an array `[B, T, H, channels]` in global memory."""
+    return gmem.at[row, pl.ds(chunk * TILE, TILE), head, pl.ds(block * TILE, TILE)]
+
+
+def state_tile_of(gmem: Any, row: Any, head: Any, chunk: Any, part: Any, block: Any) -> Any:
+    """64 values by 64 channels of states `[B, H, chunks, V, K]` in global memory."""
+    return gmem.at[row, head, chunk, pl.ds(part * TILE, TILE), pl.ds(block * TILE, TILE)]
+
+
+CONSTANTS_ROWS = TILE + 8
+
+
+def constants(dtype: Any) -> jax.Array:
+    """`[72, 64]` to sum log decays with: `prefix_sums` and below it `halves`."""
+    token = jnp.arange(TILE)
+    prefix_sums = (token[:, None] >= token).astype(dtype) - (token <= MIDDLE).astype(dtype)
+    halves = jnp.repeat(jnp.eye(2, dtype=dtype), 4, axis=0).repeat(TILE // 2, axis=1)
+    return jnp.concatenate([prefix_sums, halves])
+
+
+def decays_from_middle(product: Product, w: Any, prefix_sums: Any) -> jax.Array:
+    """`(g - m) log2(e)` of a tile of log decays; prefix_sums is the upper part of `constants`."""
+    (g,) = product([(prefix_sums, w)])
+    return g * LOG2E
+
+
+def decays_of_chunk(
+    product: Product, w: Any, constants_smem: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`(g - m) log2(e)`, and vectors over channels: `exp(m)` and `exp(gL - m)`."""
+    g, sums = product(
+        [(constants_smem.at[:TILE], w)],
+        [(transposed(w), transposed(constants_smem.at[TILE:]))],  # [channels, 8]
+    )
+    column = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=LAYOUT)
+    first = jnp.max(jnp.where(column < 4, sums, -jnp.inf), axis=1)
+    second = jnp.max(jnp.where(column >= 4, sums, -jnp.inf), axis=1)
+    return g * LOG2E, jnp.exp2(first * LOG2E), jnp.exp2(second * LOG2E)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Which tokens of a chunk belong to the same segment.
+
+    Attributes:
+      start: for each token the first of its segment in the chunk, -1 if the segment began before;
+        None if all tokens are of one segment.
+      end: the last one, 64 if the segment reaches the chunk's end.
+      passes: whether the segment that entered also leaves.
+    """
+
+    start: jax.Array | None
+    end: jax.Array | None
+    passes: jax.Array | None
+
+    def lower(self, *, strictly: bool = False) -> jax.Array:
+        """For matrices with a row for each reading token and a column for each writing one."""
+        row, column = row_and_column()
+        mask = row > column if strictly else row >= column
+        return mask if self.start is None else mask & (column >= spread_rows(self.start))
+
+    def upper(self, *, strictly: bool = False) -> jax.Array:
+        """For the transposed matrices, with a row for each writing token."""
+        row, column = row_and_column()
+        mask = row < column if strictly else row <= column
+        return mask if self.end is None else mask & (column <= spread_rows(self.end))
+
+    def entered(self, x: Operand) -> Operand:
+        """The rows of x whose tokens read the state that entered the chunk, the others zero."""
+        return x if self.start is None else keep(spread_rows(self.start) < 0, x[...])
+
+    def leaving(self, x: Operand) -> Operand:
+        """The rows of x whose tokens are read from the state that leaves, the others zero."""
+        return x if self.end is None else keep(spread_rows(self.end) == TILE, x[...])
+
+    def passing(self, state: jax.Array) -> jax.Array:
+        """A state that entered, zero if another segment begins in the chunk."""
+        return state if self.passes is None else jnp.where(self.passes, state, 0.0)
+
+
+def load_masks(bounds_gmem: Sequence[Any], row: Any, chunk: Any) -> Masks:
+    """The masks of a chunk; `bounds_gmem` is empty if no segment begins inside of one."""
+    if not bounds_gmem:
+        return Masks(None, None, None)
+    start_gmem, end_gmem = bounds_gmem
+    tokens = pl.ds(chunk * TILE, TILE)
+    return Masks(
+        start=load_rows(start_gmem.at[row, tokens]),
+        end=load_rows(end_gmem.at[row, tokens]),
+        passes=start_gmem[row, chunk * TILE + TILE - 1] < 0,
+    )

@@ -1,0 +1,154 @@
+"""The chain: a state that is carried from chunk to chunk, forward or backward, in registers.
+
+Both directions have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
+
+    S^ = S before                       before, after: a factor for each channel
+    U  = U0 + R S^^T
+    S' = (S^ + Y^T P + U^T Q) after
+
+             R    P    Q    Y    U0          before        after
+    forward  W1   k^   b^   V    X A_ak V    exp(m)        exp(gL - m)
+    backward b^   r^   W1   dO   A_rb^T dO   exp(gL - m)   exp(m)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks, Product
+from pallas_kernels.wkv7.mosaic_gpu.tiles import (
+    TILE,
+    load,
+    load_columns,
+    spread_columns,
+    transposed,
+)
+
+type State = tuple[jax.Array, ...]
+"""Float32 tiles `[64 of V, 64 of K]` in registers, one for each block of K."""
+
+
+type Place = tuple[jax.Array, jax.Array, jax.Array]
+"""Row of the batch, head, and block of V that a block of the grid works on."""
+
+
+def grid_place() -> Place:
+    """Where this block of the grid works."""
+    return jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("part")
+
+
+def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
+    """One of the states `[B, N, H, V, K]`, all of its channels."""
+    return tuple(load(tile) for tile in _tiles(states_gmem, segment, place))
+
+
+def store_state(state: State, states_gmem: Any, segment: jax.Array, place: Place) -> None:
+    """Writes what `load_state` reads."""
+    for gmem, tile in zip(_tiles(states_gmem, segment, place), state, strict=True):
+        gmem[...] = tile
+
+
+def entering_state(
+    state: State, states_gmem: Any, load_gmem: Any, place: Place, chunk: jax.Array
+) -> State:
+    """The state that a chunk starts from: that of a segment which begins with it, or `state`."""
+    N = states_gmem.shape[1]
+    segment = load_gmem[place[0], chunk]
+    loaded = load_state(states_gmem, jnp.minimum(segment, N - 1), place)
+    return tuple(jnp.where(segment < N, x, s) for x, s in zip(loaded, state, strict=True))
+
+
+def leaving_state(
+    state: State, states_gmem: Any, store_gmem: Any, place: Place, chunk: jax.Array
+) -> None:
+    """Stores the state for the segment that ends with a chunk, if one does."""
+    segment = store_gmem[place[0], chunk]
+
+    @pl.when(segment < states_gmem.shape[1])
+    def _():
+        store_state(state, states_gmem, segment, place)
+
+
+def left_state_backward(
+    d_state: State, d_states_gmem: Any, store_gmem: Any, place: Place, chunk: jax.Array
+) -> State:
+    """The gradient of the state after a chunk, with that of its segment's stored state."""
+    N = d_states_gmem.shape[1]
+    segment = store_gmem[place[0], chunk]
+    stored = load_state(d_states_gmem, jnp.minimum(segment, N - 1), place)
+    return tuple(s + jnp.where(segment < N, x, 0.0) for x, s in zip(stored, d_state, strict=True))
+
+
+def entered_state_backward(
+    d_state: State, d_states_gmem: Any, load_gmem: Any, place: Place, chunk: jax.Array
+) -> State:
+    """Stores the gradient of the state a segment began with; zero is what is left to carry then."""
+    segment = load_gmem[place[0], chunk]
+    loaded = segment < d_states_gmem.shape[1]
+
+    @pl.when(loaded)
+    def _():
+        store_state(d_state, d_states_gmem, segment, place)
+
+    return tuple(jnp.where(loaded, 0.0, s) for s in d_state)
+
+
+def _tiles(states_gmem: Any, segment: jax.Array, place: Place) -> list[Any]:
+    row, head, part = place
+    values = pl.ds(part * TILE, TILE)
+    return [
+        states_gmem.at[row, segment, head, values, pl.ds(j * TILE, TILE)]
+        for j in range(states_gmem.shape[-1] // TILE)
+    ]
+
+
+def advance(
+    product: Product,
+    state: State,
+    masks: Masks,
+    *,
+    before: Sequence[Any],
+    after: Sequence[Any],
+    R: Sequence[Any],
+    P: Sequence[Any],
+    Q: Sequence[Any],
+    Y: Any,
+    U: Any,
+    U_written: Any,
+    state_smem: Sequence[Any],
+) -> State:
+    """The next state. All but `state` lie in shared memory.
+
+    Args:
+      product: `tiles.products`.
+      state: S.
+      masks: tell what of S passes the chunk, and which rows of U change S'.
+      before: vectors `[64]`, one for each block.
+      after: likewise.
+      R: tiles `[64 tokens, 64 of K]`, one for each block.
+      P: likewise.
+      Q: likewise.
+      Y: tile `[64 tokens, 64 of V]`.
+      U: tile with U0; is overwritten with U.
+      U_written: the same tile, or another one for the rows of U that change S'.
+      state_smem: tiles that get S^ in 16 bits.
+    """
+    read = [s * spread_columns(load_columns(x)) for s, x in zip(state, before, strict=True)]
+    for tile, s in zip(state_smem, read, strict=True):
+        tile[...] = s.astype(jnp.bfloat16)
+    U0 = load(U).astype(jnp.float32)
+    plgpu.commit_smem()
+    reads = [(x, transposed(s)) for x, s in zip(R, state_smem, strict=True)]
+    (new,) = product(reads, start=[U0])
+    new = new.astype(jnp.bfloat16)
+    U[...] = new
+    if U_written is not U:
+        U_written[...] = masks.leaving(new)
+    plgpu.commit_smem()
+    writes = [[(transposed(Y), p), (transposed(U_written), q)] for p, q in zip(P, Q, strict=True)]
+    new_state = product(*writes, start=[masks.passing(s) for s in read])
+    return tuple(s * spread_columns(load_columns(x)) for s, x in zip(new_state, after, strict=True))

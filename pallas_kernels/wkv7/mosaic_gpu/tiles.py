@@ -1,0 +1,127 @@
+"""Device helpers: matrices of 64 x 64, in shared memory or in the registers of a warpgroup."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 64
+"""Rows and columns of a tile; also the number of tokens in a chunk."""
+
+LAYOUT = plgpu.Layout.WGMMA
+ROWS = LAYOUT.reduce(1)
+"""Layout of a vector with one entry for each row of a tile."""
+COLUMNS = LAYOUT.reduce(0)
+"""Layout of a vector with one entry for each column of a tile."""
+
+type Operand = Any
+"""A tile in shared memory (or its transpose), or a 16-bit tile in registers."""
+
+
+def tiles_smem(*counts: int, dtype: Any = jnp.bfloat16, rows: int = TILE) -> Any:
+    """Shared memory for `[*counts, rows, 64]`, laid out for tensor cores."""
+    return plgpu.SMEM(
+        (*counts, rows, TILE),
+        dtype,
+        transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128)),
+    )
+
+
+def load(ref: Any) -> jax.Array:
+    """A tile from shared or global memory in registers."""
+    return plgpu.load(ref, layout=LAYOUT, optimized=False)
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """A vector `[64]` in registers, one entry for each row of a tile."""
+    return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """A vector `[64]` in registers, one entry for each column of a tile."""
+    return plgpu.load(ref, layout=COLUMNS, optimized=False)
+
+
+def spread_rows(vector: jax.Array) -> jax.Array:
+    """A tile whose rows each repeat one entry of a vector from `load_rows`."""
+    return jax.lax.broadcast_in_dim(vector, (TILE, TILE), [0])
+
+
+def spread_columns(vector: jax.Array) -> jax.Array:
+    """A tile whose columns each repeat one entry of a vector from `load_columns`."""
+    return jax.lax.broadcast_in_dim(vector, (TILE, TILE), [1])
+
+
+def transposed(ref: Any) -> Any:
+    """The transpose of a tile in shared memory, as an operand of a product."""
+    return ref.transpose((1, 0))
+
+
+def row_and_column() -> tuple[jax.Array, jax.Array]:
+    """The index of each entry's row and of its column."""
+    row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROWS)
+    # Behind the barrier LLVM cannot compute masks once and keep them in registers, of which they
+    # would take too many, or in memory.
+    row = spread_rows(jax.lax.optimization_barrier(row))
+    return row, plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=LAYOUT)
+
+
+def zeros(rows: int = TILE, columns: int = TILE) -> jax.Array:
+    """A float32 tile of zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
+
+
+def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """X where the mask is true, else 0."""
+    # The barrier keeps LLVM from moving a later conversion to 16 bits before the selection, which
+    # would then be done element by element.
+    return jax.lax.optimization_barrier(jnp.where(mask, x, jnp.zeros_like(x)))
+
+
+def split(x: jax.Array, high: Any, low: Any) -> tuple[Any, Any]:
+    """Two tiles of 16 bits that together hold twice the digits of x, for a sum of two products.
+
+    They are written to shared memory, ready for tensor cores.
+    """
+    high[...], low[...] = halves_of(x)
+    plgpu.commit_smem()
+    return high, low
+
+
+def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`split`, in registers."""
+    # The barrier keeps the conversion one of pairs of numbers, which is four times as fast.
+    high = jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def products(
+    *sums: Sequence[tuple[Operand, Operand]],
+    start: Sequence[jax.Array | None] | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Several sums of matrix products, in flight together: for each, `sum of x @ y`, in float32.
+
+    Args:
+      *sums: pairs (x, y); y lies in shared memory.
+      start: what each sum starts from; None is zero.
+      interpret: whether the kernel is interpreted on a CPU, where tensor cores are not modelled.
+    """
+    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
+    start = [None] * len(sums) if start is None else start
+    start = tuple(zeros(*s) if x is None else x for s, x in zip(shapes, start, strict=True))
+    if interpret:
+        return tuple(
+            sum((jnp.dot(x[...], y[...], preferred_element_type=jnp.float32) for x, y in pairs), s)
+            for pairs, s in zip(sums, start, strict=True)
+        )
+
+    def accumulate(accumulators):
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for x, y in pairs:
+                plgpu.wgmma(accumulator, x, y)
+
+    return pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in start))

@@ -1,0 +1,60 @@
+"""Segments that begin and end with chunks, so that their states enter and leave in between."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.packing import find_segments
+from pallas_kernels.types import SegmentIds
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transfers:
+    """Which of the N states of a row a chunk loads before it, and stores after it.
+
+    Attributes:
+      load: `[B, T / L]` int32, the stored state that a chunk starts from, N for none.
+      store: `[B, T / L]` int32, the segment that ends with a chunk, N for none.
+    """
+
+    load: jax.Array
+    store: jax.Array
+
+
+def aligned_length(T: int, num_segments: int, chunk: int) -> int:
+    """Length of rows whose segments all begin a chunk: each may need chunk - 1 more tokens."""
+    return (T + min(T, num_segments) * (chunk - 1)) // chunk * chunk
+
+
+def align_segments(
+    segment_ids: SegmentIds, num_segments: int, chunk: int, T: int
+) -> tuple[jax.Array, Transfers]:
+    """Lets each segment begin a chunk, so that its states enter and leave between chunks.
+
+    Returns:
+      The position `[B, T]` of each token in rows of the new length T, which padding falls out of;
+      and the transfers of the chunks there.
+    """
+    B, N = len(segment_ids), num_segments
+    row = jnp.arange(B)[:, None]
+    segments = find_segments(segment_ids)
+    slot = jnp.where(segments.valid, segment_ids - 1, N)
+    tokens = jnp.zeros((B, N), jnp.int32).at[row, slot].add(1, mode="drop")
+    chunks = -(-tokens // chunk)
+    end = jnp.cumsum(chunks, axis=1)  # [B, N], in chunks
+    begin = end - chunks
+    count = jnp.cumsum(segments.valid, axis=1)
+    rank = count - jax.lax.cummax(jnp.where(segments.start, count, 0), axis=1)
+    position = begin.at[row, slot].get(mode="clip") * chunk + rank
+    position = jnp.where(segments.valid, position, T)
+
+    each = jnp.arange(T // chunk)
+    owner = jax.vmap(lambda end: jnp.searchsorted(end, each, side="right"))(end)  # [B, T / L]
+    load = jnp.where(each[None] == begin.at[row, owner].get(mode="clip"), owner, N)
+    store = jnp.where(each[None] + 1 == end.at[row, owner].get(mode="clip"), owner, N)
+    return position, Transfers(load.astype(jnp.int32), store.astype(jnp.int32))
+
+
+__all__ = ["Transfers", "align_segments", "aligned_length"]
