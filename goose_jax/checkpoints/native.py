@@ -33,6 +33,8 @@ from goose_jax.nn import RWKV7
 
 _CONFIG, _METADATA, _CHECKSUMS = "config.json", "metadata.json", "checksums.json"
 _PARAMS, _OPTIMIZER = "params", "optimizer"
+ADAPTER = "adapter.json"
+"""The file that tells a directory in which there is no model (see `goose_jax.training.adapter`)."""
 _FORMAT = 1
 _ROOM_FOR_DESCRIPTIONS = 1 << 20
 _BLOCK = 1 << 20  # bytes that are read at once for a checksum
@@ -77,20 +79,41 @@ def save_checkpoint(
       FileExistsError: if there is something at `path`; nothing is ever written over.
       OSError: if writing fails, as on a full disk. What was written is removed.
     """
+    descriptions = {
+        _CONFIG: model.config.to_dict(),
+        _METADATA: {"format": _FORMAT} | dataclasses.asdict(metadata),
+    }
+    trees = {_PARAMS: nnx.to_pure_dict(nnx.state(model, nnx.Param)), _OPTIMIZER: opt_state}
+    write_directory(path, descriptions, trees)
+
+
+def write_directory(
+    path: Path | str, descriptions: Mapping[str, Any], trees: Mapping[str, Any]
+) -> None:
+    """Writes what a checkpoint's directory consists of, with a checksum of each file.
+
+    Args:
+      path: the directory to make; those above it are made too.
+      descriptions: what JSON can hold, by the name of its file.
+      trees: pytrees of arrays by the name of their folder; None is left out.
+
+    Raises:
+      FileExistsError: if there is something at `path`; nothing is ever written over.
+      OSError: if writing fails, as on a full disk. What was written is removed.
+    """
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
+    trees = {name: tree for name, tree in trees.items() if tree is not None}
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         temporary.mkdir(parents=True)
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        _reserve(temporary, (params, opt_state))
-        _write_json(temporary / _CONFIG, model.config.to_dict())
-        _write_json(temporary / _METADATA, {"format": _FORMAT} | dataclasses.asdict(metadata))
-        _write_arrays(temporary / _PARAMS, params)
-        if opt_state is not None:
-            _write_arrays(temporary / _OPTIMIZER, opt_state)
+        _reserve(temporary, trees)
+        for name, value in descriptions.items():
+            _write_json(temporary / name, value)
+        for name, tree in trees.items():
+            _write_arrays(temporary / name, tree)
         _write_json(temporary / _CHECKSUMS, _checksums(temporary))
         temporary.rename(path)
     except OSError as error:
@@ -115,19 +138,24 @@ def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, Checkpoi
       ValueError: if an override is out of range.
     """
     path = find_checkpoint(path)
-    _verify(path, without=_OPTIMIZER)
+    verify_directory(path)
     config, metadata = read_description(path, **overrides)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
-    params = _read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
+    params = read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
     return nnx.merge(graphdef, params), metadata
 
 
 def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, CheckpointMetadata]:
     """What a checkpoint's directory says of its model, without reading any parameter."""
-    stored = _read_json(path / _METADATA)
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} holds what was tuned beside a model and not the model: for adapters use "
+            "goose-jax merge, for initial states --state"
+        )
+    stored = read_json(path / _METADATA)
     if (found := stored.pop("format", None)) != _FORMAT:
         raise CheckpointError(f"{path} has format {found}, but {_FORMAT} is read here")
-    config = RWKV7Config.from_dict(_read_json(path / _CONFIG) | overrides)
+    config = RWKV7Config.from_dict(read_json(path / _CONFIG) | overrides)
     return config, CheckpointMetadata(**stored)
 
 
@@ -145,10 +173,10 @@ def load_optimizer_state(path: Path | str, like: Any) -> Any:
         structure.
     """
     path = find_checkpoint(path)
-    _verify(path)
+    verify_directory(path, with_optimizer=True)
     if not (path / _OPTIMIZER).is_dir():
         raise CheckpointError(f"{path} holds a model without the state of an optimizer")
-    return _read_arrays(path / _OPTIMIZER, like)
+    return read_arrays(path / _OPTIMIZER, like)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -182,7 +210,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds.
+
+    Raises:
+      CheckpointError: if it cannot be read or holds no object.
+    """
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -220,7 +253,12 @@ def _write_arrays(path: Path, tree: Any) -> None:
         raise OSError(_reason(error)) from error
 
 
-def _read_arrays(path: Path, like: Any) -> Any:
+def read_arrays(path: Path, like: Any) -> Any:
+    """The arrays in a folder of a checkpoint, as a pytree like `like`.
+
+    Raises:
+      CheckpointError: if they are damaged, or have other names, shapes or dtypes.
+    """
     # The device is said here, because that of the file may not exist on this machine.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -299,9 +337,14 @@ def _crc32(file: Path) -> int:
     return value
 
 
-def _verify(path: Path, *, without: str | None = None) -> None:
-    for name, expected in _read_json(path / _CHECKSUMS).items():
-        if Path(name).parts[0] == without:
+def verify_directory(path: Path, *, with_optimizer: bool = False) -> None:
+    """Checks that the files of a checkpoint are what was written.
+
+    Raises:
+      CheckpointError: naming the one that is not.
+    """
+    for name, expected in read_json(path / _CHECKSUMS).items():
+        if Path(name).parts[0] == _OPTIMIZER and not with_optimizer:
             continue
         file = path / name
         if not file.is_file():
@@ -311,6 +354,7 @@ def _verify(path: Path, *, without: str | None = None) -> None:
 
 
 __all__ = [
+    "ADAPTER",
     "CheckpointError",
     "CheckpointMetadata",
     "checkpoint_path",
@@ -318,6 +362,10 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_state",
+    "read_arrays",
     "read_description",
+    "read_json",
     "save_checkpoint",
+    "verify_directory",
+    "write_directory",
 ]

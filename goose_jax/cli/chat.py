@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from goose_jax.cli.chat_session import ChatSession, Conversation, Ending, ReplySettings
-from goose_jax.cli.loading import Dtype, load_model
+from goose_jax.cli.chat_session import ChatSession, Ending, ReplySettings
+from goose_jax.cli.loading import Dtype, load_model, load_start
 from goose_jax.cli.saved_chat import load_chat, save_chat
 from goose_jax.nn import RWKV7
 from goose_jax.text.chat_prompt import clean, think_prefix
@@ -28,6 +28,7 @@ def chat(
     *,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
+    state: Path | None = None,
     load: Path | None = None,
 ) -> None:
     """Talks with a model. In the session, /help lists the commands; Ctrl-C stops a reply.
@@ -43,7 +44,9 @@ def chat(
       settings: How replies are written.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
         the checkpoint says.
-      dtype: Of parameters and computation; by default that of the checkpoint.
+      dtype: Of parameters and computation; by default the checkpoint's parameters stay as they are.
+      state: What conversations begin with: a file of an initial state that was tuned, or of a state
+        of the rwkv package, or the folder of a run of state tuning.
       load: A conversation that /save has written, to go on with.
 
     Raises:
@@ -51,7 +54,7 @@ def chat(
       OSError: if a file is not there, or cannot be read.
     """
     model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
-    session = ChatSession(model, found, settings)
+    session = ChatSession(model, found, settings, load_start(state, model))
     if load is not None:
         session.conversation = load_chat(load, model)
     with contextlib.suppress(ImportError):
@@ -147,7 +150,7 @@ class _Terminal:
             print("[a conversation begins with it: it counts after /reset]")
 
     def _reset(self, _argument: str) -> None:
-        self._session.conversation = Conversation()
+        self._session.reset()
         print("[forgotten]")
 
     def _regenerate(self, _argument: str) -> None:

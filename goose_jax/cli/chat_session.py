@@ -71,7 +71,8 @@ class Conversation:
 
     Attributes:
       text: all of it, in the form of `goose_jax.text.chat_prompt`.
-      state: of the model after reading exactly that text, one row; None before it begins.
+      state: of the model after reading exactly that text, one row; before it begins, None or what
+        it begins with.
     """
 
     text: str = ""
@@ -85,18 +86,30 @@ class ChatSession:
       model: which writes the replies.
       tokenizer: of the model.
       settings: may be set anew between turns.
+      start: the state that conversations begin with; None is the start of any text.
 
     Attributes:
       conversation: so far; may be set, as to one that was saved.
       settings: of the next reply.
     """
 
-    def __init__(self, model: RWKV7, tokenizer: Tokenizer, settings: ReplySettings):
+    def __init__(
+        self,
+        model: RWKV7,
+        tokenizer: Tokenizer,
+        settings: ReplySettings,
+        start: RWKV7State | None = None,
+    ):
         self.settings = settings
         self._model = model
         self._tokenizer = tokenizer
         self._replies = 0
-        self.conversation = Conversation()
+        self._start = start
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what has been said."""
+        self.conversation = Conversation(state=self._start)
 
     @property
     def conversation(self) -> Conversation:

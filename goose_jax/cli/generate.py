@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from goose_jax.cli.loading import Dtype, load_model
+from goose_jax.cli.loading import Dtype, load_model, load_start
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.text import StreamingDecoder, TextStop
@@ -19,6 +19,7 @@ def generate(
     prompt: str = "",
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
+    state: Path | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -36,6 +37,7 @@ def generate(
       goose-jax generate runs/stdlib-1 --prompt "def "
       goose-jax generate rwkv7.pth --prompt "The goose" --temperature 0.8
       goose-jax generate my-model/ --tokenizer my-vocabulary.txt --stop "User:"
+      goose-jax generate rwkv7.pth --state runs/poems-1/state.pth
 
     Args:
       checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
@@ -43,7 +45,9 @@ def generate(
       prompt: Text to continue; without one, a new document begins.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
         the checkpoint says.
-      dtype: Of parameters and computation; by default that of the checkpoint.
+      dtype: Of parameters and computation; by default the checkpoint's parameters stay as they are.
+      state: What the text begins with: a file of an initial state that was tuned, or of a state of
+        the rwkv package, or the folder of a run of state tuning.
       max_new_tokens: The most tokens that are generated. The end of the document ends it sooner.
       temperature: 0 always takes the most probable token; higher is more varied.
       top_k: Draw from this many of the most probable tokens only; 0 is off.
@@ -69,6 +73,7 @@ def generate(
     )
     ending = TextStop(stop)
     model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    start = load_start(state, model)
     end = found.end_of_document
     tokens = found.encode(prompt) or ([] if end is None else [end])
     if not tokens:
@@ -89,6 +94,7 @@ def generate(
         sampling=sampling,
         stop_tokens=[] if end is None else [end],
         seed=seed,
+        state=start,
         on_tokens=write_tokens,
     )
     _write(ending.push(decoder.finish()) + ending.finish() + "\n")

@@ -11,6 +11,7 @@ from goose_jax.cli.chat import chat
 from goose_jax.cli.convert import convert
 from goose_jax.cli.generate import generate
 from goose_jax.cli.inspect_checkpoint import inspect
+from goose_jax.cli.merge import merge
 from goose_jax.cli.train import train
 
 _OURS = ("goose_jax", "pallas_kernels")
@@ -35,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "generate": generate,
                 "chat": chat,
                 "convert": convert,
+                "merge": merge,
                 "inspect": inspect,
             },
             prog="goose-jax",
-            description="RWKV-7 for JAX: train a model, let it continue a text, talk with it.",
+            description="RWKV-7 for JAX: train or tune a model, let it write, talk with it.",
             args=arguments,
         )
     except KeyboardInterrupt:

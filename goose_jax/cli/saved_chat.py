@@ -34,7 +34,7 @@ def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:
       OSError: if writing fails; then nothing at `path` has changed.
       ValueError: if nothing has been said.
     """
-    if conversation.state is None:
+    if conversation.state is None or not conversation.text:
         raise ValueError("there is nothing to save yet")
     if path.exists() and not _is_chat(path):
         raise FileExistsError(f"{path} is no saved conversation, and is not written over")

@@ -1,15 +1,19 @@
 """What `goose-jax train` can be told."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-import jax
+import tyro
 
+from goose_jax.cli.loading import Dtype, default_compute_dtype
 from goose_jax.config import RWKV7Config
+from goose_jax.training.lora import LoraConfig
 from goose_jax.training.optimizer import OptimizerConfig
 from pallas_kernels.validation import check_positive
+
+type Tune = Literal["full", "lora", "state"]
 
 _POSITIVE = (
     "steps",
@@ -21,6 +25,17 @@ _POSITIVE = (
     "save_every",
     "keep",
 )
+_PATHS = ("data", "out", "from_", "state")
+_OF_A_NEW_MODEL = {"num_layers": 2, "hidden_size": 128, "head_size": 64}
+_OF_LORA = {"lora_rank": 16, "lora_alpha": 32.0}
+_OF_A_NEW_RUN = {
+    "sequence_length": 128,
+    "learning_rate": 3e-3,
+    "final_learning_rate": 2e-4,
+    "weight_decay": 0.1,
+}
+_OF_FINE_TUNING = {"sequence_length": 512, "weight_decay": 0.0}
+_TUNING_RATES: dict[Tune, float] = {"full": 2e-5, "lora": 2e-4, "state": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,19 +48,32 @@ class TrainSettings:
       pattern: which files of the folder count, as in "*.txt".
       out: folder in which the run gets a folder of its own, with a number that is free.
       resume: folder of a run to go on with; it keeps its settings, so no others can be given.
-      num_layers: number of blocks.
-      hidden_size: channels of the residual stream, a multiple of the head size.
-      head_size: channels of a head.
+      from_: checkpoint of a model to fine-tune: an official .pth, a folder in the Hugging Face
+        layout, a checkpoint of goose-jax or the folder of a run; by default a new model is trained.
+      tune: with --from, what is trained: full: the whole model; lora: adapters beside its matrices;
+        state: only the states that a text begins with. By default full.
+      lora_rank: with --tune lora, the rank of the adapters, by default 16.
+      lora_alpha: with --tune lora, the adapters count alpha / rank times, by default 32.
+      state: with --tune state, a file of initial states to start from; by default they are zero.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
+        the checkpoint says, or byte for a new model.
+      num_layers: number of blocks of a new model, by default 2.
+      hidden_size: channels of its residual stream, a multiple of the head size, by default 128.
+      head_size: channels of its heads, by default 64.
+      frozen_dtype: with --tune lora or state, dtype of the frozen model's parameters; by default
+        that of the checkpoint.
       compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
       remat: what the backward pass computes again to save memory.
       steps: optimizer steps.
       batch_size: sequences that are read at once.
       microbatches: batches whose gradients make one optimizer step.
-      sequence_length: bytes of a sequence.
-      learning_rate: at its peak.
-      final_learning_rate: at the end.
+      sequence_length: tokens of a sequence, by default 128, with --from 512.
+      learning_rate: at its peak; by default 3e-3, with --from 2e-5 (full), 2e-4 (lora) or 0.1
+        (state).
+      final_learning_rate: at the end; by default 2e-4, with --from a tenth of that at the peak.
       warmup_steps: steps until the peak.
-      weight_decay: of the large matrices.
+      weight_decay: of the large matrices, but not of adapters and states; by default 0.1, with
+        --from 0.
       held_out_bytes: how much text is kept out of training to measure bits per byte on; at most a
         tenth of all.
       evaluate_every: steps between two such measurements; it is also done before and after.
@@ -53,27 +81,34 @@ class TrainSettings:
       keep: how many of the newest checkpoints are kept.
       plot: draw the loss curve (needs matplotlib).
       prompt: what the sample at the end continues.
-      sample_length: bytes of the sample at the end; 0 for none.
-      seed: of the initial weights, the batches and the sample.
+      sample_length: tokens of the sample at the end; 0 for none.
+      seed: of the initial weights or adapters, the batches and the sample.
     """
 
     data: Path | None = None
     pattern: str = "*"
     out: Path = Path("runs")
     resume: Path | None = None
-    num_layers: int = 2
-    hidden_size: int = 128
-    head_size: int = 64
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    tune: Tune | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    state: Path | None = None
+    tokenizer: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    head_size: int | None = None
+    frozen_dtype: Dtype | None = None
+    compute_dtype: Dtype | None = None
     remat: Literal["none", "dots", "full"] = "none"
     steps: int = 1200
     batch_size: int = 8
     microbatches: int = 1
-    sequence_length: int = 128
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 2e-4
+    sequence_length: int | None = None
+    learning_rate: float | None = None
+    final_learning_rate: float | None = None
     warmup_steps: int = 30
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     held_out_bytes: int = 32768
     evaluate_every: int = 300
     save_every: int = 300
@@ -85,18 +120,55 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            check_positive(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         for name in ("sample_length", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.sample_length and not self.prompt:
             raise ValueError("prompt must not be empty; sample_length=0 turns the sample off")
+        if self.resume is None:
+            self._check_fits_together()
+
+    def _check_fits_together(self) -> None:
+        tuned = ("tune", "frozen_dtype", *_OF_LORA, "state")
+        if self.from_ is None:
+            self._refuse(tuned, "needs --from CHECKPOINT, the model to tune")
+            return
+        self._refuse(_OF_A_NEW_MODEL, "cannot be given with --from: the checkpoint tells it")
+        if self.tune != "lora":
+            self._refuse(_OF_LORA, "needs --tune lora")
+        if self.tune != "state":
+            self._refuse(("state",), "needs --tune state")
+        if self.tune in (None, "full"):
+            self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")
+
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        given = [option(name) for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} {why}")
+
+    def with_defaults(self) -> Self:
+        """These settings with a value for each that was left out and has one."""
+        if self.from_ is None:
+            defaults: dict[str, Any] = _OF_A_NEW_MODEL | _OF_A_NEW_RUN | {"tokenizer": "byte"}
+        else:
+            tune = self.tune or "full"
+            rate = _TUNING_RATES[tune] if self.learning_rate is None else self.learning_rate
+            rates = {"learning_rate": rate, "final_learning_rate": rate / 10}
+            defaults = _OF_FINE_TUNING | rates | {"tune": tune}
+            defaults |= _OF_LORA if tune == "lora" else {}
+        left_out = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **left_out)
 
     def to_json(self) -> dict[str, Any]:
         """All but `resume`, as JSON can hold it."""
-        values = dataclasses.asdict(self) | {"out": str(self.out)}
+        values = dataclasses.asdict(self)
         del values["resume"]
-        return values | {"data": None if self.data is None else str(self.data.absolute())}
+        for name in _PATHS:
+            if values[name] is not None:
+                values[name] = str(values[name] if name == "out" else values[name].absolute())
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainSettings":
@@ -108,18 +180,17 @@ class TrainSettings:
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the run has settings that are unknown here: {unknown}")
-        paths = {name: Path(values[name]) for name in ("data", "out") if values.get(name)}
+        paths = {name: Path(values[name]) for name in _PATHS if values.get(name)}
         return cls(**(dict(values) | paths))
 
     def model_config(self, vocab_size: int) -> RWKV7Config:
-        """The model's configuration, with a compute dtype that suits the machine."""
-        on_cpu = jax.default_backend() == "cpu"
+        """A new model's configuration, with a compute dtype that suits the machine."""
         return RWKV7Config(
             vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            head_size=self.head_size,
-            compute_dtype=self.compute_dtype or ("float32" if on_cpu else "bfloat16"),
+            hidden_size=known(self.hidden_size),
+            num_layers=known(self.num_layers),
+            head_size=known(self.head_size),
+            compute_dtype=self.compute_dtype or default_compute_dtype(),
             remat=self.remat,
         )
 
@@ -127,11 +198,26 @@ class TrainSettings:
         """The optimizer's configuration."""
         return OptimizerConfig(
             total_steps=self.steps,
-            learning_rate=self.learning_rate,
-            final_learning_rate=self.final_learning_rate,
+            learning_rate=known(self.learning_rate),
+            final_learning_rate=known(self.final_learning_rate),
             warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
+            weight_decay=known(self.weight_decay),
         )
 
+    def lora_config(self) -> LoraConfig:
+        """The configuration of the adapters."""
+        return LoraConfig(rank=known(self.lora_rank), alpha=known(self.lora_alpha))
 
-__all__ = ["TrainSettings"]
+
+def known[T](value: T | None) -> T:
+    """A setting that has a default, after `with_defaults`."""
+    assert value is not None
+    return value
+
+
+def option(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+__all__ = ["TrainSettings", "Tune", "known", "option"]

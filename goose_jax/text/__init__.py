@@ -10,6 +10,9 @@ from goose_jax.text.tokenizer import StreamingDecoder, Tokenizer
 from goose_jax.text.vocabulary import VocabularyTokenizer, read_vocabulary, world_tokenizer
 
 _BY_NAME: dict[str, Callable[[], Tokenizer]] = {"byte": ByteTokenizer, "world": world_tokenizer}
+TOKENIZER_NAMES = tuple(_BY_NAME)
+"""What `get_tokenizer` takes beside paths."""
+
 _IN_FOLDERS = ("tokenizer.json", "rwkv_vocab*.txt")
 
 
@@ -60,6 +63,7 @@ def _file_in(folder: Path) -> Path:
 
 
 __all__ = [
+    "TOKENIZER_NAMES",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
     "StreamingDecoder",

@@ -1,5 +1,12 @@
 """Training: text, batches, the official recipe, and a loop that can be interrupted."""
 
+from goose_jax.training.adapter import (
+    Adapter,
+    check_base,
+    fingerprint,
+    load_adapter,
+    save_adapter,
+)
 from goose_jax.training.corpus import (
     Document,
     encode_documents,
@@ -17,41 +24,63 @@ from goose_jax.training.data import (
 )
 from goose_jax.training.evaluation import make_evaluation
 from goose_jax.training.loop import NonFiniteError, StepReport, StopRequest, train_steps
+from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
 from goose_jax.training.loss import mean_loss, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, optimizer
+from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import (
     Metrics,
     TrainState,
+    full_losses,
     init_train_state,
+    init_tuning_state,
     make_train_step,
+    make_tuning_step,
     with_params,
 )
 
 __all__ = [
     "NOT_COUNTED",
+    "Adapter",
     "Batch",
     "Document",
+    "LoraConfig",
     "Metrics",
     "NonFiniteError",
     "OptimizerConfig",
     "StepReport",
     "StopRequest",
     "TrainState",
+    "apply_lora",
+    "check_base",
     "encode_documents",
     "evaluation_batches",
+    "fingerprint",
+    "full_losses",
+    "init_lora",
     "init_train_state",
+    "init_tuning_state",
+    "init_wkv",
     "learning_rate_schedule",
+    "load_adapter",
+    "lora_losses",
     "make_evaluation",
     "make_train_step",
+    "make_tuning_step",
     "mean_loss",
+    "merge_lora",
     "next_token_batch",
     "optimizer",
     "pack_documents",
     "random_batch",
     "read_documents",
+    "save_adapter",
     "split_documents",
     "standard_library",
+    "state_losses",
     "token_losses",
     "train_steps",
+    "tuned_state",
     "with_params",
+    "wkv_of",
 ]

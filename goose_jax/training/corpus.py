@@ -17,15 +17,17 @@ _LEFT_OUT_OF_LIBRARY = frozenset(
 
 
 class Tokenizer(Protocol):
-    """What training asks of a tokenizer.
+    """What training asks of a tokenizer."""
 
-    Attributes:
-      vocab_size: ids are below it.
-      end_of_document: the id that separates documents.
-    """
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+        ...
 
-    vocab_size: int
-    end_of_document: int
+    @property
+    def end_of_document(self) -> int | None:
+        """The id that separates documents, or None if there is none."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -174,16 +176,20 @@ def _cut_end(document: Document, num_bytes: int) -> tuple[Document, Document]:
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     """All documents as one row of tokens `[T]` int32, with the separator around each.
 
-    The separator before the first document lets its first token be predicted like any other.
+    The separator before the first document lets its first token be predicted like any other. With
+    a tokenizer that has none, documents follow each other directly.
 
     Raises:
-      ValueError: if the tokenizer gives an id outside its vocabulary.
+      ValueError: if the tokenizer gives an id outside its vocabulary, or no id at all.
     """
-    separator = np.array([tokenizer.end_of_document], np.int32)
+    end = tokenizer.end_of_document
+    separator = np.array([] if end is None else [end], np.int32)
     pieces = [separator]
     for document in documents:
         pieces += [np.array(tokenizer.encode(document.text), np.int32), separator]
     tokens = np.concatenate(pieces)
+    if not tokens.size:
+        raise ValueError("the tokenizer made no token of the documents")
     if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer gave ids from {tokens.min()} to {tokens.max()}, "

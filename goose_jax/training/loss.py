@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from goose_jax.nn import RWKV7
+from goose_jax.state import RWKV7State
 from goose_jax.training.data import NOT_COUNTED, Batch
 from pallas_kernels import cross_entropy
 from pallas_kernels.types import Scalar
@@ -12,7 +13,9 @@ L2WRAP = 1e-4
 """The official factor of the pull on each row's largest logit."""
 
 
-def token_losses(model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP) -> Float[Array, "B T"]:
+def token_losses(
+    model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP, state: RWKV7State | None = None
+) -> Float[Array, "B T"]:
     """The cross entropy of each target, in nats; 0 where the target is not counted.
 
     Full logits never exist. To the gradient of each counted loss, `l2wrap` times the row's largest
@@ -22,13 +25,14 @@ def token_losses(model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP) -> Float
       model: its config gives the compute dtype.
       batch: without the axis of microbatches.
       l2wrap: 0 turns the pull off.
+      state: that rows begin with; None is the start of a text.
 
     Returns:
       `[B, T]` float32.
     """
     ids = batch.segment_ids
     ids = None if ids is None else jnp.asarray(ids)
-    hidden, _ = model.hidden(jnp.asarray(batch.inputs), segment_ids=ids)
+    hidden, _ = model.hidden(jnp.asarray(batch.inputs), state, ids)
     counted = batch.targets != NOT_COUNTED
     head = model.head[...].astype(hidden.dtype)
     losses = cross_entropy(hidden, head, jnp.where(counted, batch.targets, 0), l2wrap=l2wrap)

@@ -3,23 +3,17 @@
 settings.json     how the run was started
 metrics.jsonl     one JSON object per line, each with the "step" it belongs to
 loss.png          the loss curve
+state.pth         after state tuning: the initial states, for the official ecosystem
 checkpoints/      one checkpoint per directory, named by its step
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from goose_jax.checkpoints.native import (
-    CheckpointError,
-    CheckpointMetadata,
-    checkpoint_path,
-    list_checkpoints,
-    save_checkpoint,
-)
-from goose_jax.nn import RWKV7
+from goose_jax.checkpoints.native import CheckpointError, checkpoint_path, list_checkpoints
 
 
 class RunDirectory:
@@ -104,12 +98,9 @@ class RunDirectory:
                     f"{self.metrics_file}:{number} is no JSON, remove it: {error}"
                 ) from error
 
-    def save(
-        self, model: RWKV7, metadata: CheckpointMetadata, opt_state: Any, *, keep: int
-    ) -> None:
-        """Saves a checkpoint, then removes older ones but for the newest `keep`."""
-        path = checkpoint_path(self.path, metadata.step)
-        save_checkpoint(path, model, metadata, opt_state=opt_state)
+    def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
+        """Lets `write` make a checkpoint, then removes older ones but for the newest `keep`."""
+        write(checkpoint_path(self.path, step))
         for old in list_checkpoints(self.path)[:-keep]:
             shutil.rmtree(old)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from goose_jax.nn import RWKV7
 from goose_jax.training.data import Batch
@@ -27,7 +27,8 @@ class TrainState:
 
     Attributes:
       step: int32, optimizer steps made.
-      params: parameters of the model, in float32.
+      params: what is trained, in float32: the parameters of the model, or in fine-tuning what is
+        put beside them.
       opt_state: of the optimizer.
     """
 
@@ -55,6 +56,9 @@ class Metrics:
 
 
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+type TuningStep = Callable[[TrainState, Parameters | None, Batch], tuple[TrainState, Metrics]]
+type Losses = Callable[[Parameters, Parameters | None, Batch], Float[Array, "B T"]]
+"""`token_losses` of what is trained, what is frozen, and a batch."""
 
 
 def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
@@ -89,19 +93,71 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
       config: of the optimizer.
       l2wrap: see `token_losses`.
     """
+    step = _step(full_losses(model, l2wrap=l2wrap), config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(state, None, batch)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def full_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
+    """The losses of a model all of whose parameters are trained: nothing is frozen.
+
+    Args:
+      model: gives the structure; its parameters are not used.
+      l2wrap: see `token_losses`.
+    """
     graphdef = nnx.graphdef(model)
+
+    def losses(params: Parameters, frozen: Parameters | None, batch: Batch) -> Float[Array, "B T"]:
+        del frozen
+        return token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
+
+    return losses
+
+
+def init_tuning_state(trained: Parameters, config: OptimizerConfig) -> TrainState:
+    """The state before the first step of fine-tuning, with a copy of what is trained.
+
+    The optimizer's state is that of `trained` alone.
+
+    Args:
+      trained: as `init_lora` or `init_wkv` makes it.
+      config: of the optimizer.
+    """
+    trained = jax.tree.map(jnp.copy, trained)
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer(config).init(trained))
+
+
+def make_tuning_step(losses: Losses, config: OptimizerConfig) -> TuningStep:
+    """Compiles `state, metrics = tuning_step(state, frozen, batch)`.
+
+    As `make_train_step`, but what is frozen is an argument: it is neither used up nor part of the
+    program, has no state of the optimizer, and no gradient of it is asked for.
+
+    Args:
+      losses: from `lora_losses` or `state_losses`.
+      config: of the optimizer.
+    """
+    return jax.jit(_step(losses, config), donate_argnums=0)
+
+
+def _step(losses: Losses, config: OptimizerConfig) -> TuningStep:
     transformation = optimizer(config)
     schedule = learning_rate_schedule(config)
 
-    def loss(params: Parameters, batch: Batch, count: Scalar) -> Scalar:
-        return jnp.sum(token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)) / count
+    def loss(trained: Parameters, frozen: Parameters | None, batch: Batch, count: Scalar) -> Scalar:
+        return jnp.sum(losses(trained, frozen, batch)) / count
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Parameters | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         tokens = num_targets(batch)
         count = jnp.maximum(tokens, 1).astype(jnp.float32)
 
         def of_microbatch(batch: Batch) -> tuple[Scalar, Parameters]:
-            return jax.value_and_grad(loss)(state.params, batch, count)
+            return jax.value_and_grad(loss)(state.params, frozen, batch, count)
 
         if batch.inputs.ndim == 3:
             value, gradient = _sum_over_microbatches(of_microbatch, batch)
@@ -112,7 +168,7 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return step
 
 
 def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> Any:
@@ -125,11 +181,16 @@ def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> An
 
 
 __all__ = [
+    "Losses",
     "Metrics",
     "Parameters",
     "TrainState",
     "TrainStep",
+    "TuningStep",
+    "full_losses",
     "init_train_state",
+    "init_tuning_state",
     "make_train_step",
+    "make_tuning_step",
     "with_params",
 ]

@@ -6,7 +6,12 @@ import pytest
 import tyro
 from flax import nnx
 
-from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint, save_pretrained
+from goose_jax.checkpoints import (
+    CheckpointMetadata,
+    load_pretrained,
+    save_checkpoint,
+    save_pretrained,
+)
 from goose_jax.cli.generate import generate
 from goose_jax.cli.loading import load_model
 from goose_jax.config import RWKV7Config
@@ -142,6 +147,13 @@ def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
     assert (config.param_dtype, config.compute_dtype) == ("bfloat16", "bfloat16")
     config = load_model(checkpoint)[0].config
     assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")
+
+
+def test_what_does_not_tell_a_compute_dtype_is_computed_in_what_suits_the_machine(foreign):
+    assert load_pretrained(foreign)[0].config.compute_dtype == "bfloat16"
+    config = load_model(foreign, tokenizer="byte")[0].config
+    suitable = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    assert config.compute_dtype == suitable
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])

@@ -236,6 +236,9 @@ def test_one_layer_whose_value_rank_nothing_tells(tmp_path):
     write_pth(tmp_path / "x.pth", weights.items())
     config = load_pretrained(tmp_path / "x.pth")[0].config
     assert (config.num_layers, config.value_rank) == (1, 32)
+    model = make_model(num_layers=1, hidden_size=64, head_size=64, value_rank=4)
+    save_pretrained(model, tmp_path / "folder", "huggingface")  # whose config.json tells it
+    assert load_pretrained(tmp_path / "folder")[0].config.value_rank == 4
 
 
 def test_vocabulary_of_the_world_series(tmp_path):

@@ -1,0 +1,73 @@
+"""State tuning: only the state that a text begins with is trained, one `[K, V]` for each head.
+
+The result takes the place of a long prompt that nothing has to read. Token shifts stay zero, as in
+the files of the official ecosystem (`save_state` with "time_state").
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from goose_jax.config import RWKV7Config
+from goose_jax.nn import RWKV7
+from goose_jax.state import RWKV7State, init_state
+from goose_jax.training.data import Batch
+from goose_jax.training.loss import L2WRAP, token_losses
+from goose_jax.training.step import Losses, Parameters
+
+
+def init_wkv(config: RWKV7Config) -> Parameters:
+    """What is trained, before the first step: `{"wkv": [layers, H, K, V]}`, float32, zero."""
+    return {"wkv": init_state(config, 1).wkv[:, 0].astype(jnp.float32)}
+
+
+def wkv_of(state: RWKV7State) -> Parameters:
+    """What is trained, to go on from a state of one text, as `load_state` gives it.
+
+    Raises:
+      ValueError: if the state is of several texts, or a token shift is not zero.
+    """
+    if state.wkv.shape[1] != 1:
+        raise ValueError(f"state must be that of one text, got {state.wkv.shape=}")
+    if jnp.any(state.time_shift != 0) or jnp.any(state.channel_shift != 0):
+        raise ValueError("state has token shifts that are not zero: it is no initial state")
+    return {"wkv": state.wkv[:, 0].astype(jnp.float32)}
+
+
+def tuned_state(tuned: Parameters, config: RWKV7Config, batch_size: int = 1) -> RWKV7State:
+    """The state that a text begins with.
+
+    Args:
+      tuned: as `init_wkv` makes it.
+      config: of the model.
+      batch_size: B, how many texts begin with it.
+    """
+    state = init_state(config, batch_size)
+    wkv = jnp.broadcast_to(tuned["wkv"][:, None], state.wkv.shape).astype(state.wkv.dtype)
+    return dataclasses.replace(state, wkv=wkv)
+
+
+def state_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
+    """The losses of a model every row of whose batches begins with the state that is trained.
+
+    All of the model's parameters are frozen. A batch with segments is refused (`ValueError`): only
+    the first one of a row would begin with the state.
+
+    Args:
+      model: gives the structure; its parameters are not used.
+      l2wrap: see `token_losses`.
+    """
+    graphdef, config = nnx.graphdef(model), model.config
+
+    def losses(tuned: Parameters, frozen: Parameters | None, batch: Batch) -> Float[Array, "B T"]:
+        if batch.segment_ids is not None:
+            raise ValueError("state tuning needs rows of one sequence, and batch has segment_ids")
+        state = tuned_state(tuned, config, batch.inputs.shape[0])
+        return token_losses(nnx.merge(graphdef, frozen), batch, l2wrap=l2wrap, state=state)
+
+    return losses
+
+
+__all__ = ["init_wkv", "state_losses", "tuned_state", "wkv_of"]

@@ -1,0 +1,45 @@
+"""docs/finetuning.md runs, and the numbers it gives are the command's defaults."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.training.lora import LORA_WEIGHTS
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+
+
+def test_code_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names = {"__name__": "finetuning_page"}
+    exec(compile(block, "docs/finetuning.md", "exec"), names)
+    losses = [float(line) for line in capsys.readouterr().out.split()]
+    assert losses[2] < losses[0]
+    np.testing.assert_array_equal(
+        names["merged"].blocks.time_mix.key[...], names["changed"]["blocks"]["time_mix"]["key"]
+    )
+    assert jax.tree.leaves(names["state"].params)[0].dtype == "float32"
+
+
+def test_defaults_are_those_of_the_command():
+    for tune in ("full", "lora", "state"):
+        settings = TrainSettings(from_=pathlib.Path("x"), tune=tune).with_defaults()
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{tune}` |"))
+        assert float(row.split("|")[4]) == settings.learning_rate
+        assert settings.final_learning_rate == settings.learning_rate / 10
+        assert settings.sequence_length == 512
+        assert settings.weight_decay == 0
+    settings = TrainSettings(from_=pathlib.Path("x"), tune="lora").with_defaults()
+    assert (
+        f"`--lora-rank` {settings.lora_rank}\nand `--lora-alpha` {settings.lora_alpha:g}." in PAGE
+    )
+
+
+def test_every_adapted_matrix_is_named():
+    for module, names in LORA_WEIGHTS.items():
+        start = PAGE.index(module.replace("_", " "), PAGE.index("## LoRA"))
+        listed = PAGE[PAGE.index("(", start) + 1 : PAGE.index(")", start)]
+        assert listed.split() == ", ".join(names).split()

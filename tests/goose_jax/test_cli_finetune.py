@@ -1,0 +1,271 @@
+"""`goose-jax train --from`, `goose-jax merge` and `--state`, on the smallest model."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pretrained
+from goose_jax.cli.chat_session import ChatSession, ReplySettings
+from goose_jax.cli.loading import load_model, load_start
+from goose_jax.cli.main import main
+from goose_jax.cli.saved_chat import save_chat
+from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.text import VocabularyTokenizer
+from goose_jax.training import load_adapter, merge_lora
+
+CONFIG = RWKV7Config(
+    vocab_size=128,
+    hidden_size=32,
+    num_layers=1,
+    head_size=16,
+    head_norm_eps=64e-5,
+    compute_dtype="float32",
+)
+TEXT = "the quick brown fox jumps over the lazy dog. " * 30
+SMALL = [
+    *("--batch-size=2", "--sequence-length=12", "--steps=4", "--warmup-steps=1", "--no-plot"),
+    *("--save-every=2", "--evaluate-every=4", "--held-out-bytes=64", "--sample-length=4"),
+    *("--prompt=the", "--learning-rate=1e-2"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """A folder of compiled programs: many tests need the same ones."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, a vocabulary in which words are tokens, and a model of others."""
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "fox.txt").write_text(TEXT)
+    words = [f" {word}" for word in TEXT.split()[:9]]
+    entries = ["\n", *(chr(i) for i in range(32, 127)), *dict.fromkeys(words)]
+    lines = [f"{i} {entry!r} {len(entry)}\n" for i, entry in enumerate(entries, start=1)]
+    (folder / "words.txt").write_text("".join(lines))
+    save_pretrained(make_model(0), folder / "base.pth", "pth")
+    save_pretrained(make_model(1), folder / "other.pth", "pth")
+    return folder
+
+
+def make_model(seed):
+    """Blocks are away from their initial values, where many are zero."""
+    graphdef, state = nnx.split(RWKV7(CONFIG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    state["blocks"] = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.3) * rng.normal(size=leaf.shape).astype(np.float32),
+        state["blocks"],
+    )
+    return nnx.merge(graphdef, state)
+
+
+@pytest.fixture(scope="module")
+def tune(folder):
+    def tune(kind, *arguments, out="runs"):
+        main(["train", f"--from={folder / 'base.pth'}", f"--tune={kind}", *SMALL,
+              f"--tokenizer={folder / 'words.txt'}", f"--data={folder / 'fox.txt'}",
+              f"--out={folder / out}", *arguments])  # fmt: skip
+        return folder / out / "fox-1"
+
+    return tune
+
+
+@pytest.fixture(scope="module")
+def lora(tune):
+    return tune("lora", out="lora")
+
+
+@pytest.fixture(scope="module")
+def state(tune):
+    return tune("state", "--learning-rate=0.1", out="state")
+
+
+@pytest.fixture(scope="module")
+def full(tune):
+    return tune("full", out="full")
+
+
+def trained(kind, run):
+    if kind == "full":
+        return nnx.to_pure_dict(nnx.state(load_pretrained(run)[0]))
+    return load_adapter(run).params
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.rpartition("goose-jax: error: ")[2]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "state"])
+def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
+    original = request.getfixturevalue(kind)
+    run = pathlib.Path(shutil.copytree(original, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "00000004")  # as if it had been killed in step 4
+    main(["train", "--resume", str(run)])
+    jax.tree.map(np.testing.assert_array_equal, trained(kind, run), trained(kind, original))
+    kept = [{k: v for k, v in line.items() if "second" not in k} for line in lines_of(run)]
+    assert kept == [
+        {k: v for k, v in line.items() if "second" not in k} for line in lines_of(original)
+    ]
+    assert [line["step"] for line in kept if "held_out_bits_per_byte" in line] == [0, 4]
+    assert json.loads((run / "settings.json").read_text())["tokenizer"].endswith("words.txt")
+
+
+def test_bits_are_per_byte_whatever_the_tokenizer(folder, full):
+    """A word is one token here; a model that knows nothing pays for it as for any token."""
+    before = lines_of(full)[0]["held_out_bits_per_byte"]
+    tokenizer = VocabularyTokenizer.from_file(folder / "words.txt")
+    held_out = TEXT[-64:]
+    tokens = len(tokenizer.encode(held_out)) + 1  # the end of the document
+    assert before == pytest.approx(7 * tokens / 64, rel=0.05)  # bits of 128; 1.985, not 1.97
+
+
+def test_adapters_are_merged(lora, folder, tmp_path, capsys):
+    out = str(tmp_path / "merged")
+    main(["merge", str(lora), "--base", str(folder / "base.pth"), "--out", out])
+    assert "with adapters of rank 16 merged" in capsys.readouterr().out
+    merged, metadata = load_pretrained(out)
+    assert (metadata.step, metadata.tokenizer) == (4, str(folder / "words.txt"))
+    adapter = load_adapter(lora)
+    base, _ = load_pretrained(folder / "base.pth")
+    expected = merge_lora(base, adapter.params, adapter.lora)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(merged), nnx.state(expected))
+    for name in ("output", "key"):
+        before, after = (getattr(m.blocks.time_mix, name)[...] for m in (base, merged))
+        assert not np.array_equal(before, after)
+    main(["generate", out, "--prompt=the", "--max-new-tokens=4"])
+    assert capsys.readouterr().out.startswith("the")
+    path = tmp_path / "merged.pth"
+    main(["merge", str(lora), f"--base={folder / 'base.pth'}", f"--out={path}", "--layout=pth",
+          "--dtype=bfloat16"])  # fmt: skip
+    assert load_pretrained(path)[0].config.param_dtype == "bfloat16"
+
+
+def test_what_cannot_be_merged(lora, state, folder, tmp_path, capsys):
+    base, out = folder / "base.pth", tmp_path / "out"
+    for arguments, message in (
+        ((lora, "--base", folder / "other.pth", "--out", out), "same sizes, but other weights"),
+        ((lora, "--base", base, "--out", base), "base.pth exists"),
+        ((state, "--base", base, "--out", out), "holds initial states, which cannot be merged"),
+        ((base, "--base", base, "--out", out), "base.pth is neither a checkpoint"),
+        ((lora, "--base", tmp_path / "no", "--out", out), "there is no checkpoint at"),
+    ):
+        assert message in fails(capsys, "merge", *arguments)
+    assert not out.exists()
+    assert "for adapters use goose-jax merge" in fails(capsys, "generate", lora)
+
+
+def test_texts_begin_with_a_tuned_state(state, folder, capsys):
+    """The file of the official ecosystem, and the run's folder, are the same state."""
+    base, words = folder / "base.pth", str(folder / "words.txt")
+    model, tokenizer = load_model(base, tokenizer=words)
+    assert model.config.compute_dtype == "float32"  # on a CPU
+    start = load_start(state, model)
+    np.testing.assert_array_equal(start.wkv, load_state(state / "state.pth", model.config).wkv)
+    assert np.any(start.wkv)
+    assert load_start(None, model) is None
+
+    def write(*arguments):
+        main(["generate", str(base), f"--tokenizer={words}", "--max-new-tokens=12", *arguments])
+        return capsys.readouterr().out
+
+    from_file = write(f"--state={state / 'state.pth'}", "--temperature=0")
+    assert from_file == write(f"--state={state}", "--temperature=0")
+    assert from_file != write("--temperature=0")
+
+    session = ChatSession(model, tokenizer, ReplySettings(max_new_tokens=2), start)
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_chat(folder / "chat", session.conversation, model)
+    session.reply("the fox", lambda _: None, lambda: False)
+    assert session.conversation.text
+    assert session.conversation.state is not start
+    session.reset()
+    assert (session.conversation.text, session.conversation.state) == ("", start)
+
+
+def test_states_that_do_not_fit(state, lora, folder, tmp_path, capsys):
+    words = f"--tokenizer={folder / 'words.txt'}"
+    for path, message in (
+        (state, "same sizes, but other weights"),
+        (lora, "holds adapters and no state"),
+        (tmp_path / "no", "no"),
+    ):
+        arguments = ("generate", folder / "other.pth", words, "--state", path)
+        assert message in fails(capsys, *arguments)
+
+
+def test_a_tuned_state_can_be_tuned_further(state, tune):
+    run = tune("state", f"--state={state / 'state.pth'}", "--learning-rate=0.1", out="further")
+    first, last = (
+        [line["held_out_bits_per_byte"] for line in lines_of(path) if len(line) == 2]
+        for path in (state, run)
+    )
+    assert first[-1] == last[0]
+    assert first[-1] < first[0]
+
+
+def test_a_base_that_has_changed(lora, folder, tmp_path, capsys):
+    run = pathlib.Path(shutil.copytree(lora, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "00000004")
+    settings = json.loads((run / "settings.json").read_text())
+    settings["from_"] = str(folder / "other.pth")
+    (run / "settings.json").write_text(json.dumps(settings))
+    err = fails(capsys, "train", "--resume", run)
+    assert "same sizes, but other weights" in err
+    assert "base.pth" in err
+    err = fails(capsys, "train", "--resume", run, "--tune=lora", "--lora-rank=4")
+    assert "keeps its settings; leave out --tune, --lora-rank" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tune=lora"], "--tune needs --from CHECKPOINT"),
+        (["--lora-rank=4"], "--lora-rank needs --from CHECKPOINT"),
+        (["--from=x", "--num-layers=2", "--head-size=64"], "--num-layers, --head-size cannot be g"),
+        (["--from=x", "--lora-alpha=2"], "--lora-alpha needs --tune lora"),
+        (["--from=x", "--tune=lora", "--state=y"], "--state needs --tune state"),
+        (["--from=x", "--frozen-dtype=bfloat16"], "--frozen-dtype needs --tune lora or state"),
+        (["--from=/nowhere"], "there is no checkpoint at /nowhere"),
+        (["--from={base}"], "does not tell its tokenizer; give --tokenizer"),
+        (["--from={base}", "--tokenizer=byte"], "'byte' has 257 ids, but the model's vocabulary"),
+        (["--from={base}", "--tokenizer={words}", "--tune=lora", "--lora-rank=0"], "rank must be"),
+    ],
+)
+def test_flags_that_do_not_fit_together(folder, tmp_path, capsys, arguments, message):
+    paths = {"base": folder / "base.pth", "words": folder / "words.txt"}
+    arguments = [argument.format(**paths) for argument in arguments]
+    common = (f"--out={tmp_path / 'runs'}", f"--data={folder / 'fox.txt'}", *SMALL)
+    assert message in fails(capsys, "train", *arguments, *common)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_defaults_depend_on_what_is_tuned():
+    new = TrainSettings().with_defaults()
+    assert (new.learning_rate, new.num_layers, new.tune, new.tokenizer) == (3e-3, 2, None, "byte")
+    full = TrainSettings(from_=pathlib.Path("x")).with_defaults()
+    assert (full.tune, full.num_layers, full.weight_decay) == ("full", None, 0)
+    assert full.learning_rate == 2e-5
+    lora = TrainSettings(from_=pathlib.Path("x"), tune="lora", learning_rate=1.0, lora_rank=3)
+    lora = lora.with_defaults()
+    assert (lora.final_learning_rate, lora.lora_rank, lora.lora_alpha) == (0.1, 3, 32)
+    assert lora.with_defaults() == lora
+    assert TrainSettings.from_json(json.loads(json.dumps(lora.to_json()))).lora_rank == 3
