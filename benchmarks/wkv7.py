@@ -1,17 +1,22 @@
 """Time, memory and error of the implementations of WKV7, on whatever device JAX finds.
 
-    python benchmarks/wkv7.py                              # B, T, H, K = 1, 2048, 4, 64 in float32
-    python benchmarks/wkv7.py --shape 8 4096 32 64 --dtype bfloat16
+    python benchmarks/wkv7.py                   # four shapes in bfloat16 on a GPU, one on a CPU
+    python benchmarks/wkv7.py --shape 1 16384 4 64 --dtype float32 --implementations xla
 
 Times are medians over rounds of asynchronous calls between two waits, after a warm-up, the
-implementations in turn within each round. Memory is what XLA plans besides inputs and results.
-Errors are relative RMS against the scan in float64.
+implementations in turn within each round; what depends on the calls in between is not counted.
+The backward gets random gradients of the outputs. Memory is what XLA plans besides inputs and
+results. Errors are relative RMS against the scan in float64, for the first shape made small enough
+for it. Where torch and flash-linear-attention can be imported, their `chunk_rwkv7` is measured on
+the same inputs; it tries variants for minutes before its first result.
 """
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +27,19 @@ from pallas_kernels import wkv7, wkv7_recurrent
 
 BOUND = -math.exp(-0.5)
 IMPLEMENTATIONS = {
+    "mosaic_gpu": functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=BOUND),
     "reference": functools.partial(wkv7, implementation="reference"),
     "recurrent": functools.partial(wkv7_recurrent, implementation="xla"),
     "xla": functools.partial(wkv7, implementation="xla"),
     "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=BOUND),
 }
+ON_CPU = ("reference", "recurrent", "xla", "xla, bounded")
+ON_GPU = ("mosaic_gpu", "xla, bounded")
+SHAPES_ON_CPU = ((1, 2048, 4, 64),)
+SHAPES_ON_GPU = ((8, 4096, 64, 64), (8, 4096, 32, 64), (1, 32768, 32, 64), (16, 512, 12, 64))
+FLA = "FLA chunk_rwkv7"
+
+type Shape = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,28 +47,27 @@ class Settings:
     """What to measure.
 
     Attributes:
-      shape: B, T, H, K; the values have K channels too.
-      dtype: of the inputs.
-      implementations: which to measure.
+      shape: B, T, H, K; the values have K channels too. None takes those of the device.
+      dtype: of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
+      implementations: which to measure; None takes those of the device.
       rounds: of which the median is reported.
-      calls: between two waits.
+      calls: between two waits; None takes 3 on a CPU, 20 on a GPU and 200 of less than 1 ms.
     """
 
-    shape: tuple[int, int, int, int] = (1, 2048, 4, 64)
-    dtype: str = "float32"
-    implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
-    rounds: int = 7
-    calls: int = 3
+    shape: Shape | None = None
+    dtype: str | None = None
+    implementations: tuple[str, ...] | None = None
+    rounds: int = 5
+    calls: int | None = None
 
 
-def make_inputs(settings: Settings) -> tuple[list[np.ndarray], np.ndarray]:
+def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
     """Random inputs as RWKV-7 makes them, and a random gradient of the outputs."""
-    shape, rng = settings.shape, np.random.default_rng(0)
-    r, k, v, kk, rate, decay, do = rng.normal(size=(7, *shape)).astype(np.float32)
-    kk /= np.linalg.norm(kk, axis=-1, keepdims=True)
-    alpha = 1 / (1 + np.exp(-rate))
-    inputs = [r, BOUND / (1 + np.exp(-decay)), 0.3 * k, v, -kk, kk * alpha]
-    return [np.asarray(jnp.asarray(x, settings.dtype)) for x in inputs], do.astype(settings.dtype)
+    keys = jax.random.split(jax.random.key(0), 7)
+    r, k, v, kk, rate, decay, do = (jax.random.normal(key, shape) for key in keys)
+    kk /= jnp.linalg.norm(kk, axis=-1, keepdims=True)
+    inputs = [r, BOUND * jax.nn.sigmoid(decay), 0.3 * k, v, -kk, kk * jax.nn.sigmoid(rate)]
+    return [x.astype(dtype) for x in inputs], do.astype(dtype)
 
 
 def forward(function, inputs, do):
@@ -64,15 +76,68 @@ def forward(function, inputs, do):
 
 def forward_and_backward(function, inputs, do):
     o, backward = jax.vjp(lambda inputs: function(*inputs)[0], inputs)
-    return o, backward(do)
+    return o, *backward(do)[0]
 
 
-def seconds(compiled, arguments, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        results = compiled(*arguments)
-    jax.block_until_ready(results)
-    return (time.perf_counter() - start) / calls
+class Program:
+    """A compiled call on inputs in the device's memory."""
+
+    def __init__(self, what, implementation: str, arguments: tuple):
+        start = time.perf_counter()
+        function = jax.jit(functools.partial(what, IMPLEMENTATIONS[implementation]))
+        self._compiled = function.lower(*arguments).compile()
+        self._arguments = arguments
+        self.compile_seconds = time.perf_counter() - start
+
+    def results(self) -> list[np.ndarray]:
+        """Output and gradients."""
+        return [np.asarray(x) for x in jax.tree.leaves(self._compiled(*self._arguments))]
+
+    def seconds(self, calls: int) -> float:
+        """The mean over so many calls."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            results = self._compiled(*self._arguments)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / calls
+
+    def memory(self) -> int:
+        """Bytes besides inputs and results."""
+        return self._compiled.memory_analysis().temp_size_in_bytes
+
+
+def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, Any]]:
+    """Forward, and forward with backward, by implementation."""
+    arguments = (inputs, do)
+    programs: dict[str, tuple[Any, Any]] = {
+        name: tuple(Program(what, name, arguments) for what in (forward, forward_and_backward))
+        for name in names
+    }
+    if jax.default_backend() == "gpu" and all(map(importlib.util.find_spec, ("torch", "fla"))):
+        from wkv7_of_fla import make_fla_programs
+
+        programs[FLA] = make_fla_programs(inputs, do, BOUND)
+    return programs
+
+
+def median_times(programs: dict, settings: Settings) -> dict[str, tuple[float, float]]:
+    """Milliseconds of the two programs of each implementation."""
+    calls = {name: [_calls(program, settings) for program in programs[name]] for name in programs}
+
+    def once(name: str) -> list[float]:
+        return [p.seconds(n) for p, n in zip(programs[name], calls[name], strict=True)]
+
+    rounds = [[once(name) for name in programs] for _ in range(settings.rounds)]
+    return dict(zip(programs, 1e3 * np.median(rounds, axis=0), strict=True))
+
+
+def _calls(program, settings: Settings) -> int:
+    program.seconds(1)  # warms up
+    if settings.calls is not None:
+        return settings.calls
+    if jax.default_backend() == "cpu":
+        return 3
+    return 200 if program.seconds(5) < 1e-3 else 20
 
 
 def relative_rms(x, reference) -> float:
@@ -80,44 +145,50 @@ def relative_rms(x, reference) -> float:
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 
-def main(settings: Settings) -> None:
-    inputs, do = make_inputs(settings)
+def measure_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> dict[str, list[float]]:
+    """Errors of the output and of the gradients of the inputs, by implementation."""
+    inputs, do = make_inputs(shape, dtype)
     with jax.enable_x64():
         exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))(
-            *jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, do))
+            *jax.tree.map(lambda x: x.astype(jnp.float64), (inputs, do))
         )
-        exact = jax.device_get(jax.tree.leaves(exact))
-    arguments = jax.device_put((inputs, do))
-    programs = {}
-    for name in settings.implementations:
-        for what in (forward, forward_and_backward):
-            start = time.perf_counter()
-            function = jax.jit(functools.partial(what, IMPLEMENTATIONS[name]))
-            programs[name, what] = function.lower(*arguments).compile()
-            programs[name, what].compile_seconds = time.perf_counter() - start
-    times: dict = {key: [] for key in programs}
-    for round_number in range(settings.rounds + 1):
-        for key, program in programs.items():
-            elapsed = seconds(program, arguments, settings.calls)
-            if round_number:  # the first warms up
-                times[key].append(elapsed)
+        exact = jax.device_get(exact)
+    programs = make_programs(names, inputs, do)
+    return {
+        name: [relative_rms(*pair) for pair in zip(both.results(), exact, strict=True)]
+        for name, (_, both) in programs.items()
+    }
 
-    B, T, H, K = settings.shape
-    print(f"B, T, H, K = {B}, {T}, {H}, {K}, {settings.dtype}, {jax.devices()[0].device_kind}")
-    print(
-        "| implementation | forward ms | forward + backward ms | MiB | compile s | o | gradients |"
+
+def main(settings: Settings) -> None:
+    on_gpu = jax.default_backend() == "gpu"
+    names = settings.implementations or (ON_GPU if on_gpu else ON_CPU)
+    dtype = settings.dtype or ("bfloat16" if on_gpu else "float32")
+    shapes = (
+        (SHAPES_ON_GPU if on_gpu else SHAPES_ON_CPU)
+        if settings.shape is None
+        else (settings.shape,)
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in settings.implementations:
-        both = programs[name, forward_and_backward]
-        results = jax.device_get(jax.tree.leaves(both(*arguments)))
-        errors = [relative_rms(*pair) for pair in zip(results, exact, strict=True)]
-        milliseconds = [1e3 * np.median(times[name, f]) for f in (forward, forward_and_backward)]
-        print(
-            f"| {name} | {milliseconds[0]:.2f} | {milliseconds[1]:.2f} "
-            f"| {both.memory_analysis().temp_size_in_bytes / 2**20:.0f} "
-            f"| {both.compile_seconds:.1f} | {errors[0]:.1e} | {max(errors[1:]):.1e} |"
-        )
+    B, T, H, K = shapes[0]
+    small = (min(B, 2), min(T, 2048), min(H, 4), K)
+    errors = measure_errors(names, small, dtype)
+
+    print(f"{dtype}, {jax.devices()[0].device_kind}; errors at B, T, H, K = {small}")
+    print(
+        "| B, T, H, K | implementation | forward ms | forward + backward ms | MiB | compile s "
+        "| o | gradients |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in shapes:
+        programs = make_programs(names, *make_inputs(shape, dtype))
+        for name, (of_forward, of_both) in median_times(programs, settings).items():
+            both = programs[name][1]
+            print(
+                f"| {', '.join(map(str, shape))} | {name} | {of_forward:.3f} | {of_both:.3f} "
+                f"| {both.memory() / 2**20:.0f} | {both.compile_seconds:.1f} "
+                f"| {errors[name][0]:.1e} | {max(errors[name][1:]):.1e} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class RWKV7Config:
       remat: what the backward pass computes again, block by block: "none" keeps everything the
         operators ask for, "dots" keeps the results of matrix products, "full" keeps only each
         block's input.
-      implementation: of the wkv7 operator; None chooses (see `pallas_kernels.wkv7`).
+      implementation: of the wkv7 operator; None chooses (see `pallas_kernels.wkv7`). A few tokens
+        at a time are read by `wkv7_recurrent`, of which this only names "reference".
 
     Raises:
       ValueError: if a value is out of range; the message names it.

@@ -2,15 +2,17 @@ import itertools
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 import pallas_kernels
 from tests.helpers import relative_rms
 from tests.pallas_kernels.operator_checks import draw
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
-CONVERSION, LAYER = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+CONVERSION, LAYER, SHARDED = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
@@ -47,6 +49,18 @@ def test_layer_runs():
     exec(LAYER, names)
     assert names["y"].shape == shape
     assert jnp.isfinite(names["y"]).all()
+
+
+def test_sharded_runs():
+    drawn = draw(0, **dict.fromkeys("rwkvab", (2, 5, 2, 4)))
+    names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
+    names["w"] = -0.5 * jax.nn.sigmoid(names["w"])
+    direct = pallas_kernels.wkv7(*(names[name] for name in "rwkvab"))
+    names["mesh"] = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    names["wkv7"] = pallas_kernels.wkv7
+    exec(SHARDED, names)
+    assert relative_rms(names["o"], direct[0]) < 1e-6
+    assert relative_rms(names["final_state"], direct[1]) < 1e-6
 
 
 def test_every_operator_is_listed():

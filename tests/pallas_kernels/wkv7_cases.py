@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 
 NAMES = ("r", "log_decay", "k", "v", "a", "b")
@@ -14,6 +15,9 @@ DECAYS = {
     "bound": lambda rng, shape: np.full(shape, RWKV7_BOUND),
     "strong": lambda rng, shape: np.full(shape, -20.0),
     "reset": lambda rng, shape: np.full(shape, -np.inf),
+    "late": lambda rng, shape: np.where(
+        np.arange(shape[1])[:, None, None] < 300, RWKV7_BOUND, rng.choice([-20.0, -np.inf], shape)
+    ),
     "mixed": lambda rng, shape: rng.choice([-1e-6, -0.1, RWKV7_BOUND, -20.0, -np.inf], size=shape),
 }
 """Log decays by name."""
@@ -32,6 +36,8 @@ class Case:
       num_segments: asks for states per segment.
       scale: factor on the outputs.
       state: whether a state is carried in.
+      dtype: one that represents the inputs and the gradient of the outputs exactly; for states,
+        which are never narrower, it is always float32.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -41,6 +47,7 @@ class Case:
     num_segments: int | None = None
     scale: float = 1.0
     state: bool = True
+    dtype: str = "float32"
 
     @property
     def min_log_decay(self) -> float | None:
@@ -50,7 +57,7 @@ class Case:
 
 @functools.cache
 def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
-    """Float64 arrays that float32 represents exactly, by argument name."""
+    """Float64 arrays by argument name, rounded to `case.dtype`."""
     B, T, H, K, V = case.shape
     rng = np.random.default_rng(sum(case.shape))
     r, k, kk, v = (rng.normal(size=(B, T, H, D)) for D in (K, K, K, V))
@@ -73,7 +80,9 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
         "b": kk * alpha,
         "initial_state": rng.normal(size=state_shape) if case.state else None,
     }
-    inputs = {n: x if x is None else x.astype(np.float32).astype(float) for n, x in inputs.items()}
+    for name, x in inputs.items():
+        if x is not None:
+            inputs[name] = _round(x, "float32" if name == "initial_state" else case.dtype)
     if case.lengths is not None:
         rows = [np.repeat(*np.array(row).T) for row in case.lengths]
         inputs["segment_ids"] = np.stack(rows).astype(np.int32)
@@ -85,9 +94,12 @@ def make_cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
     B, T, H, K, V = case.shape
     rng = np.random.default_rng(1)
     state_shape = (B, H, K, V) if case.num_segments is None else (B, case.num_segments, H, K, V)
-    return tuple(
-        rng.normal(size=s).astype(np.float32).astype(float) for s in ((B, T, H, V), state_shape)
-    )
+    do, d_final = (rng.normal(size=shape) for shape in ((B, T, H, V), state_shape))
+    return _round(do, case.dtype), _round(d_final, "float32")
+
+
+def _round(x: np.ndarray, dtype: str) -> np.ndarray:
+    return x.astype(jnp.dtype(dtype)).astype(float)
 
 
 def run_sequence(inputs, state, scale):

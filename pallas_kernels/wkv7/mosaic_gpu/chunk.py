@@ -26,6 +26,7 @@ from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     LAYOUT,
     TILE,
     Operand,
+    choose,
     keep,
     load_rows,
     row_and_column,
@@ -104,7 +105,7 @@ class Plan:
                 # Reductions over rows would share one buffer between all warpgroups.
                 reduction_scratch_bytes=0,
             ),
-            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+            interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
         )
 
         def call(*operands: jax.Array) -> Any:
@@ -131,7 +132,8 @@ CONSTANTS_ROWS = TILE + 8
 def constants(dtype: Any) -> jax.Array:
     """`[72, 64]` to sum log decays with: `prefix_sums` and below it `halves`."""
     token = jnp.arange(TILE)
-    prefix_sums = (token[:, None] >= token).astype(dtype) - (token <= MIDDLE).astype(dtype)
+    prefix_sums = (token[:, None] >= token[None]).astype(dtype)
+    prefix_sums -= (token <= MIDDLE)[None].astype(dtype)
     halves = jnp.repeat(jnp.eye(2, dtype=dtype), 4, axis=0).repeat(TILE // 2, axis=1)
     return jnp.concatenate([prefix_sums, halves])
 
@@ -193,7 +195,7 @@ class Masks:
 
     def passing(self, state: jax.Array) -> jax.Array:
         """A state that entered, zero if another segment begins in the chunk."""
-        return state if self.passes is None else jnp.where(self.passes, state, 0.0)
+        return state if self.passes is None else choose(self.passes, state, jnp.zeros_like(state))
 
 
 def load_masks(bounds_gmem: Sequence[Any], row: Any, chunk: Any) -> Masks:

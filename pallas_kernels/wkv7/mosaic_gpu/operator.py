@@ -137,7 +137,7 @@ def wkv7_in_chunks(
         for x in inputs
     )
     o, final = _chunked(plan, inputs, initial, (), (transfers.load, transfers.store))
-    occurs = (transfers.store[:, :, None] == jnp.arange(num_segments)).any(axis=1)
+    occurs = (transfers.store[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
     final = jnp.where(occurs[:, :, None, None, None], final, initial)
     o = o.at[row, position].get(mode="fill", fill_value=0)
     return o.astype(dtype), jnp.swapaxes(final, -1, -2)

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks, Product
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     TILE,
+    choose,
     load,
     load_columns,
     spread_columns,
@@ -43,7 +44,8 @@ def grid_place() -> Place:
 
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
     """One of the states `[B, N, H, V, K]`, all of its channels."""
-    return tuple(load(tile) for tile in _tiles(states_gmem, segment, place))
+    # In shard_map the type of what is loaded varies over the mesh, that of what is computed not.
+    return tuple(1.0 * load(tile) for tile in _tiles(states_gmem, segment, place))
 
 
 def store_state(state: State, states_gmem: Any, segment: jax.Array, place: Place) -> None:
@@ -59,7 +61,7 @@ def entering_state(
     N = states_gmem.shape[1]
     segment = load_gmem[place[0], chunk]
     loaded = load_state(states_gmem, jnp.minimum(segment, N - 1), place)
-    return tuple(jnp.where(segment < N, x, s) for x, s in zip(loaded, state, strict=True))
+    return tuple(choose(segment < N, x, s) for x, s in zip(loaded, state, strict=True))
 
 
 def leaving_state(
@@ -80,7 +82,9 @@ def left_state_backward(
     N = d_states_gmem.shape[1]
     segment = store_gmem[place[0], chunk]
     stored = load_state(d_states_gmem, jnp.minimum(segment, N - 1), place)
-    return tuple(s + jnp.where(segment < N, x, 0.0) for x, s in zip(stored, d_state, strict=True))
+    return tuple(
+        s + choose(segment < N, x, jnp.zeros_like(x)) for x, s in zip(stored, d_state, strict=True)
+    )
 
 
 def entered_state_backward(
@@ -94,7 +98,7 @@ def entered_state_backward(
     def _():
         store_state(d_state, d_states_gmem, segment, place)
 
-    return tuple(jnp.where(loaded, 0.0, s) for s in d_state)
+    return tuple(choose(loaded, jnp.zeros_like(s), s) for s in d_state)
 
 
 def _tiles(states_gmem: Any, segment: jax.Array, place: Place) -> list[Any]:

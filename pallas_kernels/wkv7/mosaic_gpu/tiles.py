@@ -74,6 +74,12 @@ def zeros(rows: int = TILE, columns: int = TILE) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
 
 
+def choose(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """One of two tiles, by a condition that is one number."""
+    # Mosaic GPU has no selection of tiles by a scalar.
+    return jnp.where(jnp.broadcast_to(condition, x.shape), x, y)
+
+
 def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
     """X where the mask is true, else 0."""
     # The barrier keeps LLVM from moving a later conversion to 16 bits before the selection, which

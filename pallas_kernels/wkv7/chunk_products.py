@@ -1,0 +1,282 @@
+"""What decays within chunks of WKV7: the products of rows and columns, and their gradients.
+
+Rows are r and a, which read; columns are k and b, which are written. There are two ways with one
+interface, `bounded_products` and `unbounded_products`; `docs/rwkv7.md`, section 7, compares them.
+
+Tokens come as `[B, G, L, H, _]`, G chunks of L tokens; products are `[G, B, H, L, _]`, a batch of
+matrices.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RADIX = 4
+"""Blocks that are joined to one at a time, if decays are not bounded."""
+
+type Pair = tuple[jax.Array, jax.Array]
+"""r and a, the rows, or k and b, the columns."""
+
+type Gradients = tuple[jax.Array, Pair, Pair]
+"""Of log_decay, rows and columns."""
+
+
+class Products(NamedTuple):
+    """What chunks need of r, log_decay, k, a, b; also the gradients with respect to it.
+
+    Attributes:
+      A_r: A_rk and A_rb, `[G, B, H, L, L]`, lower triangular.
+      A_a: A_ak and A_ab, strictly lower triangular.
+      rows: r and a, decayed from the chunk's beginning, `[G, B, H, L, K]`.
+      columns: k and b; with `onward`, decayed to the chunk's end.
+      decay: `[G, B, H, K]`, of the entry state, until columns are added to it.
+      onward: `[G, B, H, K]`, of that sum, until the chunk's end. Its gradient follows from the
+        others, and is not asked for.
+    """
+
+    A_r: Pair
+    A_a: Pair
+    rows: Pair
+    columns: Pair
+    decay: jax.Array
+    onward: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Segments that share chunks; the state restarts from zero.
+
+    Attributes:
+      index: `[B, G, L]` int32, rising from segment to segment; tokens interact where it is equal.
+      entry: `[B, G]` int32, the index that the state entering a chunk belongs to.
+    """
+
+    index: jax.Array
+    entry: jax.Array
+
+
+type ProductsAndBackward = tuple[Products, Callable[[Products], Gradients]]
+
+
+def to_chunks(x: jax.Array) -> jax.Array:
+    """`[B, G, L, H, _]` to `[G, B, H, L, _]`."""
+    return jnp.transpose(x, (1, 0, 3, 2, 4))
+
+
+def from_chunks(x: jax.Array) -> jax.Array:
+    """The inverse of `to_chunks`."""
+    return jnp.transpose(x, (1, 0, 3, 2, 4))
+
+
+def transpose(x: jax.Array) -> jax.Array:
+    """Of matrices."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
+    """`jnp.where` with a mask that has the last axes of x."""
+    return jnp.where(mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape), x, otherwise)
+
+
+def mask_products(products: Products, masks: Masks | None) -> Products:
+    """Zeros between segments. The same applies to gradients."""
+    if masks is None:
+        return products
+    index, entry = jnp.swapaxes(masks.index, 0, 1), masks.entry.T  # [G, B, ...]
+    last = index[..., -1]
+    same = (index[..., :, None] == index[..., None, :])[:, :, None]
+    enters = (index == entry[..., None])[:, :, None, :, None]
+    leaves = (index == last[..., None])[:, :, None, :, None]
+    return Products(
+        A_r=_where(same, products.A_r),
+        A_a=_where(same, products.A_a),
+        rows=_where(enters, products.rows),
+        columns=_where(leaves, products.columns),
+        decay=jnp.where((entry == last)[:, :, None, None], products.decay, 0),
+        onward=products.onward,
+    )
+
+
+def _where(mask: jax.Array, pair: Pair) -> Pair:
+    return jnp.where(mask, pair[0], 0), jnp.where(mask, pair[1], 0)
+
+
+def _lower(pair: Pair, diagonal: int) -> Pair:
+    L = pair[0].shape[-1]
+    lower = np.tri(L, k=diagonal, dtype=bool)
+    return select(lower, pair[0], 0), select(lower, pair[1], 0)
+
+
+def bounded_products(
+    log_decay: jax.Array, rows: Pair, columns: Pair, masks: Masks | None
+) -> ProductsAndBackward:
+    """Products if no decay is strong: L times the strongest is a number that may be an exponent.
+
+    Decays are measured from the chunk's beginning, so that one product makes a matrix of pairs, and
+    one reverse cumulative sum the gradient of the log decays.
+
+    Args:
+      log_decay: `[B, G, L, H, K]`.
+      rows: r and a, `[B, G, L, H, K]`.
+      columns: k and b, `[B, G, L, H, K]`.
+      masks: of the segments, or None.
+
+    Returns:
+      The products, before masks, and the function from their gradients to those of the arguments.
+    """
+    (r, a), (k, b) = rows, columns
+    ones = _ones(log_decay, masks)
+    sums = jnp.einsum("bgij,bgjhk->bgihk", ones, log_decay, precision="highest")
+    into, into_before, back = jnp.exp(sums), jnp.exp(sums - log_decay), jnp.exp(-sums)
+    r_hat, a_hat = to_chunks(r * into), to_chunks(a * into_before)
+    k_hat, b_hat = to_chunks(k * back), to_chunks(b * back)
+    onward = jnp.swapaxes(jnp.exp(sums[:, :, -1]), 0, 1)
+    products = Products(
+        A_r=_lower((r_hat @ transpose(k_hat), r_hat @ transpose(b_hat)), 0),
+        A_a=_lower((a_hat @ transpose(k_hat), a_hat @ transpose(b_hat)), -1),
+        rows=(r_hat, a_hat),
+        columns=(k_hat, b_hat),
+        decay=jnp.ones_like(onward),
+        onward=onward,
+    )
+
+    def backward(d: Products) -> Gradients:
+        (d_rk, d_rb), (d_ak, d_ab) = _lower(d.A_r, 0), _lower(d.A_a, -1)
+        d_r = d.rows[0] + d_rk @ k_hat + d_rb @ b_hat
+        d_a = d.rows[1] + d_ak @ k_hat + d_ab @ b_hat
+        d_k = d.columns[0] + transpose(d_rk) @ r_hat + transpose(d_ak) @ a_hat
+        d_b = d.columns[1] + transpose(d_rb) @ r_hat + transpose(d_ab) @ a_hat
+        dr, da = into * from_chunks(d_r), into_before * from_chunks(d_a)
+        dk, db = back * from_chunks(d_k), back * from_chunks(d_b)
+        leaving = jnp.sum(k_hat * d.columns[0] + b_hat * d.columns[1], axis=-2)
+        # Without the barrier XLA may sum again for each token that the sum is added to.
+        d_end = jax.lax.optimization_barrier(d.decay + leaving)
+        d_sums = r * dr + a * da - k * dk - b * db
+        last = np.arange(log_decay.shape[2]) == log_decay.shape[2] - 1
+        d_sums += select(last[:, None, None], jnp.swapaxes(d_end, 0, 1)[:, :, None], 0)
+        d_log_decay = jnp.einsum("bgij,bgihk->bgjhk", ones, d_sums, precision="highest") - a * da
+        return d_log_decay, (dr, da), (dk, db)
+
+    return products, backward
+
+
+def _ones(log_decay: jax.Array, masks: Masks | None) -> jax.Array:
+    """Ones `[B, G, L, L]` that sum a segment's tokens, lest its gradient leaks into others'."""
+    B, G, L, _, _ = log_decay.shape
+    lower = np.tri(L, dtype=bool)[None, None]
+    if masks is None:
+        return jnp.broadcast_to(lower.astype(log_decay.dtype), (B, G, L, L))
+    same = masks.index[..., :, None] == masks.index[..., None, :]
+    return (same & lower).astype(log_decay.dtype)
+
+
+def unbounded_products(
+    log_decay: jax.Array, rows: Pair, columns: Pair, masks: Masks | None
+) -> ProductsAndBackward:
+    """Products for any decay, down to -inf; arguments and results as of `bounded_products`."""
+    del masks  # nothing leaks through products that are not masked yet
+
+    def joined(log_decay, rows, columns):
+        return _join_blocks(*jax.tree.map(to_chunks, (log_decay, rows, columns)))
+
+    return jax.vjp(joined, log_decay, rows, columns)
+
+
+def _join_blocks(log_decay: jax.Array, rows: Pair, columns: Pair) -> Products:
+    """Products of ever longer blocks, differentiated by JAX.
+
+    Every exponent is a sum of log decays, never a difference, so that none is positive and nothing
+    cancels; their transpose gives the gradient of log_decay the same way.
+    """
+    # r meets what its own token wrote, undecayed; a reads the state before that.
+    of_r = jnp.stack([jnp.sum(rows[0] * column, axis=-1) for column in columns], axis=-1)
+    A = jnp.stack([of_r, jnp.zeros_like(of_r)], axis=-2)[..., :, None, :, None]
+    zeros = jnp.zeros_like(log_decay)
+    sums: tuple[jax.Array, ...] = (log_decay, zeros, zeros)
+    while (blocks := A.shape[-5]) > 1:
+        A, sums = _join(A, sums, rows, columns, min(RADIX, blocks))
+    from_start, before, to_end = sums
+    decay = jnp.exp(from_start[..., -1, :])
+    return Products(
+        A_r=(A[..., 0, 0, :, 0, :], A[..., 0, 0, :, 1, :]),
+        A_a=(A[..., 0, 1, :, 0, :], A[..., 0, 1, :, 1, :]),
+        rows=(rows[0] * jnp.exp(from_start), rows[1] * jnp.exp(before)),
+        columns=(columns[0] * jnp.exp(to_end), columns[1] * jnp.exp(to_end)),
+        decay=decay,
+        onward=jnp.ones_like(decay),
+    )
+
+
+def _blocks(x: jax.Array, *counts: int) -> jax.Array:
+    """Splits the tokens of `[..., L, K]`: `[..., *counts, size, K]`."""
+    return x.reshape(*x.shape[:-2], *counts, -1, x.shape[-1])
+
+
+def _join(
+    A: jax.Array,
+    sums: tuple[jax.Array, ...],
+    rows: Pair,
+    columns: Pair,
+    radix: int,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """From A and the sums of log decay within blocks to those within blocks `radix` times as long.
+
+    Between a row in block p and a column in an earlier block q lie the decays from the column to
+    the end of q, those of the blocks in between, and those from the beginning of p to the row.
+
+    Args:
+      A: within blocks, `[..., L / size, 2, size, 2, size]`, rows by columns.
+      sums: `[..., L, K]`, from the block's beginning to each token, with it (so much has decayed
+        what r reads) and without it (what a reads), and from after each token to the block's end.
+      rows: `[..., L, K]`.
+      columns: `[..., L, K]`.
+      radix: of the blocks become one.
+    """
+    *lead, count, _, size, _, _ = A.shape
+    count //= radix
+    from_start, before, to_end = (_blocks(x, count, radix) for x in sums)  # [..., n, R, size, K]
+    totals = [from_start[..., block, -1, :] for block in range(radix)]  # [..., n, K]
+
+    def decay_of(first, end):
+        return sum(totals[first:end], start=jnp.zeros_like(totals[0]))
+
+    def columns_seen_from(p):
+        later = jnp.full_like(totals[0], -jnp.inf)
+        gaps = [decay_of(q + 1, p) if q < p else later for q in range(radix)]
+        factor = jnp.exp(to_end) * jnp.exp(jnp.stack(gaps, axis=-2))[..., None, :]
+        return jnp.stack([k * factor, b * factor], axis=-5)  # [..., 2, n, R, size, K]
+
+    r, a, k, b = (_blocks(x, count, radix) for x in (*rows, *columns))
+    decayed_rows = jnp.stack([r * jnp.exp(from_start), a * jnp.exp(before)], axis=-5)
+    # Stacked, not broadcast, over p: the gradient would sum over that short axis, slowly on CPUs.
+    decayed_columns = jnp.stack([columns_seen_from(p) for p in range(radix)], axis=-4)
+    below = jnp.einsum("...xnpik,...ynpqjk->...nxpiyqj", decayed_rows, decayed_columns)
+    A = jnp.moveaxis(A.reshape(*lead, count, radix, 2, size, 2, size), -5, -4)
+    diagonal = np.eye(radix, dtype=bool)[:, None, None, :, None]
+    A = select(diagonal, jnp.broadcast_to(A[..., None, :], below.shape), below)
+    passed = jnp.stack([decay_of(0, p) for p in range(radix)], axis=-2)[..., None, :]
+    ahead = jnp.stack([decay_of(q + 1, radix) for q in range(radix)], axis=-2)[..., None, :]
+    sums = (from_start + passed, before + passed, to_end + ahead)
+    A = A.reshape(*lead, count, 2, radix * size, 2, radix * size)
+    return A, tuple(x.reshape(*lead, -1, x.shape[-1]) for x in sums)
+
+
+def inverse(A: jax.Array) -> jax.Array:
+    """`(I - A)^-1` of strictly lower triangular `[..., L, L]`, L a power of two.
+
+    Merges inverses of diagonal blocks, so every intermediate is a block of the result; a series in
+    powers of A would lose everything to cancellation when tokens repeat.
+    """
+    L = A.shape[-1]
+    inverses = jnp.broadcast_to(jnp.eye(L, dtype=A.dtype), A.shape)  # of blocks of one row
+    for size in (1 << level for level in range((L - 1).bit_length())):
+        block = np.arange(L) // size
+        below = (block[:, None] == block + 1) & (block % 2 == 0)
+        A_below = select(below, A, 0)
+        inverses += A_below if size == 1 else inverses @ (A_below @ inverses)
+    return inverses

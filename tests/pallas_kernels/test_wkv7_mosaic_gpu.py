@@ -1,0 +1,426 @@
+"""WKV7 on Mosaic GPU: interpreted and compiled for CUDA on any machine, at size on a Hopper GPU."""
+
+import faulthandler
+import functools
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, PartitionSpec
+
+from pallas_kernels import wkv7, wkv7_recurrent
+from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.wkv7.mosaic_gpu.operator import check_served, wkv7_in_chunks
+from tests.helpers import relative_rms
+from tests.pallas_kernels.test_wkv7 import assert_matches, run
+from tests.pallas_kernels.wkv7_cases import NAMES, RWKV7_BOUND, Case, make_inputs
+
+# Relative RMS. The largest errors measured by interpretation: 3.6e-3 in outputs, 1.9e-3 in states,
+# 7.5e-3 in gradients (that of a, nearly repeated tokens; elsewhere 5.5e-3). Rounding exact outputs
+# to bfloat16 costs 1.7e-3.
+OUTPUT_LIMIT, GRADIENT_LIMIT = 4e-3, 1e-2
+
+SECONDS_UNTIL_HANGING = 300
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
+
+
+@pytest.fixture(autouse=True)
+def no_races_and_no_hanging(capfd):
+    """A barrier that nobody arrives at would wait for ever; races are printed, or raise."""
+    with capfd.disabled():
+        stderr = os.dup(2)  # pytest's own is lost when the process ends
+    faulthandler.dump_traceback_later(SECONDS_UNTIL_HANGING, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(stderr)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def in_chunks(
+    r,
+    log_decay,
+    k,
+    v,
+    a,
+    b,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    num_segments=None,
+    scale=1.0,
+    interpret=False,
+):
+    """The operator through the kernels, whatever device there is."""
+    plan = Plan(scale=scale, interpret=interpret)
+    inputs = (r, log_decay, k, v, a, b)
+    return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
+
+
+interpreted = functools.partial(in_chunks, interpret=True)
+
+bfloat16_case = functools.partial(Case, dtype="bfloat16")
+
+PACKED = (
+    # Padding first, in the middle of a segment, between segments and last; segments of one token,
+    # and one that ends with a chunk; a row of two; only padding.
+    ((0, 3), (1, 57), (2, 1), (3, 3), (4, 50), (0, 5), (4, 10), (5, 1)),
+    ((7, 70), (3, 60)),
+    ((0, 130),),
+)
+PER_SEGMENT = (((0, 2), (3, 66), (0, 1), (1, 1), (0, 2)), ((2, 64), (3, 8)))
+
+INTERPRETED = {
+    "random": bfloat16_case((1, 130, 1, 64, 64)),
+    "decay at the bound": bfloat16_case((1, 130, 1, 64, 64), "bound"),
+    "tiny decay": bfloat16_case((1, 130, 1, 64, 64), "tiny"),
+    "repeated token": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="repeated"),
+    "repeated token, decaying": bfloat16_case((1, 130, 1, 64, 64), tokens="repeated"),
+    "nearly repeated token": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="near"),
+    "periodic tokens": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="periodic"),
+    "packed": bfloat16_case((3, 130, 1, 64, 64), lengths=PACKED),
+    "states per segment": bfloat16_case((2, 72, 1, 64, 64), lengths=PER_SEGMENT, num_segments=3),
+    "K 128, packed, scaled": bfloat16_case(
+        (1, 65, 1, 128, 64), lengths=(((1, 40), (2, 25)),), scale=0.5
+    ),
+    "V 128, no state": bfloat16_case((1, 65, 1, 64, 128), state=False),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_equals_the_definition(name):
+    case = INTERPRETED[name]
+    results = run(interpreted, case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+def by_rows(function, **arrays):
+    """With `jax.vmap` over rows."""
+    map_rows = jax.vmap(lambda row: function(**jax.tree.map(lambda x: x[None], row)))
+    return jax.tree.map(lambda x: x[:, 0], map_rows(arrays))
+
+
+def row_after_row(function, **arrays):
+    def step(_, row):
+        return None, function(**jax.tree.map(lambda x: x[None], row))
+
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.scan(step, None, arrays)[1])
+
+
+def in_shard_map(function, **arrays):
+    mesh = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    tokens = PartitionSpec("batch", None, "heads")
+    state = PartitionSpec("batch", "heads")
+    specs = {name: state if name == "initial_state" else tokens for name in arrays}
+    return jax.shard_map(
+        lambda arrays: function(**arrays), mesh=mesh, in_specs=(specs,), out_specs=(tokens, state)
+    )(arrays)
+
+
+def transformed(transformation, function, **arguments):
+    """A call that gets arrays for the transformation, and other arguments for the operator."""
+    arrays = {n: x for n, x in arguments.items() if isinstance(x, jax.Array)}
+    others = {n: x for n, x in arguments.items() if n not in arrays}
+    return transformation(functools.partial(function, **others), **arrays)
+
+
+@on_cpu
+@pytest.mark.parametrize("transformation", [by_rows, row_after_row, in_shard_map])
+def test_interpreted_under_transformations(transformation):
+    case = bfloat16_case((2, 20, 1, 64, 64))
+    results = run(functools.partial(transformed, transformation, interpreted), case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+@on_cpu
+def test_interpretation_detects_races(capfd):
+    def race(x_gmem, o_gmem, tile):
+        @pl.when(jax.lax.axis_index("warpgroup") == 0)
+        def _():
+            tile[...] = plgpu.load(x_gmem)
+
+        @pl.when(jax.lax.axis_index("warpgroup") == 1)
+        def _():
+            o_gmem[...] = tile[...]
+
+    kernel = Plan(interpret=True).kernel(
+        race,
+        name="race",
+        out_type=jax.ShapeDtypeStruct((64,), jnp.float32),
+        grid={"block": 1},
+        scratch_types=[plgpu.SMEM((64,), jnp.float32)],
+        warpgroups=2,
+    )
+    message = ""
+    try:
+        jax.block_until_ready(kernel(jnp.ones(64)))
+    except jax.errors.JaxRuntimeError as error:  # from jax 0.12 on
+        message = str(error)
+    assert "RACE DETECTED" in message + "".join(capfd.readouterr())
+
+
+def shapes(kind: str, K: int, V: int, dtype, T: int = 130) -> dict:
+    """The arguments of a call: "plain", "packed", or with states "per segment"."""
+    of_keys, of_values = (jax.ShapeDtypeStruct((2, T, 2, D), dtype) for D in (K, V))
+    arguments = dict.fromkeys(NAMES, of_keys) | {"v": of_values}
+    if kind != "plain":
+        arguments["segment_ids"] = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    state_shape = (2, 3, 2, K, V) if kind == "per segment" else (2, 2, K, V)
+    return arguments | {"initial_state": jax.ShapeDtypeStruct(state_shape, jnp.float32)}
+
+
+def forward(function, arguments):
+    num_segments = 3 if arguments["initial_state"].ndim == 5 else None
+    return function(**arguments, num_segments=num_segments)
+
+
+def gradient(function, arguments):
+    differentiated = {n: x for n, x in arguments.items() if n != "segment_ids"}
+
+    def loss(differentiated):
+        return sum(
+            x.astype(jnp.float32).sum() for x in forward(function, arguments | differentiated)
+        )
+
+    return jax.grad(loss)(differentiated)
+
+
+def kernels_for_cuda(function, *arguments) -> int:
+    """How many kernels there are in a program for CUDA."""
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return program.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "K", "V", "dtype", "T"),
+    [
+        (forward, "plain", 64, 64, jnp.bfloat16, 1),
+        (forward, "packed", 128, 64, jnp.float16, 130),
+        (forward, "per segment", 64, 128, jnp.bfloat16, 130),
+        (gradient, "plain", 64, 64, jnp.bfloat16, 65536),
+        (gradient, "plain", 128, 128, jnp.float16, 130),
+        (gradient, "packed", 128, 128, jnp.bfloat16, 130),
+        (gradient, "per segment", 128, 64, jnp.float16, 130),
+    ],
+)
+def test_compiles_for_cuda(what, kind, K, V, dtype, T):
+    arguments = shapes(kind, K, V, dtype, T)
+    kernels = kernels_for_cuda(functools.partial(what, in_chunks), arguments)
+    assert kernels == (2 if what is forward else 4)
+
+
+def test_scan_over_checkpointed_layers_compiles_for_cuda():
+    def layer(v, others):
+        return in_chunks(**others, v=v)[0], None
+
+    def loss(arguments):
+        v, others = arguments["v"], {n: x for n, x in arguments.items() if n != "v"}
+        return jax.lax.scan(jax.checkpoint(layer), v, others)[0].astype(jnp.float32).sum()
+
+    arguments = shapes("plain", 64, 64, jnp.bfloat16)
+    layers = {
+        n: x if n == "v" else jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+        for n, x in arguments.items()
+    }
+    assert kernels_for_cuda(jax.grad(loss), layers) == 6  # two of them again in the backward
+
+
+def test_shard_map_of_segments_compiles_for_cuda():
+    mesh = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    arguments = shapes("per segment", 64, 64, jnp.bfloat16)
+    specs = dict.fromkeys(NAMES, PartitionSpec("batch", None, "heads"))
+    specs["segment_ids"] = PartitionSpec("batch")
+    specs["initial_state"] = PartitionSpec("batch", None, "heads")
+    sharded = jax.shard_map(
+        functools.partial(gradient, in_chunks),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs={n: spec for n, spec in specs.items() if n != "segment_ids"},
+    )
+    assert kernels_for_cuda(sharded, arguments) == 4
+
+
+@on_cpu
+def test_other_devices_are_refused():
+    arrays = dict.fromkeys(NAMES, jnp.ones((1, 4, 1, 64), jnp.bfloat16))
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu needs a GPU.*'cpu'"):
+        wkv7(**arrays, min_log_decay=RWKV7_BOUND, implementation="mosaic_gpu")
+    chosen = wkv7(**arrays, min_log_decay=RWKV7_BOUND)
+    by_xla = wkv7(**arrays, min_log_decay=RWKV7_BOUND, implementation="xla")
+    jax.tree.map(np.testing.assert_array_equal, chosen, by_xla)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 192)])
+def test_served(K, V, dtype):
+    k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
+    check_served(k, v, RWKV7_BOUND)
+    check_served(k, v, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "dtype", "min_log_decay", "message"),
+    [
+        (64, 64, jnp.float32, -0.6, "16 bits.*float32"),
+        (32, 64, jnp.bfloat16, -0.6, "K=32"),
+        (192, 64, jnp.bfloat16, -0.6, "K=192"),
+        (64, 96, jnp.bfloat16, -0.6, "V=96"),
+        (64, 64, jnp.bfloat16, None, "min_log_decay.*None"),
+        (64, 64, jnp.bfloat16, -1.1, r"min_log_decay.*-1\.1"),
+    ],
+)
+def test_not_served(K, V, dtype, min_log_decay, message):
+    k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
+    with pytest.raises(NotImplementedError, match=message):
+        check_served(k, v, min_log_decay)
+
+
+# On a Hopper GPU. The definition is evaluated there too, in float64, by the scan that
+# `test_wkv7.test_float64` holds to the definition in numpy, which would take minutes.
+
+on_gpu = functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=RWKV7_BOUND)
+exact = functools.partial(wkv7_recurrent, implementation="xla")
+
+
+def assert_exact_enough(results, case: Case, output_limit: float = OUTPUT_LIMIT) -> None:
+    with jax.enable_x64():
+        reference = jax.device_get(run(exact, case, jnp.float64))
+    errors = {name: relative_rms(x, reference[name]) for name, x in results.items()}
+    limits = {n: GRADIENT_LIMIT if n.startswith("d_") else output_limit for n in errors}
+    assert all(errors[n] <= limits[n] for n in errors), errors  # not if one is NaN
+
+
+def arrays_of(case: Case) -> dict:
+    inputs = make_inputs(case)
+    arrays = {n: jnp.asarray(inputs[n], case.dtype) for n in NAMES}
+    return arrays | {"initial_state": jnp.asarray(inputs["initial_state"], jnp.float32)}
+
+
+def segments(T: int, num_segments: int, seed: int) -> tuple[tuple[int, int], ...]:
+    """A row of segments with random lengths, and padding at its end."""
+    cuts = np.sort(np.random.default_rng(seed).choice(T, num_segments, replace=False))
+    lengths = np.diff(cuts, prepend=0)
+    return (*((i + 1, int(n)) for i, n in enumerate(lengths) if n), (0, T - int(cuts[-1])))
+
+
+TOKENS = 4096
+ROWS_OF_SEGMENTS = tuple(segments(TOKENS, 40, seed) for seed in range(2))
+
+AT_SIZE = {
+    "random": bfloat16_case((2, TOKENS, 4, 64, 64)),
+    "decay at the bound": bfloat16_case((2, TOKENS, 4, 64, 64), "bound"),
+    "tiny decay": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny"),
+    "repeated token": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny", tokens="repeated"),
+    "repeated token, decaying": bfloat16_case((2, TOKENS, 4, 64, 64), tokens="repeated"),
+    "nearly repeated token": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny", tokens="near"),
+    "periodic tokens": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny", tokens="periodic"),
+    "more blocks than multiprocessors": bfloat16_case((3, 200, 67, 64, 64), scale=0.125),
+    "one token": bfloat16_case((2, 1, 3, 64, 64)),
+    "K 128": bfloat16_case((2, 1000, 4, 128, 64)),
+    "K 128, repeated token": bfloat16_case((2, 1000, 4, 128, 128), "tiny", tokens="repeated"),
+    "V 192, no state": bfloat16_case((2, 1000, 4, 64, 192), state=False),
+    "packed": bfloat16_case((2, TOKENS, 4, 64, 64), lengths=ROWS_OF_SEGMENTS),
+    "K 128, packed": bfloat16_case((2, TOKENS, 2, 128, 128), lengths=ROWS_OF_SEGMENTS),
+    "states per segment": bfloat16_case(
+        (2, TOKENS, 4, 64, 64), lengths=ROWS_OF_SEGMENTS, num_segments=41
+    ),
+    "K 128, states per segment": bfloat16_case(
+        (2, TOKENS, 2, 128, 64), lengths=ROWS_OF_SEGMENTS, num_segments=41
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", AT_SIZE)
+def test_at_size(name):
+    case = AT_SIZE[name]
+    assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["packed", "states per segment"])
+def test_small_segments_on_the_gpu(name):
+    case = INTERPRETED[name]
+    assert_matches(run(on_gpu, case, jnp.bfloat16), case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transformation", [by_rows, row_after_row, in_shard_map])
+def test_transformations_on_the_gpu(transformation):
+    case = bfloat16_case((2, 200, 2, 64, 64))
+    function = functools.partial(transformed, transformation, on_gpu)
+    assert_matches(run(function, case, jnp.bfloat16), case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+@pytest.mark.gpu
+def test_float16_on_the_gpu():
+    case = Case((2, 1000, 4, 64, 64), dtype="float16")
+    results = run(on_gpu, case, jnp.float16)
+    assert results["o"].dtype == results["d_r"].dtype == jnp.float16
+    # Inputs are rounded to bfloat16 first, which costs as much as all else together.
+    assert_exact_enough(results, case, output_limit=GRADIENT_LIMIT)
+
+
+@pytest.mark.gpu
+def test_a_long_sequence_and_its_halves():
+    case = bfloat16_case((1, 65536, 2, 64, 64), "tiny", tokens="near")
+    assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
+    arrays = arrays_of(case)
+    o, final = on_gpu(**arrays)
+    state, pieces = arrays.pop("initial_state"), []
+    for piece in (slice(None, 32768), slice(32768, None)):
+        half, state = on_gpu(**{n: x[:, piece] for n, x in arrays.items()}, initial_state=state)
+        pieces.append(half)
+    assert relative_rms(jnp.concatenate(pieces, axis=1), o) < 1e-5
+    assert relative_rms(state, final) < 1e-5
+
+
+@pytest.mark.gpu
+def test_bits_are_the_same_in_twenty_runs():
+    case = AT_SIZE["random"]
+    first = jax.device_get(run(on_gpu, case, jnp.bfloat16))
+    for _ in range(19):
+        again = jax.device_get(run(on_gpu, case, jnp.bfloat16))
+        jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+@pytest.mark.gpu
+def test_none_takes_the_kernels():
+    arrays = arrays_of(bfloat16_case((2, 200, 4, 64, 64)))
+    chosen = functools.partial(wkv7, min_log_decay=RWKV7_BOUND)
+    assert kernels_for_cuda(lambda arrays: chosen(**arrays), arrays) == 2
+    jax.tree.map(np.testing.assert_array_equal, chosen(**arrays), on_gpu(**arrays))
+
+
+@pytest.mark.gpu
+def test_compile_time_and_memory():
+    arguments = {n: jax.ShapeDtypeStruct((8, 4096, 64, 64), jnp.bfloat16) for n in NAMES} | {
+        "initial_state": jax.ShapeDtypeStruct((8, 64, 64, 64), jnp.float32)
+    }
+    start = time.perf_counter()
+    program = jax.jit(functools.partial(gradient, on_gpu)).lower(arguments).compile()
+    assert time.perf_counter() - start <= 20
+    assert program.memory_analysis().temp_size_in_bytes <= 1.2 * 2**30
+
+
+@pytest.mark.gpu
+def test_time_is_linear_in_tokens():
+    def seconds(B, T):
+        arguments = arrays_of(bfloat16_case((B, T, 8, 64, 64)))
+        program = jax.jit(functools.partial(gradient, on_gpu)).lower(arguments).compile()
+        rounds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(20):
+                results = program(arguments)
+            jax.block_until_ready(results)
+            rounds.append(time.perf_counter() - start)
+        return min(rounds)
+
+    assert seconds(1, 16384) <= 4.4 * seconds(1, 4096)
