@@ -33,5 +33,5 @@ def test_the_loss_falls_as_it_does_through_xla(implementation):
     curve, by_xla = losses(implementation), losses("xla")
     assert np.isfinite(curve).all()
     assert curve[-1] < curve[0] - 0.5
-    # Seen on an H200: 5e-3, while the loss falls from 4.3 to 0.03; two runs of "xla" differ by 4e-3.
+    # Seen on an H200: 5e-3, while the loss falls from 4.3 to 0.03; "xla" twice differs by 4e-3.
     np.testing.assert_allclose(curve, by_xla, rtol=0, atol=0.02)
