@@ -300,9 +300,10 @@ def test_messages_may_come_through_a_pipe(
 
 def test_a_second_ctrl_c_takes_the_message_back(checkpoint, vocabulary_file, capsys, monkeypatch):
     def interrupted_twice(session, message, write, stopped):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stopped()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)  # until the interruption arrives
 
     monkeypatch.setattr(ChatSession, "reply", interrupted_twice)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/regenerate\n/history\n"))
@@ -332,15 +333,32 @@ class PseudoTerminal:
     def send(self, text):
         os.write(self._master, text.encode())
 
+    def interrupt(self, pattern):
+        """Presses Ctrl-C until the pattern is seen.
+
+        Python sees one that comes just before `input` begins to wait only at the next key.
+        """
+        for _ in range(30):
+            self.send("\x03")
+            if self._read(2) and re.search(pattern, self._seen):
+                return
+        raise AssertionError(f"no {pattern!r} in {self._seen!r}")
+
+    def _read(self, seconds):
+        """Takes in what the command has written, if it writes in time."""
+        if not select.select([self._master], [], [], seconds)[0]:
+            return False
+        text = self._decoder.decode(os.read(self._master, 4096))
+        self._seen += text.replace("\r", "")
+        return True
+
     def wait_for(self, pattern, seconds=60):
         """The text up to the end of the pattern, which is taken away."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self._seen)):
             left = end - time.monotonic()
             assert left > 0, f"no {pattern!r} in {self._seen!r}"
-            assert select.select([self._master], [], [], left)[0], f"only {self._seen!r}"
-            text = self._decoder.decode(os.read(self._master, 4096))
-            self._seen += text.replace("\r", "")
+            assert self._read(left), f"only {self._seen!r}"
         text, self._seen = self._seen[: match.end()], self._seen[match.end() :]
         return text
 
@@ -405,16 +423,14 @@ def test_a_session_on_a_terminal(terminal, model, tokenizer, tmp_path):
     ask("/set max_new_tokens 8")
     assert "\nAssistant:" in ask("Go on")
 
-    terminal.send("half a line")
-    terminal.wait_for("half a line")
-    time.sleep(0.5)  # a signal just before Python's input() begins to wait is seen at the next key
-    terminal.send("\x03")
-    assert "[Ctrl-D or /quit ends the session]" in terminal.wait_for("User: ")
     assert "error: there is no command /halp; /help lists them" in ask("/halp")
     assert "error: usage: /save FILE" in ask("/save")
     assert "error: usage: /reset" in ask("/reset now")
     assert "/regenerate" in ask("/help")
     assert "error: the vocabulary has no token for byte b'\\xc3'" in ask("é")
     assert "error: top_p must be in [0, 1], got 2.0" in ask("/set top_p 2")
+    terminal.send("half a line")
+    terminal.wait_for("half a line")
+    terminal.interrupt(re.escape("[Ctrl-D or /quit ends the session]"))
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
