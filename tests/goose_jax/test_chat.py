@@ -305,6 +305,7 @@ def test_a_second_ctrl_c_takes_the_message_back(checkpoint, vocabulary_file, cap
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)  # until the interruption arrives
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     monkeypatch.setattr(ChatSession, "reply", interrupted_twice)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/regenerate\n/history\n"))
     chat_module.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file))
@@ -318,7 +319,10 @@ class PseudoTerminal:
 
     def __init__(self, *arguments):
         self._master, slave = pty.openpty()
-        program = "import os, sys; os.login_tty(0); from goose_jax.cli.main import main; main()"
+        program = (  # a background job of a shell would inherit that Ctrl-C is ignored
+            "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "os.login_tty(0); from goose_jax.cli.main import main; main()"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
             stdin=slave,
