@@ -1,5 +1,11 @@
 """Settings of every test."""
 
+import os
+
+# Interpreted kernels have a thread for each warpgroup, which wait for each other: XLA must have at
+# least as many, also where cores are few. It reads this when its CPU client starts.
+os.environ.setdefault("NPROC", "8")
+
 import jax
 import pytest
 

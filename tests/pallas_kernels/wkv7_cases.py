@@ -12,6 +12,7 @@ RWKV7_BOUND = -float(np.exp(-0.5))
 DECAYS = {
     "rwkv7": lambda rng, shape: RWKV7_BOUND / (1 + np.exp(-rng.normal(size=shape))),
     "tiny": lambda rng, shape: np.full(shape, -1e-6),
+    "slow": lambda rng, shape: np.full(shape, -3e-3),
     "bound": lambda rng, shape: np.full(shape, RWKV7_BOUND),
     "strong": lambda rng, shape: np.full(shape, -20.0),
     "reset": lambda rng, shape: np.full(shape, -np.inf),
@@ -52,7 +53,7 @@ class Case:
     @property
     def min_log_decay(self) -> float | None:
         """The bound that the decays keep, if it is one that helps."""
-        return RWKV7_BOUND if self.decay in ("rwkv7", "tiny", "bound") else None
+        return RWKV7_BOUND if self.decay in ("rwkv7", "tiny", "slow", "bound") else None
 
 
 @functools.cache
