@@ -20,9 +20,9 @@ from tests.helpers import relative_rms
 from tests.pallas_kernels.test_wkv7 import assert_matches, run
 from tests.pallas_kernels.wkv7_cases import NAMES, RWKV7_BOUND, Case, make_inputs
 
-# Relative RMS. The largest errors measured by interpretation: 3.6e-3 in outputs, 1.9e-3 in states,
-# 7.5e-3 in gradients (that of a, nearly repeated tokens; elsewhere 5.5e-3). Rounding exact outputs
-# to bfloat16 costs 1.7e-3.
+# Relative RMS. The largest errors measured: 3.6e-3 in outputs, 1.9e-3 in states, 7.9e-3 in
+# gradients (that of a, nearly repeated tokens; elsewhere 5.9e-3). Rounding exact outputs to
+# bfloat16 costs 1.7e-3.
 OUTPUT_LIMIT, GRADIENT_LIMIT = 4e-3, 1e-2
 
 SECONDS_UNTIL_HANGING = 300
@@ -81,6 +81,9 @@ INTERPRETED = {
     "tiny decay": bfloat16_case((1, 130, 1, 64, 64), "tiny"),
     "repeated token": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="repeated"),
     "repeated token, decaying": bfloat16_case((1, 130, 1, 64, 64), tokens="repeated"),
+    "repeated token, decaying slowly": bfloat16_case(
+        (1, 130, 1, 64, 64), "slow", tokens="repeated"
+    ),
     "nearly repeated token": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="near"),
     "periodic tokens": bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens="periodic"),
     "packed": bfloat16_case((3, 130, 1, 64, 64), lengths=PACKED),
@@ -205,6 +208,7 @@ def kernels_for_cuda(function, *arguments) -> int:
         (forward, "per segment", 64, 128, jnp.bfloat16, 130),
         (gradient, "plain", 64, 64, jnp.bfloat16, 65536),
         (gradient, "plain", 128, 128, jnp.float16, 130),
+        (gradient, "packed", 64, 64, jnp.bfloat16, 130),
         (gradient, "packed", 128, 128, jnp.bfloat16, 130),
         (gradient, "per segment", 128, 64, jnp.float16, 130),
     ],
@@ -320,6 +324,9 @@ AT_SIZE = {
     "repeated token, decaying": bfloat16_case((2, TOKENS, 4, 64, 64), tokens="repeated"),
     "nearly repeated token": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny", tokens="near"),
     "periodic tokens": bfloat16_case((2, TOKENS, 4, 64, 64), "tiny", tokens="periodic"),
+    "repeated token, decaying slowly": bfloat16_case(
+        (2, TOKENS, 4, 64, 64), "slow", tokens="repeated"
+    ),
     "more blocks than multiprocessors": bfloat16_case((3, 200, 67, 64, 64), scale=0.125),
     "one token": bfloat16_case((2, 1, 3, 64, 64)),
     "K 128": bfloat16_case((2, 1000, 4, 128, 64)),
@@ -336,17 +343,9 @@ AT_SIZE = {
 }
 
 
-# Without decay the state grows over thousands of tokens, and what repeated tokens read of it is an
-# ever smaller difference: the gradients of a and b miss the limit of 1e-2.
-LARGE_DIFFERENCES = {"repeated token": "1.1e-2", "periodic tokens": "1.3e-2"}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", AT_SIZE)
-def test_at_size(name, request):
-    if name in LARGE_DIFFERENCES:
-        reason = f"gradients of a and b: {LARGE_DIFFERENCES[name]}"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_at_size(name):
     case = AT_SIZE[name]
     assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
 
@@ -376,16 +375,7 @@ def test_float16_on_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        "random",
-        pytest.param(
-            "near",
-            marks=pytest.mark.xfail(strict=True, reason="gradients of a and b: 1.1e-2"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("tokens", ["random", "near"])
 def test_a_long_sequence_and_its_halves(tokens):
     case = bfloat16_case((1, 65536, 2, 64, 64), "tiny", tokens=tokens)
     assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
@@ -418,11 +408,16 @@ def test_none_takes_the_kernels():
 
 @pytest.mark.gpu
 def test_compile_time_and_memory():
-    arguments = {n: jax.ShapeDtypeStruct((8, 4096, 64, 64), jnp.bfloat16) for n in NAMES} | {
-        "initial_state": jax.ShapeDtypeStruct((8, 64, 64, 64), jnp.float32)
-    }
+    tokens = jax.ShapeDtypeStruct((8, 4096, 64, 64), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((8, 64, 64, 64), jnp.float32)
+    arguments = dict.fromkeys(NAMES, tokens) | {"initial_state": state}
+
+    def forward_and_backward(arguments, gradients):
+        results, backward = jax.vjp(functools.partial(forward, on_gpu), arguments)
+        return results, backward(gradients)
+
     start = time.perf_counter()
-    program = jax.jit(functools.partial(gradient, on_gpu)).lower(arguments).compile()
+    program = jax.jit(forward_and_backward).lower(arguments, (tokens, state)).compile()
     assert time.perf_counter() - start <= 20
     assert program.memory_analysis().temp_size_in_bytes <= 1.2 * 2**30
 

@@ -22,25 +22,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import vary_alike
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE, interpretation, keep_triangle
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    LAYOUT,
-    TILE,
     Operand,
     choose,
     keep,
+    load,
+    load32,
     load_rows,
+    products,
     row_and_column,
     spread_rows,
     transposed,
 )
 
-type Product = Callable[..., tuple[jax.Array, ...]]
-"""`tiles.products`, for a GPU or interpreted."""
-
 LOG2E = math.log2(math.e)
 
-_SHARED_MEMORY_TILES = 27
-"""What a block of an H100 or H200 can have, less some room for vectors and barriers."""
+_SHARED_MEMORY_ROWS = 1790
+"""Rows of tiles that a block can have on an H100 or H200, beside 3 KiB of vectors and barriers."""
 
 MIDDLE = TILE // 2 - 1
 
@@ -59,23 +58,18 @@ class Plan:
     multiprocessors: int = 132
     interpret: bool = False
 
-    @property
-    def inverting_warpgroups(self) -> int:
-        """How many chunks a multiprocessor inverts at a time."""
-        # The interpreter has a thread for each, and where cores are few they can block each other.
-        return 1 if self.interpret else 4
-
     def chunks(self, T: int) -> int:
         """Number of chunks in a row of T tokens."""
         return -(-T // TILE)
 
     def slots(self, tiles: int, *, others: int, most: int) -> int:
-        """How many slots of so many tiles shared memory has room for beside `others`.
+        """How many slots of so many tiles shared memory has room for beside `others` and constants.
 
         Raises:
           NotImplementedError: if not even one.
         """
-        slots = min(most, (_SHARED_MEMORY_TILES - others) // tiles)
+        rows = _SHARED_MEMORY_ROWS - CONSTANTS_ROWS - others * TILE
+        slots = min(most, rows // (tiles * TILE))
         if slots == 0:
             raise NotImplementedError(f"mosaic_gpu needs {tiles + others} tiles of shared memory")
         return slots
@@ -91,9 +85,14 @@ class Plan:
         warpgroups: int = 1,
     ) -> Callable[..., Any]:
         """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks."""
-        body.__name__ = name
+
+        def traced_body(*args: Any, **kwargs: Any) -> None:
+            with interpretation(self.interpret):
+                body(*args, **kwargs)
+
+        traced_body.__name__ = name
         kernel = plgpu.kernel(
-            body,
+            traced_body,
             out_type=out_type,
             scratch_types=scratch_types,
             grid=tuple(grid.values())[::-1],
@@ -126,6 +125,11 @@ def state_tile_of(gmem: Any, row: Any, head: Any, chunk: Any, part: Any, block: 
     return gmem.at[row, head, chunk, pl.ds(part * TILE, TILE), pl.ds(block * TILE, TILE)]
 
 
+def values_tile_of(gmem: Any, row: Any, head: Any, chunk: Any, part: Any) -> Any:
+    """64 tokens by 64 values of an array `[B, H, chunks, 64, V]`."""
+    return gmem.at[row, head, chunk, :, pl.ds(part * TILE, TILE)]
+
+
 CONSTANTS_ROWS = TILE + 8
 
 
@@ -138,17 +142,20 @@ def constants(dtype: Any) -> jax.Array:
     return jnp.concatenate([prefix_sums, halves])
 
 
-def decays_from_middle(product: Product, w: Any, prefix_sums: Any) -> jax.Array:
+def decays_from_middle(w: Any, prefix_sums: Any) -> jax.Array:
     """`(g - m) log2(e)` of a tile of log decays; prefix_sums is the upper part of `constants`."""
-    (g,) = product([(prefix_sums, w)])
+    (g,) = products([(prefix_sums, w)])
     return g * LOG2E
 
 
-def decays_of_chunk(
-    product: Product, w: Any, constants_smem: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def before_token(g: jax.Array, w: Any) -> jax.Array:
+    """The decay up to a token without its own, of `decays_from_middle`: what goes with a."""
+    return jnp.exp2(g - load32(w) * LOG2E)
+
+
+def decays_of_chunk(w: Any, constants_smem: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(g - m) log2(e)`, and vectors over channels: `exp(m)` and `exp(gL - m)`."""
-    g, sums = product(
+    g, sums = products(
         [(constants_smem.at[:TILE], w)],
         [(transposed(w), transposed(constants_smem.at[TILE:]))],  # [channels, 8]
     )
@@ -160,7 +167,8 @@ def decays_of_chunk(
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Which tokens of a chunk belong to the same segment.
+    """What is to be kept of tiles of 16 bits: entries of pairs of tokens in the right order, of the
+    same segment.
 
     Attributes:
       start: for each token the first of its segment in the chunk, -1 if the segment began before;
@@ -173,29 +181,35 @@ class Masks:
     end: jax.Array | None
     passes: jax.Array | None
 
-    def lower(self, *, strictly: bool = False) -> jax.Array:
-        """For matrices with a row for each reading token and a column for each writing one."""
-        row, column = row_and_column()
-        mask = row > column if strictly else row >= column
-        return mask if self.start is None else mask & (column >= spread_rows(self.start))
+    def lower(self, *tiles: jax.Array, strictly: bool = False) -> tuple[jax.Array, ...]:
+        """Of matrices with a row for each reading token and a column for each writing one."""
+        tiles = keep_triangle(*tiles, lower=True, strictly=strictly)
+        if self.start is None:
+            return tiles
+        return tuple(keep(row_and_column()[1] >= spread_rows(self.start), x) for x in tiles)
 
-    def upper(self, *, strictly: bool = False) -> jax.Array:
-        """For the transposed matrices, with a row for each writing token."""
-        row, column = row_and_column()
-        mask = row < column if strictly else row <= column
-        return mask if self.end is None else mask & (column <= spread_rows(self.end))
+    def upper(self, *tiles: jax.Array, strictly: bool = False) -> tuple[jax.Array, ...]:
+        """Of the transposed matrices, with a row for each writing token."""
+        tiles = keep_triangle(*tiles, lower=False, strictly=strictly)
+        if self.end is None:
+            return tiles
+        return tuple(keep(row_and_column()[1] <= spread_rows(self.end), x) for x in tiles)
 
     def entered(self, x: Operand) -> Operand:
         """The rows of x whose tokens read the state that entered the chunk, the others zero."""
-        return x if self.start is None else keep(spread_rows(self.start) < 0, x[...])
+        return x if self.start is None else keep(spread_rows(self.start) < 0, _loaded(x))
 
     def leaving(self, x: Operand) -> Operand:
         """The rows of x whose tokens are read from the state that leaves, the others zero."""
-        return x if self.end is None else keep(spread_rows(self.end) == TILE, x[...])
+        return x if self.end is None else keep(spread_rows(self.end) == TILE, _loaded(x))
 
     def passing(self, state: jax.Array) -> jax.Array:
         """A state that entered, zero if another segment begins in the chunk."""
         return state if self.passes is None else choose(self.passes, state, jnp.zeros_like(state))
+
+
+def _loaded(x: Operand) -> jax.Array:
+    return x if isinstance(x, jax.Array) else load(x)
 
 
 def load_masks(bounds_gmem: Sequence[Any], row: Any, chunk: Any) -> Masks:

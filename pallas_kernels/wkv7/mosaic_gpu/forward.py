@@ -9,16 +9,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     CONSTANTS_ROWS,
-    LOG2E,
     Plan,
+    before_token,
     chunk_of,
     constants,
     decays_of_chunk,
     load_masks,
     state_tile_of,
+    values_tile_of,
 )
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
-    advance,
     entering_state,
     grid_place,
     leaving_state,
@@ -26,15 +27,16 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     store_state,
 )
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    TILE,
-    keep,
+    halves_of,
     load,
+    load32,
     products,
     tiles_smem,
     transposed,
 )
+from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
-_PREPARE, _CARRY, _OUTPUT = range(3)  # the warpgroups
+_DECAY, _SOLVE, _CARRY, _OUTPUT = range(4)  # the warpgroups
 
 
 def outputs(
@@ -45,19 +47,23 @@ def outputs(
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
-    save_entries: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Outputs, final states, and what the backward needs of the states between chunks.
+    save: bool,
+) -> tuple[jax.Array, ...]:
+    """Outputs, final states, and what the backward needs of the walk.
 
-    Three warpgroups work on three chunks at a time, which travel through slots of shared memory:
+    Four warpgroups work on the chunks one after another, which lie in slots of shared memory:
 
-        global memory -> (loaded) -> PREPARE -> (prepared) -> CARRY -> (carried) -> OUTPUT -> o
-              ^                                                                        |
-              +-------------------------- the slot is free again ----------------------+
+        global memory -> DECAY -(a, k)-> SOLVE -> CARRY -> OUTPUT -> global memory
+              ^            +---(b, r)-------------^--------^  |
+              +-------------- the slot is free again ---------+
 
-        PREPARE, no state needed:   W1 = X a^,  U0 = X (A_ak V)
-        CARRY, the only chain:      U = U0 + W1 S^,  S' = (S^ + k^^T V + b^^T U) exp(gL - m)
-        OUTPUT:                     o = r^ S^ + A_rk V + A_rb U
+        DECAY:    a^, k^, then b^, r^
+        SOLVE:    W1 = X a^,  U0 = X (A_ak V)
+        CARRY:    U = U0 + W1 S^,  S' = (S^ + k^^T V + b^^T U) exp(gL - m), the only chain
+        OUTPUT:   A_rk V, A_rb meanwhile; o = r^ S^ + A_rk V + A_rb U
+
+    There is room for three slots, so what counts is how soon a slot is free again: whoever needs
+    little of a chunk begins when that is there.
 
     Args:
       plan: how to compile.
@@ -67,29 +73,27 @@ def outputs(
       bounds: `start` and `end` of `Masks`, each `[B, T]` int32; or nothing.
       transfers: which of the N states a chunk starts from and which it ends, each `[B, chunks]`
         int32, N for none; or nothing if N is 1.
-      save_entries: whether to return the states that enter chunks.
+      save: whether to return the last two results.
 
     Returns:
-      o `[B, T, H, V]` bfloat16, the final state like `initial_state`, and the entries
-      `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16, or None.
+      o `[B, T, H, V]` bfloat16; the final state like `initial_state`; the states that enter the
+      chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]` bfloat16.
     """
     r, _, _, v, _, _ = inputs
     B, T, H, K = r.shape
     V = v.shape[-1]
     chunks, blocks = plan.chunks(T), K // TILE
-    # Most tiles are overwritten as a chunk advances; wider heads and segments need a few more.
-    extra = (K != TILE) + 2 * bool(bounds)
-    slots = plan.slots(5 * blocks + 2 + extra, others=2, most=3)
-    product = functools.partial(products, interpret=plan.interpret)
+    slots = plan.slots(5 * blocks + 2, others=3 + blocks + bool(bounds), most=3)
 
     def body(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, constants_gmem, *rest,
-        r_smem, w_smem, k_smem, v_smem, a_smem, b_smem, x_smem, extra_smem, o_smem,
-        before_smem, after_smem, constants_smem, constants_loaded, loaded, prepared, carried,
+        r_smem, w_smem, k_smem, v_smem, a_smem, b_smem, x_smem, A_smem, low_smem, leaving_smem,
+        o_smem, factors_smem, constants_smem,
+        constants_loaded, loaded_first, loaded, decayed_first, decayed, solved, carried,
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
-        o_gmem, final_gmem, *entries_gmem = rest
+        o_gmem, final_gmem, *saved_gmem = rest
         place = row, head, part = grid_place()
         warpgroup = jax.lax.axis_index("warpgroup")
 
@@ -99,82 +103,72 @@ def outputs(
         def fetch(chunk):
             slot = slot_of(chunk)
 
-            def copy(source, smem):
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], loaded.at[slot])
-
-            for gmem, smem in (
-                (w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem), (b_gmem, b_smem),
-                (r_gmem, r_smem),
-            ):  # fmt: skip
+            def copy(gmem, smem, barrier):
                 for j in range(blocks):
-                    copy(chunk_of(gmem, row, chunk, head, j), smem[j])
-            copy(chunk_of(v_gmem, row, chunk, head, part), v_smem)
-            copy(x_gmem.at[row, head, chunk], x_smem)
+                    source = chunk_of(gmem, row, chunk, head, j)
+                    plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier.at[slot])
 
-        def at(slot, tiles):
-            return [tile.at[slot] for tile in tiles]
+            for gmem, smem in ((w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem)):
+                copy(gmem, smem, loaded_first)
+            X, v = x_gmem.at[row, head, chunk], chunk_of(v_gmem, row, chunk, head, part)
+            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(v, v_smem.at[slot], loaded.at[slot])
+            for gmem, smem in ((b_gmem, b_smem), (r_gmem, r_smem)):
+                copy(gmem, smem, loaded)
 
-        def u_and_state(slot):
-            if K == TILE:
-                return w_smem[0].at[slot], [x_smem.at[slot]]
-            return extra_smem[0].at[slot], at(slot, w_smem)
+        def tiles_of(slot):
+            def at(tiles):
+                return [tile.at[slot] for tile in tiles]
 
-        def written(slot, v, u):
-            """Where rows of V and U that change the state are."""
-            return at(slot, extra_smem[-2:]) if bounds else (v, u)
+            return at(r_smem), Chunk(
+                x=at(a_smem),
+                low=at(w_smem),
+                y=at(k_smem),
+                z=at(b_smem),
+                Y=v_smem.at[slot],
+                X=x_smem.at[slot],
+                before=[factors.at[slot, 0] for factors in factors_smem],
+                after=[factors.at[slot, 1] for factors in factors_smem],
+            )
 
-        def prepare(chunk, _):
+        def decay(chunk, _):
             slot = slot_of(chunk)
-            plgpu.barrier_wait(loaded.at[slot])
-            masks = load_masks(bounds_gmem, row, chunk)
-            r, w, k, a, b = (at(slot, x) for x in (r_smem, w_smem, k_smem, a_smem, b_smem))
-            v, X, u = v_smem.at[slot], x_smem.at[slot], u_and_state(slot)[0]
-            a_in = []
+            plgpu.barrier_wait(loaded_first.at[slot])
+            r, t = tiles_of(slot)
             for j in range(blocks):
-                g, before, after = decays_of_chunk(product, w[j], constants_smem)
-                before_smem[j].at[slot][...], after_smem[j].at[slot][...] = before, after
-                w_j = load(w[j]).astype(jnp.float32)
-                a_in.append((load(a[j]) * jnp.exp2(g - w_j * LOG2E)).astype(jnp.bfloat16))
-                a[j][...] = masks.entered(a_in[j])
+                a, w, k, b = t.x[j], t.low[j], t.y[j], t.z[j]
+                g, t.before[j][...], t.after[j][...] = decays_of_chunk(w, constants_smem)
+                a[...], w[...] = halves_of(load32(a) * before_token(g, w))
                 from_token = jnp.exp2(-g)
-                k[j][...] = (load(k[j]) * from_token).astype(jnp.bfloat16)
-                b[j][...] = (load(b[j]) * from_token).astype(jnp.bfloat16)
-                r[j][...] = (load(r[j]) * (jnp.exp2(g) * plan.scale)).astype(jnp.bfloat16)
+                k[...] = narrow(load32(k) * from_token)
+                if j == blocks - 1:
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(decayed_first.at[slot])
+                if j == 0:
+                    plgpu.barrier_wait(loaded.at[slot])
+                b[...] = narrow(load32(b) * from_token)
+                r[j][...] = narrow(load32(r[j]) * (jnp.exp2(g) * plan.scale))
             plgpu.commit_smem()
-            (A_ak,) = product([(a_in[j], transposed(k[j])) for j in range(blocks)])
-            A_ak = keep(masks.lower(strictly=True), A_ak).astype(jnp.bfloat16)
-            (A_ak_v,) = product([(A_ak, v)])
-            u[...] = A_ak_v.astype(jnp.bfloat16)
-            if bounds:
-                written(slot, v, u)[0][...] = masks.leaving(load(v))
-            plgpu.commit_smem()
-            *W1, U0 = product(*([(X, tile)] for tile in (*a, u)))
-            for tile, value in zip((*a, u), (*W1, U0), strict=True):
-                tile[...] = value.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(prepared.at[slot])
+            plgpu.barrier_arrive(decayed.at[slot])
+
+        def solve_chunk(chunk, _):
+            slot = slot_of(chunk)
+            plgpu.barrier_wait(decayed_first.at[slot])
+            plgpu.barrier_wait(loaded.at[slot])
+            _, t = tiles_of(slot)
+            masks = load_masks(bounds_gmem, row, chunk)
+            selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
+            solve(t, t.X, functools.partial(masks.lower, strictly=True), A_smem, selections)
+            plgpu.barrier_arrive(solved.at[slot])
 
         def carry(chunk, state):
             slot = slot_of(chunk)
-            plgpu.barrier_wait(prepared.at[slot])
+            plgpu.barrier_wait(solved.at[slot])
+            plgpu.barrier_wait(decayed.at[slot])
             if transfers:
                 state = entering_state(state, initial_gmem, transfers_gmem[0], place, chunk)
-            u, state_tiles = u_and_state(slot)
-            y, u_written = written(slot, v_smem.at[slot], u)
-            state = advance(
-                product,
-                state,
-                load_masks(bounds_gmem, row, chunk),
-                before=at(slot, before_smem),
-                after=at(slot, after_smem),
-                R=at(slot, a_smem),
-                P=at(slot, k_smem),
-                Q=at(slot, b_smem),
-                Y=y,
-                U=u,
-                U_written=u_written,
-                state_smem=state_tiles,
-            )
+            masks = load_masks(bounds_gmem, row, chunk)
+            state = advance(tiles_of(slot)[1], state, masks, low_smem, leaving_smem)
             plgpu.barrier_arrive(carried.at[slot])
             if transfers:
                 leaving_state(state, final_gmem, transfers_gmem[1], place, chunk)
@@ -182,34 +176,40 @@ def outputs(
 
         def output(chunk, _):
             slot = slot_of(chunk)
-            plgpu.barrier_wait(prepared.at[slot])
+            plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
-            r, k, b = (at(slot, x) for x in (r_smem, k_smem, b_smem))
-            r = [load(tile) for tile in r] if bounds or not plan.interpret else r
-            A_rk, A_rb = product(
-                [(x, transposed(y)) for x, y in zip(r, k, strict=True)],
-                [(x, transposed(y)) for x, y in zip(r, b, strict=True)],
+            r, t = tiles_of(slot)
+            A_rk, A_rb = products(
+                [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
+                [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
             )
-            A_rk, A_rb = (keep(masks.lower(), A).astype(jnp.bfloat16) for A in (A_rk, A_rb))
+            A_rk, A_rb = masks.lower(narrow(A_rk), narrow(A_rb))
+            (o,) = products([(A_rk, t.Y)])
             plgpu.barrier_wait(carried.at[slot])
-            u, state = u_and_state(slot)
-            if save_entries:
+            reads = [masks.entered(load(x)) if bounds else x for x in r]
+            of_state = [(x, transposed(s)) for x, s in zip(reads, t.low, strict=True)]
+            if save:
+                entries_gmem, u_gmem = saved_gmem
                 for j in range(blocks):
-                    plgpu.copy_smem_to_gmem(
-                        state[j], state_tile_of(entries_gmem[0], row, head, chunk, part, j)
-                    )
-            of_state = [(masks.entered(x), transposed(s)) for x, s in zip(r, state, strict=True)]
-            (o,) = product([*of_state, (A_rk, v_smem.at[slot]), (A_rb, u)])
+                    entry = state_tile_of(entries_gmem, row, head, chunk, part, j)
+                    plgpu.copy_smem_to_gmem(t.low[j], entry)
+                plgpu.copy_smem_to_gmem(t.X, values_tile_of(u_gmem, row, head, chunk, part))
+            (o,) = products([*of_state, (A_rb, t.X)], start=[o])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_smem[...] = o.astype(jnp.bfloat16)
+            plgpu.commit_smem()  # so that the slot has been read before it is written
+            pl.when(chunk + slots < chunks)(lambda: fetch(chunk + slots))
+            o_smem[...] = narrow(o)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem, chunk_of(o_gmem, row, chunk, head, part))
-            pl.when(chunk + slots < chunks)(lambda: fetch(chunk + slots))
 
-        @pl.when(warpgroup == _PREPARE)
+        @pl.when(warpgroup == _DECAY)
         def _():
             plgpu.barrier_wait(constants_loaded)
-            jax.lax.fori_loop(0, chunks, prepare, None)
+            jax.lax.fori_loop(0, chunks, decay, None)
+
+        @pl.when(warpgroup == _SOLVE)
+        def _():
+            jax.lax.fori_loop(0, chunks, solve_chunk, None)
 
         @pl.when(warpgroup == _CARRY)
         def _():
@@ -230,31 +230,33 @@ def outputs(
         jax.ShapeDtypeStruct((B, T, H, V), jnp.bfloat16),
         jax.ShapeDtypeStruct(initial_state.shape, jnp.float32),
     ]
-    if save_entries:
+    if save:
         types.append(jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16))
+        types.append(jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16))
     barrier = plgpu.Barrier(num_barriers=slots)
     kernel = plan.kernel(
         body,
         name="wkv7_outputs",
         out_type=tuple(types),
         grid={"part": V // TILE, "head": H, "row": B},
-        warpgroups=3,
+        warpgroups=4,
         scratch_types=dict(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "rwkab"},
             v_smem=tiles_smem(slots),
             x_smem=tiles_smem(slots),
-            extra_smem=[tiles_smem(slots)] * extra,
+            A_smem=[tiles_smem()] * 2,
+            low_smem=[tiles_smem()] * blocks,
+            leaving_smem=tiles_smem() if bounds else None,
             o_smem=tiles_smem(),
-            before_smem=[plgpu.SMEM((slots, TILE), jnp.float32)] * blocks,
-            after_smem=[plgpu.SMEM((slots, TILE), jnp.float32)] * blocks,
+            factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
             constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
             constants_loaded=plgpu.Barrier(),
-            loaded=plgpu.Barrier(num_arrivals=5 * blocks + 2, num_barriers=slots),
-            prepared=barrier,
+            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
+            loaded=plgpu.Barrier(num_arrivals=2 * blocks + 2, num_barriers=slots),
+            decayed_first=barrier,
+            decayed=barrier,
+            solved=barrier,
             carried=barrier,
         ),
     )
-    o, final, *entries = kernel(
-        *inputs, X, initial_state, constants(jnp.bfloat16), *bounds, *transfers
-    )
-    return o, final, entries[0] if save_entries else None
+    return kernel(*inputs, X, initial_state, constants(jnp.bfloat16), *bounds, *transfers)

@@ -1,6 +1,6 @@
 """Kernel 4 of 4: gradients of the inputs, each chunk in a block of its own."""
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,86 +9,82 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
-    LOG2E,
     Plan,
+    before_token,
     chunk_of,
     constants,
     decays_from_middle,
     load_masks,
     state_tile_of,
+    values_tile_of,
 )
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE, narrow
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    LAYOUT,
-    TILE,
-    halves_of,
-    keep,
     load,
+    load32,
     products,
     split,
     tiles_smem,
     transposed,
 )
 
+_SLOTS = 2  # one chunk is worked on while the next one is loaded
+_ROWS, _COLUMNS = range(2)  # the warpgroups
+
 
 class Tiles(NamedTuple):
-    """Shared memory: lists with a tile for each 64 channels, the block's own first, and tiles.
-
-    Named by what they are loaded with; p, q, u and dw by what they hold longest.
-    """
+    """A slot in shared memory: what is loaded of a chunk, and a tile for ROWS to write from."""
 
     r: Any
     w: Any
     k: Any
     a: Any
     b: Any
-    s: Any
-    ds: Any
     v: Any
-    x: Any
     do: Any
-    p: Any
-    q: Any
     u: Any
     dw: Any
-
-    def own(self) -> list[Any]:
-        """r, w, k, a, b, s, ds of the block's own channels."""
-        return [tiles[0] for tiles in self[:7]]
+    s: Any
+    ds: Any
+    rows: Any
 
 
 def input_gradients(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
-    X: jax.Array,
     do: jax.Array,
     entries: jax.Array,
+    U: jax.Array,
     exits: jax.Array,
+    dW: jax.Array,
     bounds: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
-    """Gradients of r, log_decay, k, v, a, b, with the states at both ends of each chunk known.
+    """Gradients of r, log_decay, k, v, a, b, given what the two walks have computed.
 
-    One warpgroup per chunk, head, 64 channels and 64 values. With everything decayed to the middle
-    of the chunk, as in `chunk`, and the matrices A masked:
+    With everything decayed to the middle of the chunk, as in `chunk`, and the matrices A masked:
 
-        U    = X (a^ S^ + A_ak V)                  dU  = A_rb^T dO + b^ dS^        dW = X^T dU
-        dV   = A_rk^T dO + A_ak^T dW + k^ dS^
         dA_rk = dO V^T    dA_rb = dO U^T           dA_ak = dW V^T                  dA_ab = dW U^T
         dr^  = dO S^^T + dA_rk k^ + dA_rb b^       da^ = dW S^^T + dA_ak k^ + dA_ab b^
         dk^  = V dS^^T + dA_rk^T r^ + dA_ak^T a^   db^ = U dS^^T + dA_rb^T r^ + dA_ab^T a^
+        dV   = k^ dS^ + A_rk^T dO + A_ak^T dW
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
-    of earlier ones, and in what passes or leaves the whole chunk:
+    of earlier ones, and in the state S1 that leaves the chunk:
 
-        dw_j = sum_{i >= j} (r^ dr^ - k^ dk^ - b^ db^)_i + sum_{i > j} (a^ da^)_i
-               + sum_i (k^ (V dS^^T) + b^ (U dS^^T))_i + sum_V S^ dS^
+        dw_j = sum_{i >= j} (r^ dr^ - k^ dk^ - b^ db^)_i + sum_{i > j} (a^ da^)_i + sum_V S1 dS1
+
+    One block per multiprocessor takes every n-th of the chunks, heads, 64 channels and 64 values.
+    Of its warpgroups ROWS does what has a row for each reading token, dr, da, and their part in dw
+    with that of S1; COLUMNS does dk, db and dV, and adds up dw. Each decays its own inputs.
 
     Args:
       plan: how to compile.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
-      X: of `inverses`.
       do: `[B, T, H, V]` bfloat16.
       entries: S^ of `forward.outputs`.
+      U: of `forward.outputs`.
       exits: dS^ of `backward.state_gradients`.
+      dW: of `backward.state_gradients`.
       bounds: as for `forward.outputs`.
 
     Returns:
@@ -96,188 +92,210 @@ def input_gradients(
     """
     r, _, _, v, _, _ = inputs
     B, T, H, K = r.shape
-    V = v.shape[-1]
-    chunks, blocks, parts = plan.chunks(T), K // TILE, V // TILE
-    product = functools.partial(products, interpret=plan.interpret)
-    bf16 = jnp.bfloat16
+    chunks, blocks, parts = plan.chunks(T), K // TILE, v.shape[-1] // TILE
+    sizes = {"block": blocks, "part": parts, "head": H, "chunk": chunks, "row": B}
+    total = math.prod(sizes.values())
+    workers = min(plan.multiprocessors, total)
 
     def body(
-        r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, do_gmem, s_gmem, ds_gmem,
+        r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, do_gmem, s_gmem, u_gmem, ds_gmem, dw_gmem,
         constants_gmem, *rest,
-        tiles_smem, loaded, constants_loaded,
+        tiles_smem, rows_smem, columns_smem, constants_smem,
+        constants_loaded, inputs_loaded, others_loaded, decayed, summed,
     ):  # fmt: skip
-        def tiles():
+        bounds_gmem, gradients_gmem = rest[: len(bounds)], rest[len(bounds) :]
+        dr_gmem, d_log_decay_gmem, dk_gmem, dv_gmem, da_gmem, db_gmem = gradients_gmem
+        warpgroup = jax.lax.axis_index("warpgroup")
+        first = jax.lax.axis_index("multiprocessor")
+        count = jax.lax.div(total - 1 - first + workers, workers)
+
+        def slot_of(step):
+            return jax.lax.rem(step, jnp.int32(_SLOTS))
+
+        def tiles_at(step):
             """All tiles, found anew: LLVM would keep the address of each from use to use."""
-            zero = jax.lax.optimization_barrier(jnp.int32(0))
-            return Tiles(
-                *([tile.at[zero] for tile in of_blocks] for of_blocks in tiles_smem[:7]),
-                *(tile.at[zero] for tile in tiles_smem[7:]),
-            )
+            slot = jax.lax.optimization_barrier(slot_of(step))
+            return Tiles(*(tile.at[slot] for tile in tiles_smem))
 
-        bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
-        dr_gmem, dw_gmem, dk_gmem, dv_gmem, da_gmem, db_gmem = rest
-        row, head, chunk, part, own = (
-            jax.lax.axis_index(name) for name in ("row", "head", "chunk", "part", "block")
-        )
+        def place_of(step):
+            index, place = first + step * workers, []
+            for size in sizes.values():
+                place.append(jax.lax.rem(index, jnp.int32(size)))
+                index = jax.lax.div(index, jnp.int32(size))
+            return place
 
-        t = tiles()
-
-        def copy(source, smem):
-            plgpu.copy_gmem_to_smem(source, smem, loaded)
-
-        copy(constants_gmem.at[pl.ds(0, TILE)], t.u)
-        for i in range(blocks):
-            block = jax.lax.rem(own + i, jnp.int32(blocks))  # the first is the one of this block
+        def fetch(step):
+            block, part, head, chunk, row = place_of(step)
+            t, slot = tiles_at(step), slot_of(step)
             for gmem, smem in (
-                (w_gmem, t.w), (a_gmem, t.a), (k_gmem, t.k), (b_gmem, t.b),
-                (r_gmem, t.r),
+                (w_gmem, t.w), (r_gmem, t.r), (a_gmem, t.a), (k_gmem, t.k), (b_gmem, t.b)
             ):  # fmt: skip
-                copy(chunk_of(gmem, row, chunk, head, block), smem[i])
-            copy(state_tile_of(s_gmem, row, head, chunk, part, block), t.s[i])
-            copy(state_tile_of(ds_gmem, row, head, chunk, part, block), t.ds[i])
-        copy(chunk_of(v_gmem, row, chunk, head, part), t.v)
-        copy(x_gmem.at[row, head, chunk], t.x)
-        copy(chunk_of(do_gmem, row, chunk, head, part), t.do)
-        masks = load_masks(bounds_gmem, row, chunk)
-        plgpu.barrier_wait(loaded)
-
-        def over_blocks(xs, ys):
-            return [(x, transposed(y)) for x, y in zip(xs, ys, strict=True)]
+                source = chunk_of(gmem, row, chunk, head, block)
+                plgpu.copy_gmem_to_smem(source, smem, inputs_loaded.at[slot])
+            for source, smem in (
+                (chunk_of(do_gmem, row, chunk, head, part), t.do),
+                (chunk_of(v_gmem, row, chunk, head, part), t.v),
+                (values_tile_of(u_gmem, row, head, chunk, part), t.u),
+                (values_tile_of(dw_gmem, row, head, chunk, part), t.dw),
+                (state_tile_of(s_gmem, row, head, chunk, part, block), t.s),
+                (state_tile_of(ds_gmem, row, head, chunk, part, block), t.ds),
+            ):
+                plgpu.copy_gmem_to_smem(source, smem, others_loaded.at[slot])
 
         def write(smem, gradient, gmem):
-            smem[...] = gradient.astype(bf16)
+            """Writes a tile to global memory through one of two, in turn."""
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            smem[...] = narrow(gradient)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, gmem)
 
-        def of_input(gmem):
-            return chunk_of(gmem.at[part], row, chunk, head, own)
+        def sums(mask, terms, start):
+            """Adds up what two tiles hold together, with ones where the mask keeps them."""
+            (ones,) = mask(plgpu.layout_cast(jnp.ones((TILE, TILE), jnp.bfloat16), LAYOUT))
+            (total,) = products([(ones, half) for half in terms], start=[start])
+            return total
 
-        def times(x, gradient):
-            return load(x).astype(jnp.float32) * gradient
+        def context(step):
+            """Where the gradients of a chunk are written, and its masks, loaded when needed."""
+            block, part, head, chunk, row = place_of(step)
 
-        # Where tokens repeat, U and dW are small differences of W and of dU, because X takes away
-        # what neighbours have in common; so these are computed with operands of twice the digits.
-        # Few tiles fit registers at a time, hence the order, and decays that are computed again.
-        a_low, b_low = [], []
-        for r, w, k, a, b in zip(t.r, t.w, t.k, t.a, t.b, strict=True):
-            g = decays_from_middle(product, w, t.u)
-            from_token = jnp.exp2(-g)
-            k[...] = (load(k) * from_token).astype(bf16)
-            b[...], low = halves_of(load(b) * from_token)
-            b_low.append(low)
-            r[...] = (load(r) * (jnp.exp2(g) * plan.scale)).astype(bf16)
-            before_token = jnp.exp2(g - load(w).astype(jnp.float32) * LOG2E)
-            a[...], low = halves_of(load(a) * before_token)
-            a_low.append(low)
-        plgpu.commit_smem()
+            def of_input(gmem):
+                return chunk_of(gmem.at[part], row, chunk, head, block)
 
-        t = tiles()
-        (A_ak,) = product(over_blocks([*t.a, *a_low], t.k * 2))
-        A_ak_halves = halves_of(keep(masks.lower(strictly=True), A_ak))
-        t.p[...] = A_ak_halves[0]
-        reads = over_blocks(map(masks.entered, [*t.a, *a_low]), t.s * 2)
-        (W,) = product([*reads, *((x, t.v) for x in A_ak_halves)])
-        (U,) = product([(t.x, half) for half in split(W, t.q, t.dw)])
-        t.u[...] = U.astype(bf16)
+            dv = chunk_of(dv_gmem.at[block], row, chunk, head, part)
+            return of_input, dv, lambda: load_masks(bounds_gmem, row, chunk)
 
-        t = tiles()
-        (A_rb,) = product(over_blocks([*t.b, *b_low], t.r * 2))  # transposed
-        A_rb_halves = halves_of(keep(masks.upper(), A_rb))
-        writes = over_blocks(map(masks.leaving, [*t.b, *b_low]), t.ds * 2)
-        (dU,) = product([*writes, *((x, t.do) for x in A_rb_halves)])
-        halves = split(dU, t.q, t.dw)
-        (dW,) = product([(transposed(t.x), half) for half in halves])
-        t.dw[...] = dW.astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_gmem_to_smem(constants_gmem.at[pl.ds(0, TILE)], t.x, constants_loaded)
+        def rows(step, _):
+            of_input, _, masks = context(step)
+            slot, t = slot_of(step), tiles_at(step)
+            plgpu.barrier_wait(inputs_loaded.at[slot])
+            g = decays_from_middle(t.w, constants_smem)
+            t.r[...] = narrow(load32(t.r) * (jnp.exp2(g) * plan.scale))
+            t.a[...] = narrow(load32(t.a) * before_token(g, t.w))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(decayed)
 
-        t = tiles()
-        (A_rk,) = product(over_blocks(t.k, t.r))  # transposed
-        A_rk = keep(masks.upper(), A_rk).astype(bf16)
-        writes = over_blocks(map(masks.leaving, t.k), t.ds)
-        (dV,) = product([*writes, (A_rk, t.do), (transposed(t.p), t.dw)])
-        t.p[...] = dV.astype(bf16)
-        plgpu.commit_smem()
-
-        @pl.when(own == 0)
-        def _():
-            plgpu.copy_smem_to_gmem(t.p, chunk_of(dv_gmem, row, chunk, head, part))
-
-        t = tiles()
-        # From here on for the channels of this block only.
-        r, w, k, a, b, s, ds = t.own()
-        dA_rk, dA_rb = product([(t.do, transposed(t.v))], [(t.do, transposed(t.u))])
-        dA_rk, dA_rb = (keep(masks.lower(), x).astype(bf16) for x in (dA_rk, dA_rb))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        t.p[...], t.q[...] = dA_rk, dA_rb
-        (dr,) = product([(masks.entered(t.do), s), (dA_rk, k), (dA_rb, b)])
-        d_inclusive = times(r, dr)  # of sums of log decay up to a token, with it
-        plgpu.barrier_wait(constants_loaded)
-        g = decays_from_middle(product, w, t.x)
-        write(t.do, dr * (jnp.exp2(g) * plan.scale), of_input(dr_gmem))
-
-        t = tiles()
-        r, w, k, a, b, s, ds = t.own()
-        dA_ak, dA_ab = product([(t.dw, transposed(t.v))], [(t.dw, transposed(t.u))])
-        dA_ak, dA_ab = (keep(masks.lower(strictly=True), x).astype(bf16) for x in (dA_ak, dA_ab))
-        (da,) = product([(masks.entered(t.dw), s), (dA_ak, k), (dA_ab, b)])
-        d_exclusive = times(a, da)  # of sums up to a token, without it
-        # Of the sum over the whole chunk, which passes the state on and lets tokens leave.
-        d_whole = masks.passing(times(s, load(ds).astype(jnp.float32)))
-        s[...], t.dw[...] = dA_ak, dA_ab
-        g = decays_from_middle(product, w, t.x)
-        before_token = jnp.exp2(g - load(w).astype(jnp.float32) * LOG2E)
-        write(t.x, da * before_token, of_input(da_gmem))
-        from_token = jnp.exp2(-g)
-
-        for is_b in (False, True):
-            t = tiles()
-            r, w, k, a, b, s, ds = t.own()
-            x, value, dA_r, dA_a, staging, gmem = (
-                (b, t.u, t.q, t.dw, t.x, db_gmem) if is_b else (k, t.v, t.p, s, t.do, dk_gmem)
+            t = tiles_at(step)
+            plgpu.barrier_wait(others_loaded.at[slot])
+            found = products(*([(x, transposed(y))] for x in (t.do, t.dw) for y in (t.v, t.u)))
+            dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)
+            dA_rk, dA_rb = masks().lower(dA_rk, dA_rb)
+            dA_ak, dA_ab = masks().lower(dA_ak, dA_ab, strictly=True)
+            plgpu.barrier_wait(decayed)
+            dr, da = products(
+                [(masks().entered(t.do), t.s), (dA_rk, t.k), (dA_rb, t.b)],
+                [(masks().entered(t.dw), t.s), (dA_ak, t.k), (dA_ab, t.b)],
             )
-            (dx,) = product([(masks.leaving(value), ds)])
-            d_whole += times(x, dx)
-            (dx,) = product([(transposed(dA_r), r), (transposed(dA_a), a)], start=[dx])
-            d_inclusive -= times(x, dx)
+
+            t = tiles_at(step)
+            g = decays_from_middle(t.w, constants_smem)  # registers are too few to keep it
+            write(t.rows, dr * (jnp.exp2(g) * plan.scale), of_input(dr_gmem))
+            write(rows_smem, da * before_token(g, t.w), of_input(da_gmem))
+            exclusive = load32(t.a) * da
+            inclusive = load32(t.r) * dr + exclusive
+
+            t = tiles_at(step)
+            state, V, U = masks().passing(load32(t.s)), t.v, t.u
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            write(staging, dx * from_token, of_input(gmem))
+            if bounds:
+                t.rows[...], t.s[...] = masks().leaving(load(V)), masks().leaving(load(U))
+                plgpu.commit_smem()
+                V, U = t.rows, t.s
+            (state,) = products([(transposed(V), t.k), (transposed(U), t.b)], start=[state])
+            of_state = state * load32(t.ds)
+            terms = t.rows, t.s
+            total = sums(masks().upper, split(inclusive, *terms), -exclusive)
+            total = sums(lambda x: [masks().leaving(x)], split(of_state, *terms), total)
+            split(total, *terms)
+            plgpu.barrier_arrive(summed)
 
-        # Sums over tokens, as products with ones; operands of 16 bits each carry half the digits.
-        t = tiles()
-        r, w, k, a, b, s, ds = t.own()
-        ones = plgpu.layout_cast(jnp.ones((TILE, TILE), bf16), LAYOUT)
-        from_token, of_chunk = keep(masks.upper(), ones), masks.leaving(ones)
-        totals = split(d_inclusive + d_exclusive, r, a), split(d_whole, k, b)
-        (d_log_decay,) = product(
-            [
-                (x, half)
-                for x, pair in zip((from_token, of_chunk), totals, strict=True)
-                for half in pair
-            ],
-            start=[-d_exclusive],
-        )
-        write(t.p, d_log_decay, of_input(dw_gmem))
-        plgpu.wait_smem_to_gmem(0)
+        def decay_columns(step):
+            t = tiles_at(step)
+            plgpu.barrier_wait(inputs_loaded.at[slot_of(step)])
+            from_token = jnp.exp2(-decays_from_middle(t.w, constants_smem))
+            t.k[...] = narrow(load32(t.k) * from_token)
+            t.b[...] = narrow(load32(t.b) * from_token)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(decayed)
 
-    def like(x):
-        return jax.ShapeDtypeStruct((parts, *x.shape), bf16)
+        def columns(step, _):
+            of_input, dv_gmem, masks = context(step)
+            # The other slot is free: ROWS was done with it before the last sums of the step before.
+            pl.when(step + 1 < count)(lambda: fetch(step + 1))
+            plgpu.barrier_wait(others_loaded.at[slot_of(step)])
+            t = tiles_at(step)
+            found = products(*([(x, transposed(y))] for y in (t.do, t.dw) for x in (t.v, t.u)))
+            dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)  # transposed
+            dA_rk, dA_rb = masks().upper(dA_rk, dA_rb)
+            dA_ak, dA_ab = masks().upper(dA_ak, dA_ab, strictly=True)
+            plgpu.barrier_wait(decayed)
+            dk, db = products(
+                [(masks().leaving(t.v), t.ds), (dA_rk, t.r), (dA_ak, t.a)],
+                [(masks().leaving(t.u), t.ds), (dA_rb, t.r), (dA_ab, t.a)],
+            )
+
+            t = tiles_at(step)
+            from_token = jnp.exp2(-decays_from_middle(t.w, constants_smem))
+            write(columns_smem.at[0], dk * from_token, of_input(dk_gmem))
+            write(columns_smem.at[1], db * from_token, of_input(db_gmem))
+            inclusive = load32(t.k) * dk + load32(t.b) * db
+
+            t = tiles_at(step)
+            A_rk, A_ak = products([(t.k, transposed(t.r))], [(t.k, transposed(t.a))])
+            (A_rk,) = masks().upper(narrow(A_rk))
+            (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
+            (dv,) = products([(masks().leaving(t.k), transposed(t.ds)), (A_rk, t.do), (A_ak, t.dw)])
+            write(columns_smem.at[0], dv, dv_gmem)
+
+            # Of the next chunk, so that ROWS need not wait for it.
+            pl.when(step + 1 < count)(lambda: decay_columns(step + 1))
+            t = tiles_at(step)
+            plgpu.barrier_wait(summed)
+            of_rows = load32(t.rows) + load32(t.s)
+            total = sums(masks().upper, split(-inclusive, t.v, t.u), of_rows)
+            write(columns_smem.at[1], total, of_input(d_log_decay_gmem))
+
+        @pl.when(warpgroup == _ROWS)
+        def _():
+            plgpu.barrier_wait(constants_loaded)
+            jax.lax.fori_loop(0, count, rows, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == _COLUMNS)
+        def _():
+            source = constants_gmem.at[pl.ds(0, TILE)]
+            plgpu.copy_gmem_to_smem(source, constants_smem, constants_loaded)
+            fetch(jnp.int32(0))
+            plgpu.barrier_wait(constants_loaded)
+            decay_columns(jnp.int32(0))
+            jax.lax.fori_loop(0, count, columns, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    def parts_of(x):
+        parts_of_sum = blocks if x is v else parts
+        return jax.ShapeDtypeStruct((parts_of_sum, *x.shape), jnp.bfloat16)
 
     kernel = plan.kernel(
         body,
         name="wkv7_input_gradients",
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, bf16) if x is v else like(x) for x in inputs),
-        grid={"block": blocks, "part": parts, "head": H, "chunk": chunks, "row": B},
+        out_type=tuple(map(parts_of, inputs)),
+        grid={"multiprocessor": workers},
+        warpgroups=2,
         scratch_types={
-            "tiles_smem": Tiles(*[[tiles_smem(1)] * blocks] * 7, *[tiles_smem(1)] * 7),
-            "loaded": plgpu.Barrier(num_arrivals=7 * blocks + 4),
+            "tiles_smem": Tiles(*[tiles_smem(_SLOTS)] * len(Tiles._fields)),
+            "rows_smem": tiles_smem(),
+            "columns_smem": tiles_smem(2),
+            "constants_smem": tiles_smem(),
             "constants_loaded": plgpu.Barrier(),
+            "inputs_loaded": plgpu.Barrier(num_arrivals=5, num_barriers=_SLOTS),
+            "others_loaded": plgpu.Barrier(num_arrivals=6, num_barriers=_SLOTS),
+            "decayed": plgpu.Barrier(num_arrivals=2),
+            "summed": plgpu.Barrier(),
         },
     )
 
-    def over_parts(x):
-        return x[0] if parts == 1 else jnp.sum(x.astype(jnp.float32), axis=0).astype(bf16)
+    def sum_parts(x):
+        return x[0] if len(x) == 1 else jnp.sum(x.astype(jnp.float32), axis=0).astype(x.dtype)
 
-    gradients = kernel(*inputs, X, do, entries, exits, constants(bf16), *bounds)
-    dr, dw, dk, dv, da, db = gradients
-    return (*map(over_parts, (dr, dw, dk)), dv, *map(over_parts, (da, db)))
+    gradients = kernel(*inputs, do, entries, U, exits, dW, constants(jnp.bfloat16), *bounds)
+    return tuple(map(sum_parts, gradients))

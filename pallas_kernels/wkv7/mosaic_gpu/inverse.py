@@ -1,7 +1,5 @@
 """Kernel 1 of 4: the triangular inverse of every chunk."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -9,23 +7,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     CONSTANTS_ROWS,
-    LOG2E,
     Plan,
+    before_token,
     chunk_of,
     constants,
     decays_from_middle,
     load_masks,
 )
+from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    TILE,
-    keep,
-    load,
+    halves_of,
+    load32,
     products,
     row_and_column,
-    split,
     tiles_smem,
     transposed,
 )
+
+_WARPGROUPS = 4
 
 
 def inverses(
@@ -39,11 +39,10 @@ def inverses(
 
         A_ab[i, j] = sum_c a[i, c] exp(sum of log_decay over j < t < i) b[j, c]    for j < i
 
-    X grows from the identity by merging the inverses of diagonal blocks of s rows to those of 2 s,
-    `X <- X + mask_s(X A X)`, where the mask keeps the lower left quarter of each larger block.
-    Every intermediate is part of the true inverse, also when tokens repeat and powers of A would be
-    huge, so operands of 16 bits lose little. A step of Newton's method with an A of twice the
-    digits, `X <- X + (I - X (I - A)) X`, removes that loss.
+    The inverses of blocks of 4 rows, then 16, then all 64 come from those before by `Y + N^2 Y`, as
+    `diagonal` explains: each warp does the first two in its registers, all of them together the
+    last. So far operands have 16 bits. A step of Newton's method with an A of twice the digits,
+    `X <- X + (I - X (I - A)) X`, removes what that has lost.
 
     The result is rounded to 16 bits in such a way that the errors E are those of a product with
     `I + E`: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have in
@@ -55,10 +54,8 @@ def inverses(
     B, T, H, K = a.shape
     chunks, blocks = plan.chunks(T), K // TILE
     total = B * H * chunks
-    warpgroups = plan.inverting_warpgroups
-    workers = min(plan.multiprocessors, -(-total // warpgroups)) * warpgroups
-    stages = plan.slots(3 * blocks * warpgroups, others=1, most=2)
-    product = functools.partial(products, interpret=plan.interpret)
+    workers = min(plan.multiprocessors, -(-total // _WARPGROUPS)) * _WARPGROUPS
+    stages = plan.slots(3 * blocks * _WARPGROUPS, others=0, most=2)
 
     def body(
         w_gmem, a_gmem, b_gmem, constants_gmem, *rest,
@@ -66,7 +63,7 @@ def inverses(
     ):  # fmt: skip
         *bounds_gmem, x_gmem = rest
         warpgroup = jax.lax.axis_index("warpgroup")
-        first = jax.lax.axis_index("block") * warpgroups + warpgroup
+        first = jax.lax.axis_index("block") * _WARPGROUPS + warpgroup
         count = jax.lax.div(total - 1 - first + workers, workers)
 
         def position(step):
@@ -93,46 +90,40 @@ def inverses(
                 pl.when(step + 1 < count)(lambda: fetch(step + 1))
             place = position(step)
             w, a, b = ([tile.at[slot] for tile in x] for x in (w_smem, a_smem, b_smem))
-            a_in = []
+            a_halves, b_high, b_low = [], b, w
             for j in range(blocks):
-                g = decays_from_middle(product, w[j], constants_smem.at[:TILE])
-                before_token = jnp.exp2(g - load(w[j]).astype(jnp.float32) * LOG2E)
-                a_in.append((load(a[j]) * before_token).astype(jnp.bfloat16))
-                b[j][...] = (load(b[j]) * jnp.exp2(-g)).astype(jnp.bfloat16)
+                g = decays_from_middle(w[j], constants_smem.at[:TILE])
+                a_halves.append(halves_of(load32(a[j]) * before_token(g, w[j])))
+                b_high[j][...], b_low[j][...] = halves_of(load32(b[j]) * jnp.exp2(-g))
             plgpu.commit_smem()
-            (A,) = product([(a_in[j], transposed(b[j])) for j in range(blocks)])
-            A = keep(load_masks(bounds_gmem, *place[:2]).lower(strictly=True), A)
-
-            X_smem, A_high, A_low = b[0], a[0], w[0]
-            split(A, A_high, A_low)
-            row, column = row_and_column()
-            X = jnp.where(row == column, 1.0, jnp.where((row ^ 1) == column, A, 0.0))
-            X = jax.lax.optimization_barrier(X).astype(jnp.bfloat16)
-            size = 2
-            while size < TILE:
-                X_smem[...] = X
-                plgpu.commit_smem()
-                (XA,) = product([(X, A_high)])
-                (XAX,) = product([(XA.astype(jnp.bfloat16), X_smem)])
-                row, column = row_and_column()
-                # The halves of a block of 2 size differ in this bit, and agree in those above.
-                meets = (row & (TILE - size)) == ((column & (TILE - size)) ^ size)
-                X += keep(meets, XAX).astype(jnp.bfloat16)
-                size *= 2
-            X_smem[...] = X
-            plgpu.commit_smem()
-            row, column = row_and_column()
-            of_identity = jnp.where(row == column, 1.0, 0.0) - X.astype(jnp.float32)
-            (error,) = product([(X, A_high), (X, A_low)], start=[of_identity])
-            (X_exact,) = product(
-                [(error.astype(jnp.bfloat16), X_smem)], start=[X.astype(jnp.float32)]
+            (A,) = products(
+                [
+                    (x, transposed(y[j]))
+                    for j, (a_high, a_low) in enumerate(a_halves)
+                    for x, y in ((a_high, b_high), (a_low, b_high), (a_high, b_low))
+                ]
             )
-            X = X_exact.astype(jnp.bfloat16)
+            masks = load_masks(bounds_gmem, *place[:2])
+            A_high, A_low = masks.lower(*halves_of(A), strictly=True)
+
+            first, second, X_smem = w[0], a[0], b[0]
+            D, N = invert_diagonal(A_high)
+            first[...], second[...], X_smem[...] = D, A_high, N
+            plgpu.commit_smem()
+            N2, Y = products([(N, X_smem)], [(N, first)], start=[None, widen(D)])
+            first[...], X_smem[...] = A_low, narrow(Y)
+            plgpu.commit_smem()
+            (X,) = products([(narrow(N2), X_smem)], start=[Y])
+            X = narrow(X)
             X_smem[...] = X
             plgpu.commit_smem()
-            rounding = (X.astype(jnp.float32) - X_exact).astype(jnp.bfloat16)
-            (X_shaped,) = product([(rounding, X_smem)], start=[X_exact])
-            X_smem[...] = X_shaped.astype(jnp.bfloat16)
+            row, column = row_and_column()
+            of_identity = jnp.where(row == column, 1.0, 0.0) - widen(X)
+            (error,) = products([(X, second), (X, first)], start=[of_identity])
+            (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
+            rounding = narrow(widen(narrow(X_exact)) - X_exact)
+            (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
+            X_smem[...] = narrow(X_shaped)
             plgpu.commit_smem()
             row, chunk, head = place
             plgpu.copy_smem_to_gmem(X_smem, x_gmem.at[row, head, chunk])
@@ -144,26 +135,23 @@ def inverses(
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded.at[0])
-            plgpu.barrier_wait(constants_loaded.at[0])
-            for other in range(1, warpgroups):
-                plgpu.barrier_arrive(constants_loaded.at[other])
+            plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
 
-        pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(constants_loaded.at[warpgroup]))
+        plgpu.barrier_wait(constants_loaded)
         jax.lax.fori_loop(0, count, invert, None)
         plgpu.wait_smem_to_gmem(0)
 
-    slots = stages * warpgroups
+    slots = stages * _WARPGROUPS
     kernel = plan.kernel(
         body,
         name="wkv7_inverses",
         out_type=jax.ShapeDtypeStruct((B, H, chunks, TILE, TILE), jnp.bfloat16),
-        grid={"block": workers // warpgroups},
-        warpgroups=warpgroups,
+        grid={"block": workers // _WARPGROUPS},
+        warpgroups=_WARPGROUPS,
         scratch_types=dict(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "wab"},
             constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
-            constants_loaded=plgpu.Barrier(num_barriers=warpgroups),
+            constants_loaded=plgpu.Barrier(),
             loaded=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
         ),
     )

@@ -21,7 +21,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.forward import outputs
 from pallas_kernels.wkv7.mosaic_gpu.gradients import input_gradients
 from pallas_kernels.wkv7.mosaic_gpu.inverse import inverses
-from pallas_kernels.wkv7.mosaic_gpu.tiles import TILE
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.segments import align_segments, aligned_length
 
 MIN_LOG_DECAY = -1.0
@@ -40,13 +40,16 @@ class Residuals:
       X: `[B, H, chunks, 64, 64]` bfloat16, the triangular inverses: they are needed twice, and
         computing them takes longer than reading them.
       entries: `[B, H, chunks, V, K]` bfloat16, the states that enter the chunks.
+      U: `[B, H, chunks, 64, V]` bfloat16, what the tokens write with b: computed with states of
+        twice the digits, which are on the chip only during the walk.
       bounds: of the segments within chunks.
       transfers: of the states between chunks.
     """
 
     inputs: tuple[jax.Array, ...]
     X: jax.Array
-    entries: jax.Array | None
+    entries: jax.Array
+    U: jax.Array
     bounds: tuple[jax.Array, ...]
     transfers: tuple[jax.Array, ...]
 
@@ -62,25 +65,27 @@ def _chunked(
     """Outputs `[B, T, H, V]` and final states, like `initial` `[B, N, H, V, K]`."""
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
-    o, final, _ = outputs(plan, inputs, X, initial, bounds, transfers, save_entries=False)
+    o, final = outputs(plan, inputs, X, initial, bounds, transfers, save=False)
     return o, final
 
 
 def _chunked_forward(plan, inputs, initial, bounds, transfers):
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
-    o, final, entries = outputs(plan, inputs, X, initial, bounds, transfers, save_entries=True)
-    return (o, final), Residuals(inputs, X, entries, bounds, transfers)
+    o, final, entries, U = outputs(plan, inputs, X, initial, bounds, transfers, save=True)
+    return (o, final), Residuals(inputs, X, entries, U, bounds, transfers)
 
 
 def _chunked_backward(plan, residuals, gradients):
     do, d_final = gradients
     r, log_decay, _, _, a, b = residuals.inputs
     X, bounds, transfers = residuals.X, residuals.bounds, residuals.transfers
-    exits, d_initial = state_gradients(
+    exits, dW, d_initial = state_gradients(
         plan, (r, log_decay, a, b), X, do, d_final, bounds, transfers
     )
-    d_inputs = input_gradients(plan, residuals.inputs, X, do, residuals.entries, exits, bounds)
+    d_inputs = input_gradients(
+        plan, residuals.inputs, do, residuals.entries, residuals.U, exits, dW, bounds
+    )
     if transfers:  # gradients of states that no chunk loaded were not written
         segments = jnp.arange(d_final.shape[1])
         loaded = (transfers[0][:, :, None] == segments[None, None]).any(axis=1)

@@ -1,33 +1,13 @@
-"""The chain: a state that is carried from chunk to chunk, forward or backward, in registers.
+"""A state that is carried from chunk to chunk in registers, and where states come from and go."""
 
-Both directions have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
-
-    S^ = S before                       before, after: a factor for each channel
-    U  = U0 + R S^^T
-    S' = (S^ + Y^T P + U^T Q) after
-
-             R    P    Q    Y    U0          before        after
-    forward  W1   k^   b^   V    X A_ak V    exp(m)        exp(gL - m)
-    backward b^   r^   W1   dO   A_rb^T dO   exp(gL - m)   exp(m)
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks, Product
-from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    TILE,
-    choose,
-    load,
-    load_columns,
-    spread_columns,
-    transposed,
-)
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
+from pallas_kernels.wkv7.mosaic_gpu.tiles import choose, load
 
 type State = tuple[jax.Array, ...]
 """Float32 tiles `[64 of V, 64 of K]` in registers, one for each block of K."""
@@ -108,51 +88,3 @@ def _tiles(states_gmem: Any, segment: jax.Array, place: Place) -> list[Any]:
         states_gmem.at[row, segment, head, values, pl.ds(j * TILE, TILE)]
         for j in range(states_gmem.shape[-1] // TILE)
     ]
-
-
-def advance(
-    product: Product,
-    state: State,
-    masks: Masks,
-    *,
-    before: Sequence[Any],
-    after: Sequence[Any],
-    R: Sequence[Any],
-    P: Sequence[Any],
-    Q: Sequence[Any],
-    Y: Any,
-    U: Any,
-    U_written: Any,
-    state_smem: Sequence[Any],
-) -> State:
-    """The next state. All but `state` lie in shared memory.
-
-    Args:
-      product: `tiles.products`.
-      state: S.
-      masks: tell what of S passes the chunk, and which rows of U change S'.
-      before: vectors `[64]`, one for each block.
-      after: likewise.
-      R: tiles `[64 tokens, 64 of K]`, one for each block.
-      P: likewise.
-      Q: likewise.
-      Y: tile `[64 tokens, 64 of V]`.
-      U: tile with U0; is overwritten with U.
-      U_written: the same tile, or another one for the rows of U that change S'.
-      state_smem: tiles that get S^ in 16 bits.
-    """
-    read = [s * spread_columns(load_columns(x)) for s, x in zip(state, before, strict=True)]
-    for tile, s in zip(state_smem, read, strict=True):
-        tile[...] = s.astype(jnp.bfloat16)
-    U0 = load(U).astype(jnp.float32)
-    plgpu.commit_smem()
-    reads = [(x, transposed(s)) for x, s in zip(R, state_smem, strict=True)]
-    (new,) = product(reads, start=[U0])
-    new = new.astype(jnp.bfloat16)
-    U[...] = new
-    if U_written is not U:
-        U_written[...] = masks.leaving(new)
-    plgpu.commit_smem()
-    writes = [[(transposed(Y), p), (transposed(U_written), q)] for p, q in zip(P, Q, strict=True)]
-    new_state = product(*writes, start=[masks.passing(s) for s in read])
-    return tuple(s * spread_columns(load_columns(x)) for s, x in zip(new_state, after, strict=True))

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE = 64
-"""Rows and columns of a tile; also the number of tokens in a chunk."""
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE, is_interpreted, narrow, widen
 
-LAYOUT = plgpu.Layout.WGMMA
 ROWS = LAYOUT.reduce(1)
 """Layout of a vector with one entry for each row of a tile."""
 COLUMNS = LAYOUT.reduce(0)
@@ -33,6 +31,11 @@ def tiles_smem(*counts: int, dtype: Any = jnp.bfloat16, rows: int = TILE) -> Any
 def load(ref: Any) -> jax.Array:
     """A tile from shared or global memory in registers."""
     return plgpu.load(ref, layout=LAYOUT, optimized=False)
+
+
+def load32(ref: Any) -> jax.Array:
+    """A tile of bfloat16 in float32."""
+    return widen(load(ref))
 
 
 def load_rows(ref: Any) -> jax.Array:
@@ -82,44 +85,35 @@ def choose(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
     """X where the mask is true, else 0."""
-    # The barrier keeps LLVM from moving a later conversion to 16 bits before the selection, which
-    # would then be done element by element.
-    return jax.lax.optimization_barrier(jnp.where(mask, x, jnp.zeros_like(x)))
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two tiles of 16 bits that together hold twice the digits of x, for a sum of two products."""
+    high = narrow(x)
+    return high, narrow(x - widen(high))
 
 
 def split(x: jax.Array, high: Any, low: Any) -> tuple[Any, Any]:
-    """Two tiles of 16 bits that together hold twice the digits of x, for a sum of two products.
-
-    They are written to shared memory, ready for tensor cores.
-    """
+    """`halves_of`, written to shared memory, ready for tensor cores."""
     high[...], low[...] = halves_of(x)
     plgpu.commit_smem()
     return high, low
 
 
-def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`split`, in registers."""
-    # The barrier keeps the conversion one of pairs of numbers, which is four times as fast.
-    high = jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
 def products(
-    *sums: Sequence[tuple[Operand, Operand]],
-    start: Sequence[jax.Array | None] | None = None,
-    interpret: bool = False,
+    *sums: Sequence[tuple[Operand, Operand]], start: Sequence[jax.Array | None] | None = None
 ) -> tuple[jax.Array, ...]:
     """Several sums of matrix products, in flight together: for each, `sum of x @ y`, in float32.
 
     Args:
       *sums: pairs (x, y); y lies in shared memory.
       start: what each sum starts from; None is zero.
-      interpret: whether the kernel is interpreted on a CPU, where tensor cores are not modelled.
     """
     shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
     start = [None] * len(sums) if start is None else start
     start = tuple(zeros(*s) if x is None else x for s, x in zip(shapes, start, strict=True))
-    if interpret:
+    if is_interpreted():
         return tuple(
             sum((jnp.dot(x[...], y[...], preferred_element_type=jnp.float32) for x, y in pairs), s)
             for pairs, s in zip(sums, start, strict=True)

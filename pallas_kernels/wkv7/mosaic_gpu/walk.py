@@ -1,0 +1,138 @@
+"""What the two walks over the chunks share: from the first to the last, and with gradients back.
+
+Both have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
+
+    A  = mask(x y^T)    R = X x    U0 = X A Y        `solve`, of the chunk alone
+    S^ = S before       U = U0 + R S^^T              `advance`, with the state
+    S' = (S^ + Y^T y + U^T z) after
+
+where `before` and `after` are a factor for each channel, and
+
+                X     x    y    z    Y    U     before        after         mask, row and column
+    forward     X     a^   k^   b^   V    U     exp(m)        exp(gL - m)   i > j
+    backward    X^T   b^   r^   a^   dO   dW    exp(gL - m)   exp(m)        i <= j
+
+U is a small difference of large numbers where tokens repeat: X takes away what neighbours have in
+common. So x, A and S^ go into it as two tiles each, which together have twice the digits of one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
+from pallas_kernels.wkv7.mosaic_gpu.state import State
+from pallas_kernels.wkv7.mosaic_gpu.tiles import (
+    Operand,
+    halves_of,
+    load,
+    load32,
+    load_columns,
+    products,
+    spread_columns,
+    transposed,
+)
+
+
+class Chunk(NamedTuple):
+    """Tiles of a chunk in shared memory; lists have one for each 64 channels.
+
+    Attributes:
+      x: x, its larger half; then R.
+      low: the smaller half of x; then S^.
+      y: as above.
+      z: likewise.
+      Y: likewise.
+      X: likewise; then U0, then U.
+      before: vectors `[64]`.
+      after: likewise.
+    """
+
+    x: Sequence[Any]
+    low: Sequence[Any]
+    y: Sequence[Any]
+    z: Sequence[Any]
+    Y: Any
+    X: Any
+    before: Sequence[Any]
+    after: Sequence[Any]
+
+
+def solve(
+    chunk: Chunk,
+    X: Operand,
+    mask: Callable[..., tuple[jax.Array, ...]],
+    A_smem: Sequence[Any],
+    selections: Sequence[tuple[Callable[[jax.Array], Any], Sequence[Any]]],
+) -> None:
+    """Computes R and U0.
+
+    Args:
+      chunk: is overwritten.
+      X: its X, or that transposed.
+      mask: of tiles like A.
+      A_smem: two tiles for A.
+      selections: which rows of which tiles meet the states, unless all do.
+    """
+    halves = [*chunk.x, *chunk.low]
+    (A,) = products([(x, transposed(y)) for x, y in zip(halves, [*chunk.y, *chunk.y], strict=True)])
+    for select, tiles in selections:
+        for tile in tiles:
+            tile[...] = select(load(tile))
+    A_smem[0][...], A_smem[1][...] = mask(*halves_of(A))
+    plgpu.commit_smem()
+    of_A, *R = products(
+        [(X, half) for half in A_smem],
+        *([(X, high), (X, low)] for high, low in zip(chunk.x, chunk.low, strict=True)),
+    )
+    (U0,) = products([(narrow(of_A), chunk.Y)])
+    for tile, value in zip((*chunk.x, chunk.X), (*R, U0), strict=True):
+        tile[...] = narrow(value)
+    plgpu.commit_smem()
+
+
+def advance(
+    chunk: Chunk,
+    state: State,
+    masks: Masks,
+    low_smem: Sequence[Any],
+    leaving_smem: Any | None = None,
+) -> State:
+    """The next state.
+
+    Args:
+      chunk: after `solve`; gets S^ and U.
+      state: S.
+      masks: tell whether S passes the chunk.
+      low_smem: tiles for the smaller half of S^.
+      leaving_smem: a tile for the rows of U that change S', unless all do; those of Y are then put
+        where the smaller half of S^ was.
+    """
+    read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
+    for high, low, s in zip(chunk.low, low_smem, read, strict=True):
+        high[...], low[...] = halves_of(s)
+    U0 = load32(chunk.X)
+    plgpu.commit_smem()
+    (U,) = products(
+        [
+            (R, transposed(half))
+            for R, *halves in zip(chunk.x, chunk.low, low_smem, strict=True)
+            for half in halves
+        ],
+        start=[U0],
+    )
+    U = narrow(U)
+    chunk.X[...] = U
+    if leaving_smem is not None:
+        low_smem[0][...], leaving_smem[...] = masks.leaving(load(chunk.Y)), masks.leaving(U)
+    plgpu.commit_smem()
+    Y, U = (chunk.Y, chunk.X) if leaving_smem is None else (low_smem[0], leaving_smem)
+    Y, U = transposed(Y), transposed(U)
+    new = products(
+        *([(Y, y), (U, z)] for y, z in zip(chunk.y, chunk.z, strict=True)),
+        start=[masks.passing(s) for s in read],
+    )
+    return tuple(s * spread_columns(load_columns(x)) for s, x in zip(new, chunk.after, strict=True))
