@@ -1,6 +1,7 @@
 """WKV7 token by token, for decoding and short sequences, with a backward of bounded memory."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from pallas_kernels.wkv7.common import (
     store_state_backward,
     tokens_first,
 )
+from pallas_kernels.wkv7.mosaic_gpu import wkv7_recurrent_mosaic_gpu
 from pallas_kernels.wkv7.reference import Token, update, wkv7_reference
 
 BLOCK = 16
@@ -198,9 +200,34 @@ def wkv7_recurrent_xla(
     return o.astype(v.dtype), state if num_segments is None or stored is None else stored
 
 
+def _through(
+    implementation: Implementation,
+    r: FloatArray,
+    log_decay: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    *pair: FloatArray,
+    fused: bool,
+    reverse: bool,
+    segment_ids: SegmentIds | None,
+    **others: Any,
+) -> tuple[FloatArray, FloatArray]:
+    """Calls an implementation that knows neither kk and alpha nor another order of reading."""
+    if fused:
+        kk, alpha = pair
+        pair = -kk, kk * alpha
+    arrays = (r, log_decay, k, v, *pair)
+    if reverse:
+        arrays, segment_ids = jax.tree.map(lambda x: jnp.flip(x, 1), (arrays, segment_ids))
+    o, final_state = implementation(*arrays, segment_ids=segment_ids, **others)
+    return (jnp.flip(o, 1) if reverse else o), final_state
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": wkv7_recurrent_xla,
-    "reference": wkv7_reference,
+    "xla": functools.partial(_through, wkv7_recurrent_xla),
+    # After one that serves every call: nobody gets these kernels unasked, which were not measured.
+    "mosaic_gpu": wkv7_recurrent_mosaic_gpu,
+    "reference": functools.partial(_through, wkv7_reference),
 }
 
 
@@ -242,7 +269,9 @@ def wkv7_recurrent(
       reverse: read the tokens from the last to the first. The initial state is then the one after
         the last token, the final state the one after reading the first.
       implementation: "xla" (a scan that keeps one state per 16 tokens for the backward),
-        "reference" (a scan that JAX differentiates), or None, which chooses.
+        "mosaic_gpu" (kernels for Hopper GPUs that keep one per 8 tokens: K of 64 or 128, V a
+        multiple of 64, no float64), "reference" (a scan that JAX differentiates), or None, which
+        chooses; for now it never chooses "mosaic_gpu".
 
     Returns:
       o: `[B, T, H, V]`, in the dtype of `v`.
@@ -255,24 +284,20 @@ def wkv7_recurrent(
       NotImplementedError: if a named implementation does not serve these arguments.
     """
     pairs: dict[str, Any] = {"a": a, "b": b, "kk": kk, "alpha": alpha}
-    given = [name for name, x in pairs.items() if x is not None]
-    if given not in (["a", "b"], ["kk", "alpha"]):
+    given = {name: x for name, x in pairs.items() if x is not None}
+    if [*given] not in (["a", "b"], ["kk", "alpha"]):
         raise ValueError(f"give a and b, or kk and alpha, got {' and '.join(given) or 'none'}")
-    inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v} | {n: pairs[n] for n in given}
+    inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v} | given
     check_inputs(inputs, scale, initial_state, segment_ids, num_segments)
-    if kk is not None and alpha is not None:
-        a, b = -kk, kk * alpha
-    arrays = [r, log_decay, k, v, a, b]
-    if reverse:
-        arrays, segment_ids = jax.tree.map(lambda x: jnp.flip(x, 1), (arrays, segment_ids))
-    o, final_state = dispatch(
+    return dispatch(
         "wkv7_recurrent",
         IMPLEMENTATIONS,
         implementation,
-        *arrays,
+        *inputs.values(),
+        fused="kk" in given,
+        reverse=reverse,
         scale=scale,
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
     )
-    return (jnp.flip(o, 1) if reverse else o), final_state

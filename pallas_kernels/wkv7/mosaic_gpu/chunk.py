@@ -83,8 +83,13 @@ class Plan:
         grid: Mapping[str, int],
         scratch_types: Any,
         warpgroups: int = 1,
+        reduction_scratch_bytes: int = 0,
     ) -> Callable[..., Any]:
-        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks."""
+        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks.
+
+        Reductions across warps take place in the reduction scratch. All warpgroups of a block would
+        share it, without knowing of each other, so it is for blocks of one.
+        """
 
         def traced_body(*args: Any, **kwargs: Any) -> None:
             with interpretation(self.interpret):
@@ -101,8 +106,7 @@ class Plan:
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(
                 approx_math=True,
-                # Reductions over rows would share one buffer between all warpgroups.
-                reduction_scratch_bytes=0,
+                reduction_scratch_bytes=reduction_scratch_bytes,
             ),
             interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
         )

@@ -9,6 +9,7 @@ each row and head. `chunk` explains what they share.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,16 +172,22 @@ def wkv7_mosaic_gpu(
       NotImplementedError: for other devices, dtypes and head sizes, and without a bound on the
         decay.
     """
+    device = hopper_gpu()
+    check_served(k, v, min_log_decay)
+    plan = Plan(scale=scale, multiprocessors=device.core_count)
+    inputs = (r, log_decay, k, v, a, b)
+    return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
+
+
+def hopper_gpu() -> Any:
+    """The first device, if it can run the kernels; raises NotImplementedError otherwise."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"mosaic_gpu needs a GPU, got {jax.default_backend()=}")
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":
         raise NotImplementedError(f"mosaic_gpu needs compute capability 9.0, got {capability}")
-    check_served(k, v, min_log_decay)
-    plan = Plan(scale=scale, multiprocessors=device.core_count)
-    inputs = (r, log_decay, k, v, a, b)
-    return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
+    return device
 
 
 def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:
@@ -196,4 +203,4 @@ def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> N
         )
 
 
-__all__ = ["check_served", "wkv7_in_chunks", "wkv7_mosaic_gpu"]
+__all__ = ["check_served", "hopper_gpu", "wkv7_in_chunks", "wkv7_mosaic_gpu"]
