@@ -58,6 +58,14 @@ def check_int(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None:
     _check_shape(name, shape, axes, sizes, nonempty=True)
 
 
+def check_bool(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None:
+    """Checks an array of booleans as `check_float` does a floating-point one."""
+    shape, dtype = _shape_and_dtype(name, value)
+    if dtype != np.bool_:
+        raise TypeError(f"{name} must have dtype bool, got {dtype.name}")
+    _check_shape(name, shape, axes, sizes, nonempty=True)
+
+
 def check_same_dtype(**arrays: Any) -> None:
     """Checks that all arrays have the dtype of the first.
 

@@ -1,5 +1,6 @@
 """The language model: embedding, a scan over stacked blocks, head."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
@@ -16,6 +17,8 @@ from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
 from goose_jax.state import RWKV7State, check_state
+from pallas_kernels import LayerWeights, decode_layers
+from pallas_kernels.decode_layers.weights import MATRICES
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]
@@ -104,13 +107,84 @@ class RWKV7(nnx.Module):
         model.head[...], targets)`. Arguments and errors as for `__call__`.
         """
         self._check(tokens, state, segment_ids)
-        # NaN rather than another token's embedding for an id out of range.
-        embedded = self.embedding.at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
-        x = self.embedding_norm(embedded)
-        x, state = self._run_blocks(x, state, segment_ids)
+        x, state = self._run_blocks(self._embed(tokens), state, segment_ids)
         return self.final_norm(x), state
+
+    def layer_weights(self) -> LayerWeights:
+        """The parameters of the blocks by the names that `pallas_kernels.decode_layers` gives them.
+
+        In the compute dtype what activations are multiplied with as matrices; the others as they
+        are stored.
+        """
+        blocks = self.blocks
+        time, channel = blocks.time_mix, blocks.channel_mix
+        named = {
+            "time_norm_scale": blocks.time_mix_norm.scale,
+            "time_norm_bias": blocks.time_mix_norm.bias,
+            "time_shift_mix": time.shift_mix,
+            "channel_norm_scale": blocks.channel_mix_norm.scale,
+            "channel_norm_bias": blocks.channel_mix_norm.bias,
+            "channel_shift_mix": channel.shift_mix,
+            "channel_key": channel.key,
+            "channel_value": channel.value,
+        }
+        fields = [field.name for field in dataclasses.fields(LayerWeights)]
+        named |= {name: getattr(time, name) for name in fields if name not in named}
+        dtype = self.config.compute_dtype
+        values = {
+            name: value[...].astype(dtype) if name in MATRICES else value[...]
+            for name, value in named.items()
+        }
+        return LayerWeights(**values).with_padded_ranks()
+
+    def decode(
+        self,
+        tokens: Int[Array, " B"],
+        state: RWKV7State,
+        active: Bool[Array, " B"] | None = None,
+        *,
+        weights: LayerWeights | None = None,
+        implementation: str | None = None,
+    ) -> tuple[Float[Array, "B C"], RWKV7State]:
+        """Reads one token of each row: `hidden`, for decoding.
+
+        Args:
+          tokens: `[B]` integers.
+          state: of the text before, as for `hidden`.
+          active: `[B]`, false for rows whose state is to stay as it is; what is returned for them
+            means nothing. None means all rows.
+          weights: what `layer_weights` returns; in a loop over tokens, call it once before.
+          implementation: "xla", the modules; or that of `pallas_kernels.decode_layers`:
+            "reference", "mosaic_gpu" (kernels for Hopper GPUs). None chooses.
+
+        Returns:
+          What the head reads, `[B, C]` in the compute dtype, and the new state.
+
+        Raises:
+          TypeError: for wrong dtypes, naming the argument.
+          ValueError: for wrong shapes, and ids out of range, as `hidden` does.
+          NotImplementedError: if a named implementation does not serve this model or device.
+        """
+        check_int("tokens", tokens, "B", {})
+        if implementation in (None, "xla"):
+            # Kernels have not been measured yet, and are only chosen by name.
+            segment_ids = None if active is None else active.astype(jnp.int32)[:, None]
+            hidden, state = self.hidden(tokens[:, None], state, segment_ids)
+            return hidden[:, 0], state
+        self._check(tokens[:, None], state, None)
+        x = self._embed(tokens[:, None])[:, 0]
+        x, *new = decode_layers(
+            x,
+            state.time_shift,
+            state.wkv,
+            state.channel_shift,
+            self.layer_weights() if weights is None else weights,
+            active=active,
+            norm_eps=self.config.norm_eps,
+            head_norm_eps=self.config.head_norm_eps,
+            implementation=implementation,
+        )
+        return self.final_norm(x[:, None])[:, 0], RWKV7State(*new)
 
     def logits(self, hidden: Float[Array, "B T C"]) -> Float[Array, "B T vocab"]:
         """Applies the head to (some of) what `hidden` returned; float32 at least."""
@@ -135,6 +209,13 @@ class RWKV7(nnx.Module):
             check_state(state, self.config, sizes["B"])
         if segment_ids is not None:
             check_segment_ids(segment_ids, sizes)
+
+    def _embed(self, tokens: TokenIds) -> Tokens:
+        # NaN rather than another token's embedding for an id out of range.
+        embedded = self.embedding.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        return self.embedding_norm(embedded)
 
     def _run_blocks(
         self, x: Tokens, state: RWKV7State | None, segment_ids: TokenIds | None

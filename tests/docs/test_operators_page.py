@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -5,14 +6,17 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType
 
 import pallas_kernels
+from goose_jax import RWKV7, RWKV7Config, init_state
 from tests.helpers import relative_rms
 from tests.pallas_kernels.operator_checks import draw
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
-CONVERSION, LAYER, SHARDED = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+CONVERSION, LAYER, DECODING, SHARDED = BLOCKS
 
 
 def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
@@ -61,6 +65,15 @@ def test_sharded_runs():
     exec(SHARDED, names)
     assert relative_rms(names["o"], direct[0]) < 1e-6
     assert relative_rms(names["final_state"], direct[1]) < 1e-6
+
+
+def test_decoding_runs():
+    config = RWKV7Config(vocab_size=5, hidden_size=64, num_layers=2, compute_dtype="float32")
+    model, state = RWKV7(config, rngs=nnx.Rngs(0)), init_state(config, 3)
+    names = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    exec(DECODING, names | {"model": model, "x": jnp.ones((3, 64))}, result := {})
+    assert result["x"].shape == (3, 64)
+    assert [x.shape for x in result["states"]] == [x.shape for x in jax.tree.leaves(state)]
 
 
 def test_every_operator_is_listed():

@@ -1,0 +1,175 @@
+"""One token through all layers on Hopper GPUs: eight kernels per layer.
+
+    norm_mix     residual stream, layer norm, six mixes of token and token before
+    projections  receptance, key, value; the first halves of decay, alpha, value residual and gate
+    projections  their second halves
+    heads        key update, recurrence, output correction
+    projection   output                                                     (in parts)
+    norm_mix     residual stream, layer norm, mix
+    projection   channel key, squared
+    projection   channel value                                              (in parts)
+
+All weights and states are read where they lie, stacked over layers: each kernel gets the number of
+the layer. Layers are not a loop of the program, so that XLA can launch all kernels of a token at
+once, as one CUDA graph.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
+from pallas_kernels.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
+from pallas_kernels.decode_layers.mosaic_gpu.projections import (
+    Product,
+    projections,
+    split_projection,
+)
+from pallas_kernels.decode_layers.weights import MATRICES, LayerWeights
+from pallas_kernels.types import FloatArray, Mask
+from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.wkv7.mosaic_gpu.operator import hopper_gpu
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
+
+type States = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def decode_layers_mosaic_gpu(
+    x: FloatArray,
+    time_shift: FloatArray,
+    wkv: FloatArray,
+    channel_shift: FloatArray,
+    active: Mask | None,
+    weights: LayerWeights,
+    *,
+    norm_eps: float,
+    head_norm_eps: float,
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """The operator of `pallas_kernels.decode_layers`, which documents the arguments.
+
+    Raises:
+      NotImplementedError: for other devices, dtypes and sizes than the kernels are for.
+    """
+    plan = Plan(multiprocessors=hopper_gpu().core_count)
+    check_served(x, wkv, weights)
+    states = (time_shift, wkv, channel_shift)
+    return run_layers(plan, x, states, active, weights, norm_eps, head_norm_eps)
+
+
+def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
+    """Raises NotImplementedError for calls that the kernels do not serve on any device."""
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"mosaic_gpu needs bfloat16 inputs, got {x.dtype=}")
+    if wkv.shape[-1] != TILE:
+        raise NotImplementedError(f"mosaic_gpu needs heads of 64, got {wkv.shape=}")
+    if x.shape[1] % (4 * TILE):
+        raise NotImplementedError(f"mosaic_gpu needs C to be a multiple of 256, got {x.shape=}")
+    F = weights.channel_key.shape[-1]
+    if F % TILE:
+        raise NotImplementedError(f"mosaic_gpu needs F to be a multiple of 64, got {F=}")
+    for name in MATRICES:
+        dtype = getattr(weights, name).dtype
+        if dtype != x.dtype:
+            raise NotImplementedError(
+                f"mosaic_gpu needs matrices in {x.dtype=}, got weights.{name} in {dtype}"
+            )
+
+
+def run_layers(
+    plan: Plan,
+    x: jax.Array,
+    states: States,
+    active: jax.Array | None,
+    weights: LayerWeights,
+    norm_eps: float,
+    head_norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The operator, on calls that the kernels serve."""
+    weights = weights.with_padded_ranks(TILE)
+    active = None if active is None else active.astype(jnp.int32)
+    run = jax.jit(
+        functools.partial(_run_layer, plan, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
+    )
+    parts = v_first = None
+    for layer in range(len(states[0])):
+        index = jnp.full(1, layer, jnp.int32)
+        x, parts, v_first, states = run(index, x, parts, v_first, states, active, weights)
+    assert parts is not None
+    return (x + parts[:, : len(x)].sum(0).astype(x.dtype), *states)
+
+
+def _run_layer(
+    plan: Plan,
+    layer: jax.Array,
+    x: jax.Array,
+    parts: jax.Array | None,
+    v_first: jax.Array | None,
+    states: States,
+    active: jax.Array | None,
+    weights: LayerWeights,
+    *,
+    norm_eps: float,
+    head_norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, States]:
+    """One layer: takes and returns what is still to be added to x in parts."""
+    B, w = len(x), weights
+    time_shift, wkv, channel_shift = states
+
+    norm = NormWeights(w.time_norm_scale, w.time_norm_bias, w.time_shift_mix)
+    x, mixed, time_shift = norm_mix(plan, layer, x, parts, norm, time_shift, active, norm_eps)
+    x_r, x_w, x_k, x_v, x_a, x_g = mixed
+    r, k, v, *low = projections(
+        plan,
+        layer,
+        [
+            Product(x_r, w.receptance),
+            Product(x_k, w.key),
+            Product(x_v, w.value),
+            Product(x_w, w.decay_down, _tanh),
+            Product(x_a, w.alpha_down),
+            Product(x_v, w.value_residual_down),
+            Product(x_g, w.gate_down, _sigmoid),
+        ],
+        B,
+    )
+    ups = (w.decay_up, w.alpha_up, w.value_residual_up, w.gate_up)
+    second = [Product(x, up) for x, up in zip(low, ups, strict=True)]
+    logits = projections(plan, layer, second, B)
+    v_first = v if v_first is None else v_first
+    of_heads = HeadWeights(
+        w.decay_base,
+        w.alpha_base,
+        w.value_residual_base,
+        w.removal_scale,
+        w.replacement_mix,
+        w.bonus,
+        w.head_norm_scale,
+        w.head_norm_bias,
+    )
+    of_heads = HeadWeights(*(value.reshape(len(value), -1) for value in of_heads))
+    vectors = Vectors(r, k, v, v_first, *logits)
+    corrected, wkv = heads(plan, layer, vectors, of_heads, wkv, active, head_norm_eps)
+    parts = split_projection(plan, layer, Product(corrected, w.output), B)
+
+    norm = NormWeights(w.channel_norm_scale, w.channel_norm_bias, w.channel_shift_mix[:, None])
+    x, mixed, channel_shift = norm_mix(plan, layer, x, parts, norm, channel_shift, active, norm_eps)
+    (hidden,) = projections(plan, layer, [Product(mixed[0], w.channel_key, _squared_relu)], B)
+    parts = split_projection(plan, layer, Product(hidden, w.channel_value), B)
+    return x, parts, v_first, (time_shift, wkv, channel_shift)
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    return jnp.tanh(x)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1 / (1 + jnp.exp(-x))
+
+
+def _squared_relu(x: jax.Array) -> jax.Array:
+    x = jnp.maximum(x, 0)
+    return x * x
+
+
+__all__ = ["check_served", "decode_layers_mosaic_gpu", "run_layers"]

@@ -1,0 +1,89 @@
+"""One token of each row through the model: by its modules, and by `decode_layers`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from goose_jax import RWKV7, RWKV7Config, init_state
+from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
+from tests.helpers import relative_rms
+
+IMPLEMENTATIONS = ("xla", "reference")
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def read(model, tokens, state, active=None, *, implementation):
+    """Logits `[B, T, vocab]` and the state after all tokens `[B, T]`; `active` is `[B, T]`."""
+    graphdef, params = nnx.split(model)
+    weights = None if implementation == "xla" else model.layer_weights()
+
+    def step(state, inputs):
+        model = nnx.merge(graphdef, params)
+        hidden, state = model.decode(
+            inputs[0], state, inputs[1], weights=weights, implementation=implementation
+        )
+        return state, model.logits(hidden[:, None])[:, 0]
+
+    active = None if active is None else active.T
+    state, logits = jax.lax.scan(step, state, (tokens.T, active))
+    return jnp.swapaxes(logits, 0, 1), state
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_official_logits_and_states(implementation):
+    with np.load(GOLDEN / "logits_17_tokens.npz") as arrays:
+        official = dict(arrays)
+    tokens = jnp.asarray(official["tokens"], jnp.int32)[None]
+    state = init_state(GOLDEN_CONFIG, 1)
+    logits, state = read(golden_model(), tokens, state, implementation=implementation)
+    assert np.abs(logits[0] - official["logits_np64"]).max() < 1e-4  # measured: 2.6e-6
+    wkv = jnp.swapaxes(state.wkv[:, 0], -1, -2)
+    assert relative_rms(wkv, official["state_wkv_np64"]) < 1e-5
+    assert relative_rms(state.time_shift[:, 0], official["state_att_x_np64"]) < 1e-5
+    assert relative_rms(state.channel_shift[:, 0], official["state_ffn_x_np64"]) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_rest_keep_their_state(implementation):
+    model = golden_model()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 320, (2, 6)))
+    active = jnp.array([[True] * 6, [True, False, False, True, True, False]])
+    state = init_state(GOLDEN_CONFIG, 2)
+    logits, state = read(model, tokens, state, active, implementation=implementation)
+    kept = tokens[1:, np.array([0, 3, 4])]
+    alone = init_state(GOLDEN_CONFIG, 1)
+    expected, alone = read(model, kept, alone, implementation=implementation)
+    assert relative_rms(logits[1, np.array([0, 3, 4])], expected[0]) < 1e-5
+    for field in dataclasses.fields(alone):
+        found = getattr(state, field.name)[:, 1:]
+        assert relative_rms(found, getattr(alone, field.name)) < 1e-5
+
+
+def test_ranks_are_padded_and_matrices_have_the_compute_dtype():
+    config = RWKV7Config(vocab_size=5, hidden_size=64, num_layers=2)
+    weights = RWKV7(config, rngs=nnx.Rngs(0)).layer_weights()
+    assert config.decay_rank == 32
+    assert weights.decay_down.shape == (2, 64, 64)
+    assert (weights.decay_down[:, :, 32:] == 0).all()
+    assert (weights.decay_up[:, 32:] == 0).all()
+    assert weights.decay_up.dtype == weights.channel_key.dtype == jnp.bfloat16
+    assert weights.decay_base.dtype == jnp.float32
+
+
+def test_wrong_arguments_are_named():
+    model, state = golden_model(), init_state(GOLDEN_CONFIG, 2)
+    with pytest.raises(ValueError, match=r"tokens must have 1 axes \[B\], got shape=\(2, 1\)"):
+        model.decode(jnp.ones((2, 1), int), state)
+    for implementation in IMPLEMENTATIONS:
+        decode = functools.partial(model.decode, implementation=implementation)
+        with pytest.raises(ValueError, match=r"tokens must lie in 0\.\.319, got 1\.\.320"):
+            decode(jnp.array([1, 320]), state)
+        with pytest.raises(ValueError, match=r"state\.time_shift must have shape .*B=3"):
+            decode(jnp.ones(3, int), state)
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
+        model.decode(jnp.ones(2, int), state, implementation="cuda")
