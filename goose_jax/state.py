@@ -1,6 +1,8 @@
 """What a model remembers of the tokens it has read: a plain pytree of constant size."""
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from goose_jax.config import RWKV7Config
-from pallas_kernels.validation import check_float, check_positive
+from pallas_kernels.validation import check_float, check_positive, check_same_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +30,13 @@ class RWKV7State:
     time_shift: Float[Array, "layers B C"]
     wkv: Float[Array, "layers B H K V"]
     channel_shift: Float[Array, "layers B C"]
+
+
+_AXES = {
+    "time_shift": "layers B C",
+    "wkv": "layers B H K V",
+    "channel_shift": "layers B C",
+}
 
 
 def state_dtypes(config: RWKV7Config) -> tuple[np.dtype, np.dtype]:
@@ -54,6 +63,60 @@ def init_state(config: RWKV7Config, batch_size: int) -> RWKV7State:
     )
 
 
+def take_rows(state: RWKV7State, rows: Sequence[int]) -> RWKV7State:
+    """Some rows of a batch's state; a row that is named several times is repeated.
+
+    Args:
+      state: of B rows.
+      rows: of the new state, each in 0..B-1. `[2]` picks one row, `[0] * n` forks the first.
+
+    Raises:
+      TypeError: if `state` is something else.
+      ValueError: if `rows` is empty, or holds what is no row.
+
+    Example:
+      >>> state = init_state(RWKV7Config(vocab_size=1, hidden_size=64, num_layers=2), 3)
+      >>> take_rows(state, [0, 0, 0, 2]).time_shift.shape
+      (2, 4, 64)
+    """
+    sizes: dict[str, int] = {}
+    _check_axes("state", state, sizes)
+    if not hasattr(rows, "__len__") or not len(rows):
+        raise ValueError(f"rows must be a sequence of at least one row, got {rows!r}")
+    for row in rows:
+        is_row = isinstance(row, numbers.Integral) and not isinstance(row, bool)
+        if not (is_row and 0 <= row < sizes["B"]):
+            raise ValueError(f"rows must hold integers in 0..{sizes['B'] - 1}, got {row!r}")
+    index = np.array(rows, np.int32)
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=1), state)
+
+
+def join_states(states: Sequence[RWKV7State]) -> RWKV7State:
+    """The states of several batches as that of one, their rows in order.
+
+    Args:
+      states: of one model.
+
+    Raises:
+      TypeError: if one is no state, or has other dtypes than the first.
+      ValueError: if there are none, or one has other sizes than the first.
+
+    Example:
+      >>> config = RWKV7Config(vocab_size=1, hidden_size=64, num_layers=2)
+      >>> join_states([init_state(config, 3), init_state(config, 1)]).time_shift.shape
+      (2, 4, 64)
+    """
+    if not hasattr(states, "__len__") or not len(states):
+        raise ValueError(f"states must be a sequence of at least one state, got {states!r}")
+    sizes: dict[str, int] = {}
+    for i, state in enumerate(states):
+        sizes.pop("B", None)  # the only size in which they may differ
+        _check_axes(f"states[{i}]", state, sizes)
+        for field in _AXES:
+            check_same_dtype(**{f"states[{k}].{field}": getattr(states[k], field) for k in (0, i)})
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *states)
+
+
 def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
     """Checks that a state fits a model and a batch.
 
@@ -72,9 +135,17 @@ def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
         "K": config.head_size,
         "V": config.head_size,
     }
-    check_array("state.time_shift", state.time_shift, "layers B C", sizes, shift_dtype)
-    check_array("state.wkv", state.wkv, "layers B H K V", sizes, wkv_dtype)
-    check_array("state.channel_shift", state.channel_shift, "layers B C", sizes, shift_dtype)
+    for name, axes in _AXES.items():
+        dtype = wkv_dtype if name == "wkv" else shift_dtype
+        check_array(f"state.{name}", getattr(state, name), axes, sizes, dtype)
+
+
+def _check_axes(name: str, state: Any, sizes: dict[str, int]) -> None:
+    """Checks a state of any model, and binds the sizes that are new (see `check_float`)."""
+    if not isinstance(state, RWKV7State):
+        raise TypeError(f"{name} must be an RWKV7State, got {type(state).__name__}")
+    for field, axes in _AXES.items():
+        check_float(f"{name}.{field}", getattr(state, field), axes, sizes)
 
 
 def check_array(name: str, value: Any, axes: str, sizes: dict[str, int], dtype: np.dtype) -> None:

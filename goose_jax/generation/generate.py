@@ -5,29 +5,34 @@ The recurrent state has a constant size, so that the millionth token costs what 
 
 import dataclasses
 import functools
-import numbers
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int
 
-from goose_jax.config import RWKV7Config
-from goose_jax.generation.sampling import SamplingConfig, count_token, sample_token
+from goose_jax.generation.arguments import (
+    check_ids,
+    check_max_new_tokens,
+    check_prompts,
+    check_seeds,
+)
+from goose_jax.generation.decoding import (
+    NO_TOKEN,
+    Progress,
+    decode_block,
+    read_prompts,
+    row_settings,
+)
+from goose_jax.generation.sampling import SamplingConfig
 from goose_jax.nn.model import RWKV7
 from goose_jax.state import RWKV7State, check_state, init_state
 from pallas_kernels.validation import check_positive
 
 PADDING = 0
 """Stands after the last token of a sequence that has stopped."""
-
-MAX_PIECE = 1024
-"""Longer prompts are read in pieces of this many tokens."""
-
-_MIN_PIECE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +59,6 @@ class Generation:
         ]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Progress:
-    """What decoding carries from token to token.
-
-    Attributes:
-      state: has read all tokens so far.
-      logits: `[B, vocab]`, for the next token.
-      counts: `[B, vocab]`, decayed, of the tokens generated.
-      lengths: `[B]` int32, number of tokens generated.
-      stopped: `[B]`, true once a sequence has ended.
-    """
-
-    state: RWKV7State
-    logits: Float[Array, "B vocab"]
-    counts: Float[Array, "B vocab"]
-    lengths: Int[Array, " B"]
-    stopped: Bool[Array, " B"]
-
-
 def generate(
     model: RWKV7,
     prompts: Sequence[Sequence[int]],
@@ -85,6 +70,7 @@ def generate(
     state: RWKV7State | None = None,
     on_tokens: Callable[[list[np.ndarray]], bool | None] | None = None,
     block_size: int = 16,
+    implementation: str | None = None,
 ) -> Generation:
     """Continues prompts, one in each row of a batch.
 
@@ -92,6 +78,9 @@ def generate(
     prompts are padded to, 16 to 1024 in powers of two; longer prompts are read in pieces), one
     generates `block_size` tokens. Later calls use them again, whatever the parameters, prompts,
     seeds and numbers in `sampling` are.
+
+    The device does not wait for Python: a block is under way while the tokens of the one before it
+    come to the host and the callback is called.
 
     Each token is drawn with a key made of the row's seed and the token's position, so that a row's
     tokens depend neither on the other rows nor on `block_size` nor on `on_tokens`.
@@ -112,10 +101,12 @@ def generate(
       on_tokens: called after each block with the new tokens of each row, a list of B integer arrays
         (empty for a row that has stopped). If it returns True the generation ends there.
       block_size: number of tokens that are generated between two returns to Python.
+      implementation: of the step that reads a new token, as for `RWKV7.decode`.
 
     Raises:
       TypeError: if `state` or `sampling` is something else.
       ValueError: naming the argument that is out of range.
+      NotImplementedError: if a named implementation does not serve this model or device.
 
     Example:
       >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1)
@@ -126,36 +117,51 @@ def generate(
     sampling = SamplingConfig() if sampling is None else sampling
     if not isinstance(sampling, SamplingConfig):
         raise TypeError(f"sampling must be None or a SamplingConfig, got {sampling!r}")
-    check_positive("max_new_tokens", max_new_tokens)
+    check_max_new_tokens(max_new_tokens)
     check_positive("block_size", block_size)
     vocab_size = model.config.vocab_size
-    rows = _check_prompts(prompts, vocab_size)
-    stops = _check_ids("stop_tokens", stop_tokens, vocab_size)
-    keys = _row_keys(*_check_seed(seed, len(rows)))
-    if state is not None:
-        check_state(state, model.config, len(rows))
-
+    rows = check_prompts(prompts, vocab_size)
+    stops = check_ids("stop_tokens", stop_tokens, vocab_size)
+    settings = row_settings(
+        seeds=check_seeds(seed, len(rows)),
+        sampling=[sampling] * len(rows),
+        stop_tokens=[stops] * len(rows),
+        limits=[max_new_tokens] * len(rows),
+    )
     graphdef, params = nnx.split(model)
-    progress = _read_prompts(graphdef, params, rows, state, model.config)
-    few_sizes = max(8, -(-len(stops) // 8) * 8)  # and so few programs
-    stops = np.pad(stops, (0, few_sizes - len(stops)), constant_values=-1)
-    limit = np.int32(max_new_tokens)
-    decode = functools.partial(_decode_block, graphdef, params, block_size=block_size)
+    state = _initial_state(state, model, len(rows))
+    blocks: Iterable[_Block] = _dispatch_blocks(
+        functools.partial(
+            decode_block,
+            graphdef,
+            params,
+            settings,
+            block_size=block_size,
+            implementation=implementation,
+        ),
+        read_prompts(graphdef, params, rows, state),
+        num_blocks=-(-max_new_tokens // block_size),
+        keep_states=on_tokens is not None,
+    )
+    if on_tokens is None and not stops.size:
+        blocks = list(blocks)  # nothing can end it early, so that nothing is waited for
 
     tokens = np.full((len(rows), max_new_tokens), PADDING, np.int32)
     lengths = np.zeros(len(rows), np.int32)
-    for start in range(0, max_new_tokens, block_size):
-        progress, block = decode(progress, keys, sampling, stops, np.int32(start), limit)
-        stop = min(start + block_size, max_new_tokens)
-        tokens[:, start:stop] = np.asarray(block).T[:, : stop - start]
-        before, lengths = lengths, np.array(progress.lengths)  # a copy: decode reuses the buffer
+    for i, (block, next_block) in enumerate(_with_next(blocks)):
+        new = np.asarray(block.tokens)[:, : max_new_tokens - i * block_size]
+        is_token = new != NO_TOKEN
+        columns = slice(i * block_size, i * block_size + new.shape[1])
+        tokens[:, columns] = np.where(is_token, new, PADDING)
+        lengths += is_token.sum(axis=1, dtype=np.int32)
         if on_tokens is not None:
-            new = [row[a:b] for row, a, b in zip(tokens, before, lengths, strict=True)]
-            if on_tokens(new):
-                break
-        if (lengths < stop).all():
+            of_rows = zip(new, is_token, strict=True)
+            if on_tokens([row[kept] for row, kept in of_rows]):
+                return Generation(tokens, lengths, block.state)
+        state = next_block.state
+        if (~is_token).any(axis=1).all():  # all rows have ended: the next block changes nothing
             break
-    return Generation(tokens, lengths, progress.state)
+    return Generation(tokens, lengths, state)
 
 
 def prefill(
@@ -175,141 +181,59 @@ def prefill(
       TypeError: if `state` is something else.
       ValueError: naming the argument that is out of range.
     """
-    rows = _check_prompts(prompts, model.config.vocab_size)
-    if state is not None:
-        check_state(state, model.config, len(rows))
+    rows = check_prompts(prompts, model.config.vocab_size)
     graphdef, params = nnx.split(model)
-    return _read_prompts(graphdef, params, rows, state, model.config).state
+    return read_prompts(graphdef, params, rows, _initial_state(state, model, len(rows))).state
 
 
-def _check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
-    if isinstance(ids, (str, bytes)):
-        raise ValueError(f"{name} must be a sequence of token ids (encode text first), got {ids!r}")
-    array = np.asarray(ids)
-    if array.size == 0:
-        array = array.astype(np.int32)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be a sequence of token ids, got {ids!r}")
-    wrong = array[(array < 0) | (array >= vocab_size)]
-    if wrong.size:
-        raise ValueError(f"{name} must hold ids in 0..{vocab_size - 1}, got {wrong[0]}")
-    return array.astype(np.int32)
+def _initial_state(state: RWKV7State | None, model: RWKV7, batch_size: int) -> RWKV7State:
+    if state is None:
+        return init_state(model.config, batch_size)
+    check_state(state, model.config, batch_size)
+    return state
 
 
-def _check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
-    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or not len(prompts):
-        raise ValueError(f"prompts must be a list of lists of token ids, got {prompts!r}")
-    rows = [_check_ids(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
-    for i, row in enumerate(rows):
-        if not row.size:
-            raise ValueError(f"prompts[{i}] must hold at least one token, got {prompts[i]!r}")
-    return rows
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block that has been dispatched; its arrays may still be computed.
+
+    Attributes:
+      tokens: `[B, block]` int32, `NO_TOKEN` after the end of a sequence.
+      state: after these tokens.
+    """
+
+    tokens: Int[Array, "B block"]
+    state: RWKV7State
 
 
-def _check_seed(seed: Any, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The seed of each row, `[B]`, and the number that tells apart rows of the same seed."""
-    one_for_all = not hasattr(seed, "__len__")
-    seeds = [seed] * batch_size if one_for_all else list(seed)
-    if len(seeds) != batch_size:
-        raise ValueError(f"seed must be an integer or one for each of {batch_size} rows: {seed=}")
-    for value in seeds:
-        if not isinstance(value, numbers.Integral) or not 0 <= int(value) < 2**32:
-            raise ValueError(f"seed must lie in 0..2**32-1, got {value!r}")
-    rows = np.arange(batch_size) * one_for_all
-    return np.array(seeds, np.uint32), rows.astype(np.uint32)
-
-
-@jax.jit
-@jax.vmap
-def _row_keys(seed: Int[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.key(seed), row)
-
-
-def _padded_length(length: int) -> int:
-    """The length that prompts are padded to, so that few different programs are compiled."""
-    if length > MAX_PIECE:
-        return -(-length // MAX_PIECE) * MAX_PIECE
-    return max(_MIN_PIECE, 1 << (length - 1).bit_length())
-
-
-def _read_prompts(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    rows: list[np.ndarray],
-    state: RWKV7State | None,
-    config: RWKV7Config,
-) -> _Progress:
-    """Reads the prompts, which end at the same place and so have their padding on the left."""
-    length = _padded_length(max(len(row) for row in rows))
-    tokens = np.zeros((len(rows), length), np.int32)
-    segment_ids = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        segment_ids[i, length - len(row) :] = 1
-
-    state = init_state(config, len(rows)) if state is None else state
-    for start in range(0, length, MAX_PIECE):
-        piece = slice(start, start + MAX_PIECE)
-        logits, state = _read_piece(
-            graphdef, params, tokens[:, piece], segment_ids[:, piece], state
-        )
-    return _Progress(
-        state=state,
-        logits=logits,
-        counts=jnp.zeros_like(logits),
-        lengths=jnp.zeros(len(rows), jnp.int32),
-        stopped=jnp.zeros(len(rows), bool),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read_piece(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    state: RWKV7State,
-) -> tuple[Float[Array, "B vocab"], RWKV7State]:
-    """Logits after the last token only, and the new state."""
-    model = nnx.merge(graphdef, params)
-    hidden, state = model.hidden(tokens, state, segment_ids)
-    return model.logits(hidden[:, -1:])[:, 0], state
-
-
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames="block_size", donate_argnames="progress"
-)
-def _decode_block(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    progress: _Progress,
-    keys: Key[Array, " B"],
-    sampling: SamplingConfig,
-    stop_tokens: Int[Array, " stops"],
-    start: Int[Array, ""],
-    limit: Int[Array, ""],
+def _dispatch_blocks(
+    decode: Callable[[Progress], tuple[Progress, Int[Array, "B block"]]],
+    progress: Progress,
     *,
-    block_size: int,
-) -> tuple[_Progress, Int[Array, "block B"]]:
-    """Generates the tokens at positions `start`, `start + 1`, ... but none from `limit` on."""
-    model = nnx.merge(graphdef, params)
+    num_blocks: int,
+    keep_states: bool,
+) -> Iterator[_Block]:
+    """Dispatches one block after the other, without waiting for any.
 
-    def step(progress: _Progress, position: Int[Array, ""]) -> tuple[_Progress, Int[Array, " B"]]:
-        position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        token = sample_token(position_keys, progress.logits, progress.counts, sampling)
-        stopped = progress.stopped | jnp.isin(token, stop_tokens) | (position >= limit)
-        token = jnp.where(stopped, PADDING, token)
-        # To the model a stopped row is padding, which leaves its state as it is.
-        segment_ids = (~stopped).astype(jnp.int32)[:, None]
-        hidden, state = model.hidden(token[:, None], progress.state, segment_ids)
-        progress = _Progress(
-            state=state,
-            logits=model.logits(hidden)[:, 0],
-            counts=count_token(progress.counts, token, sampling),
-            lengths=progress.lengths + ~stopped,
-            stopped=stopped,
-        )
-        return progress, token
+    Args:
+      decode: uses the progress up that it is given.
+      progress: before the first block.
+      num_blocks: how many.
+      keep_states: whether the state of a block is needed when the next one has been dispatched,
+        which would take its buffers.
+    """
+    for _ in range(num_blocks):
+        progress, tokens = decode(progress)
+        tokens.copy_to_host_async()
+        state = jax.tree.map(jnp.copy, progress.state) if keep_states else progress.state
+        yield _Block(tokens, state)
 
-    positions = start + jnp.arange(block_size, dtype=jnp.int32)
-    return jax.lax.scan(step, progress, positions)
+
+def _with_next[T](items: Iterable[T]) -> Iterator[tuple[T, T]]:
+    """Each item with the one after it, which is made first; the last one with itself."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, following
+        item = following
+    yield item, item

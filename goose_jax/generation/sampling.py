@@ -6,11 +6,13 @@ and only then the temperature, as a power of the probabilities that are left.
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _MAX = float(jnp.finfo(jnp.float32).max)
@@ -32,6 +34,7 @@ class SamplingConfig:
     An instance is a pytree whose leaves are the six numbers: as an argument of a jitted function it
     is traced, and other numbers do not compile anew. Only the two facts `greedy` and `filters` are
     static, because greedy decoding needs no random numbers and sorting the vocabulary costs time.
+    `stack_sampling` gives the rows of a batch settings of their own.
 
     Attributes:
       temperature: the probabilities that are left are raised to the power 1 / temperature; 0 is
@@ -88,6 +91,36 @@ class SamplingConfig:
 _NUMBERS = tuple(field.name for field in dataclasses.fields(SamplingConfig) if field.init)
 
 
+def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
+    """The settings of a batch each of whose rows has its own.
+
+    Args:
+      configs: B settings, one for each row.
+
+    Returns:
+      Settings whose numbers are arrays `[B]`, for the functions of this module. They are `greedy`
+      if all rows are, and have `filters` if any row needs them: a greedy row needs none.
+
+    Raises:
+      TypeError: if one of them is something else.
+      ValueError: if there is none.
+    """
+    if not len(configs):
+        raise ValueError(f"configs must hold at least one SamplingConfig, got {configs!r}")
+    for i, config in enumerate(configs):
+        check_sampling(f"configs[{i}]", config)
+    stacked = [np.array([getattr(config, name) for config in configs]) for name in _NUMBERS]
+    greedy = all(config.greedy for config in configs)
+    filters = any(config.filters and not config.greedy for config in configs)
+    return SamplingConfig.tree_unflatten((greedy, filters), tuple(stacked))
+
+
+def check_sampling(name: str, value: Any) -> None:
+    """Raises a TypeError if a value is no `SamplingConfig`."""
+    if not isinstance(value, SamplingConfig):
+        raise TypeError(f"{name} must be a SamplingConfig, got {value!r}")
+
+
 def _set(config: SamplingConfig, name: str, value: Any) -> None:
     object.__setattr__(config, name, value)
 
@@ -109,15 +142,19 @@ def token_probabilities(
     Args:
       logits: `[B, V]`, the model's output for the next token; V is the vocabulary.
       counts: `[B, V]`, decayed counts of the tokens generated so far (see `count_token`).
-      config: what to do with them.
+      config: what to do with them; of all rows, or stacked, of each row.
 
     Returns:
       `[B, V]` in fp32 (float64 for float64 logits), zero for tokens that cannot be drawn.
     """
     logits = _penalized(logits, counts, config)
+    most_probable = jax.nn.one_hot(
+        jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype
+    )
     if config.greedy:
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
-    return jax.nn.softmax(_filtered(logits, config), axis=-1)
+        return most_probable
+    drawn = jax.nn.softmax(_filtered(logits, config), axis=-1)
+    return jnp.where(_column(config.temperature, logits.dtype) > 0, drawn, most_probable)
 
 
 def sample_token(
@@ -132,7 +169,7 @@ def sample_token(
       keys: `[B]` random keys; unused if `config.greedy`.
       logits: `[B, V]`.
       counts: `[B, V]`.
-      config: the same for all rows.
+      config: of all rows, or stacked, of each row.
 
     Returns:
       `[B]` int32 token ids.
@@ -140,8 +177,11 @@ def sample_token(
     logits = _penalized(logits, counts, config)
     if config.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = jax.vmap(jax.random.categorical)(keys, _filtered(logits, config))
-    return drawn.astype(jnp.int32)
+    # A draw as of `jax.random.categorical`: the largest score. Those of a greedy row have no noise.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    drawn_from = _column(config.temperature, logits.dtype) > 0
+    scores = jnp.where(drawn_from, _filtered(logits, config) + noise, logits)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def count_token(
@@ -151,30 +191,42 @@ def count_token(
 
     A count never decays to 0, so that `counts > 0` remains true of every token seen.
     """
-    decayed = jnp.where(counts > 0, jnp.maximum(counts * config.penalty_decay, _TINY), 0.0)
+    decay = _column(config.penalty_decay, counts.dtype)
+    decayed = jnp.where(counts > 0, jnp.maximum(counts * decay, _TINY), 0.0)
     return decayed + jax.nn.one_hot(tokens, counts.shape[-1], dtype=counts.dtype)
+
+
+def _column(numbers: Any, dtype: Any) -> Array:
+    """A number of all rows as a scalar, those of each row as `[B, 1]`."""
+    array = jnp.asarray(numbers, dtype)
+    return array if array.ndim == 0 else array[:, None]
 
 
 def _penalized(
     logits: Float[Array, "B V"], counts: Float[Array, "B V"], config: SamplingConfig
 ) -> Float[Array, "B V"]:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    presence = jnp.where(counts > 0, config.presence_penalty, 0.0)
-    return logits - presence - counts * config.frequency_penalty
+    presence = jnp.where(counts > 0, _column(config.presence_penalty, logits.dtype), 0.0)
+    return logits - presence - counts * _column(config.frequency_penalty, logits.dtype)
 
 
 def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits whose softmax is the distribution after top-p, top-k and temperature."""
+    """Logits whose softmax is the distribution after top-p, top-k and temperature.
+
+    Those of a greedy row beside others mean nothing.
+    """
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
     if config.filters:
         kept = _kept(jnp.exp(log_probabilities), config)
         log_probabilities = jnp.where(kept, log_probabilities, -jnp.inf)
+    temperature = _column(config.temperature, logits.dtype)
     # Relative to the maximum, so that a tiny temperature cannot overflow to -inf everywhere.
-    return (log_probabilities - log_probabilities.max(axis=-1, keepdims=True)) / config.temperature
+    relative = log_probabilities - log_probabilities.max(axis=-1, keepdims=True)
+    return relative / jnp.where(temperature > 0, temperature, 1.0)
 
 
-def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Array:
-    """Which tokens `[B, V]` top-p and top-k leave: always at least the most probable one."""
+def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Bool[Array, "B V"]:
+    """Which tokens top-p and top-k leave: always at least the most probable one."""
     size = probabilities.shape[-1]
     token = jnp.broadcast_to(jnp.arange(size), probabilities.shape)
     # A stable sort: of equally probable tokens the one with the lower id comes first.
@@ -183,13 +235,14 @@ def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Array:
 
     # The first position at which the sum reaches top_p. If rounding keeps the sum below top_p, that
     # is the last position, and top_p = 1 drops nothing even where the sum reaches 1 early.
-    top_p = jnp.asarray(config.top_p, probabilities.dtype)
+    top_p = _column(config.top_p, probabilities.dtype)
     below = (jnp.cumsum(ordered, axis=-1) < top_p).sum(axis=-1, keepdims=True)
     cutoff = jnp.take_along_axis(ordered, jnp.minimum(below, size - 1), axis=-1)
     in_top_p = (probabilities >= cutoff) | (top_p >= 1)
 
-    last = jnp.where((config.top_k > 0) & (config.top_k < size), config.top_k, size) - 1
-    last = jnp.full_like(below, last)
+    top_k = _column(config.top_k, jnp.int32)
+    last = jnp.where((top_k > 0) & (top_k < size), top_k, size) - 1
+    last = jnp.broadcast_to(last, below.shape)
     least, least_token = (jnp.take_along_axis(x, last, axis=-1) for x in (ordered, order))
     in_top_k = (probabilities > least) | ((probabilities == least) & (token <= least_token))
     return in_top_p & in_top_k

@@ -19,6 +19,7 @@ from goose_jax.nn.time_mix import Tokens
 from goose_jax.state import RWKV7State, check_state
 from pallas_kernels import LayerWeights, decode_layers
 from pallas_kernels.decode_layers.weights import MATRICES
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]
@@ -154,8 +155,8 @@ class RWKV7(nnx.Module):
           active: `[B]`, false for rows whose state is to stay as it is; what is returned for them
             means nothing. None means all rows.
           weights: what `layer_weights` returns; in a loop over tokens, call it once before.
-          implementation: "xla", the modules; or that of `pallas_kernels.decode_layers`:
-            "reference", "mosaic_gpu" (kernels for Hopper GPUs). None chooses.
+          implementation: "xla", the modules; "mosaic_gpu" or "reference", those of
+            `pallas_kernels.decode_layers`. None chooses; for now it always takes "xla".
 
         Returns:
           What the head reads, `[B, C]` in the compute dtype, and the new state.
@@ -166,15 +167,39 @@ class RWKV7(nnx.Module):
           NotImplementedError: if a named implementation does not serve this model or device.
         """
         check_int("tokens", tokens, "B", {})
-        if implementation in (None, "xla"):
-            # Kernels have not been measured yet, and are only chosen by name.
-            segment_ids = None if active is None else active.astype(jnp.int32)[:, None]
-            hidden, state = self.hidden(tokens[:, None], state, segment_ids)
-            return hidden[:, 0], state
-        self._check(tokens[:, None], state, None)
-        x = self._embed(tokens[:, None])[:, 0]
+        implementations: dict[str, Callable[..., tuple[Tokens, RWKV7State]]] = {
+            # First, so that None takes it: the kernels have not been measured yet.
+            "xla": self._decode_by_modules,
+            "mosaic_gpu": functools.partial(self._decode_by_layers, "mosaic_gpu"),
+            "reference": functools.partial(self._decode_by_layers, "reference"),
+        }
+        return dispatch(
+            "decode", implementations, implementation, tokens[:, None], state, active, weights
+        )
+
+    def _decode_by_modules(
+        self,
+        tokens: TokenIds,
+        state: RWKV7State,
+        active: Bool[Array, " B"] | None,
+        _weights: LayerWeights | None,
+    ) -> tuple[Float[Array, "B C"], RWKV7State]:
+        # To the modules a row that rests is padding.
+        segment_ids = None if active is None else active.astype(jnp.int32)[:, None]
+        hidden, state = self.hidden(tokens, state, segment_ids)
+        return hidden[:, 0], state
+
+    def _decode_by_layers(
+        self,
+        implementation: str,
+        tokens: TokenIds,
+        state: RWKV7State,
+        active: Bool[Array, " B"] | None,
+        weights: LayerWeights | None,
+    ) -> tuple[Float[Array, "B C"], RWKV7State]:
+        self._check(tokens, state, None)
         x, *new = decode_layers(
-            x,
+            self._embed(tokens)[:, 0],
             state.time_shift,
             state.wkv,
             state.channel_shift,

@@ -10,46 +10,32 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from goose_jax.config import RWKV7Config
-from goose_jax.generation import SamplingConfig, generate, prefill
+from goose_jax.generation import (
+    ContinuousBatch,
+    SamplingConfig,
+    decoding,
+    generate,
+    prefill,
+)
 from goose_jax.nn import RWKV7
-from goose_jax.state import init_state
+from goose_jax.state import init_state, take_rows
+from tests.goose_jax.decoding import (
+    CONFIG,
+    GREEDY,
+    STATE_TOLERANCE,
+    VOCAB,
+    WARM,
+    WatchedBlocks,
+    assert_states_agree,
+    random_model,
+    state_row,
+)
 from tests.helpers import relative_rms
 
 generate_module = importlib.import_module("goose_jax.generation.generate")
 
 ROOT = Path(__file__).parents[2]
-VOCAB = 97
-CONFIG = RWKV7Config(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_layers=2,
-    head_size=16,
-    decay_rank=8,
-    alpha_rank=8,
-    value_rank=8,
-    gate_rank=8,
-    compute_dtype="float32",
-)
-GREEDY = SamplingConfig(temperature=0)
-WARM = SamplingConfig(temperature=0.8, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.1)
 PROMPTS = [[5], [7, 8, 9, 7, 8, 9, 7], list(range(16)), list(range(40, 60))]
-STATE_TOLERANCE = 1e-5  # of fp32 states that were read in other pieces; measured 6.5e-7
-
-
-@jax.jit
-def random_params(seed):
-    params = nnx.state(RWKV7(CONFIG, rngs=nnx.Rngs(jax.random.key(seed))))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
-
-
-def random_model(seed):
-    """A model no weight of which is 0, so that its states matter to the tokens."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, random_params(seed))
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +60,6 @@ def forward(model):
         return np.asarray(logits[0, : len(tokens)]), state
 
     return read
-
-
-def state_row(state, row):
-    return jax.tree.map(lambda x: np.asarray(x[:, row]), state)
-
-
-def assert_states_agree(got, expected):
-    for x, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert relative_rms(x, reference) < STATE_TOLERANCE
 
 
 def test_greedy_decoding_agrees_with_the_parallel_forward(model, forward):
@@ -160,6 +137,71 @@ def test_a_callback_can_end_the_generation(model, forward):
     assert_states_agree(state_row(result.state, 1), state_row(state, 0))
 
 
+def test_the_state_is_that_of_the_block_which_the_callback_ended(model):
+    def run(blocks):
+        count = iter(range(100))
+        return generate(
+            model,
+            PROMPTS,
+            max_new_tokens=100,
+            sampling=WARM,
+            block_size=7,
+            on_tokens=lambda new: next(count) + 1 == blocks,
+        )
+
+    for blocks in (1, 3):
+        ended = run(blocks)
+        exactly = generate(model, PROMPTS, max_new_tokens=7 * blocks, sampling=WARM, block_size=7)
+        assert ended.lengths.tolist() == [7 * blocks] * 4
+        assert ended.sequences == exactly.sequences
+        assert not ended.tokens[:, 7 * blocks :].any()
+        jax.tree.map(np.testing.assert_array_equal, ended.state, exactly.state)
+
+
+def watch(monkeypatch):
+    watched = WatchedBlocks(decoding.decode_block)
+    monkeypatch.setattr(generate_module, "decode_block", watched)
+    return watched.events
+
+
+def test_the_next_block_is_dispatched_before_the_callback_is_called(model, monkeypatch):
+    events = watch(monkeypatch)
+
+    def callback(new):
+        events.append("callback")
+        return events.count("callback") == 3
+
+    generate(model, PROMPTS, max_new_tokens=100, sampling=WARM, on_tokens=callback)
+    expected = [("dispatch", 0), ("copy", 0)]
+    for i in range(3):
+        expected += [("dispatch", i + 1), ("copy", i + 1), ("wait", i), "callback"]
+    assert events == expected
+
+
+def test_without_stop_tokens_and_callback_nothing_is_waited_for_before_the_end(model, monkeypatch):
+    events = watch(monkeypatch)
+    result = generate(model, PROMPTS, max_new_tokens=40, sampling=WARM)
+    names = [name for name, _ in events]
+    assert names == ["dispatch", "copy"] * 3 + ["wait"] * 3
+    assert result.lengths.tolist() == [40] * 4
+
+
+def test_the_block_after_the_end_changes_nothing(model, monkeypatch):
+    free = generate(model, PROMPTS, max_new_tokens=20, sampling=GREEDY, block_size=4)
+    stops = free.tokens[:, :6].flatten()  # every row ends within two blocks
+    settings = {"max_new_tokens": 100, "sampling": GREEDY, "stop_tokens": stops, "block_size": 4}
+    blocks = []
+    called = generate(model, PROMPTS, on_tokens=blocks.append, **settings)
+    events = watch(monkeypatch)
+    result = generate(model, PROMPTS, **settings)
+    dispatched = sum(name == "dispatch" for name, _ in events)
+    assert dispatched == len(blocks) + 1
+    assert called.sequences == result.sequences
+    jax.tree.map(np.testing.assert_array_equal, result.state, called.state)
+    read = [prompt + new for prompt, new in zip(PROMPTS, result.sequences, strict=True)]
+    assert_states_agree(result.state, prefill(model, read))
+
+
 def test_seeds(model):
     prompts = [[1, 2]] * 4
 
@@ -189,6 +231,45 @@ def test_a_carried_state_continues_the_text(model, forward):
     jax.tree.map(np.testing.assert_array_equal, first.state, kept)
 
 
+def test_a_forked_state_continues_as_the_whole_text_does(model):
+    prefix = list(range(30, 38))
+    forks = take_rows(prefill(model, [prefix]), [0] * 4)
+    rest = [[1, 2, 3], [1, 2, 3], [4], [1, 2, 3]]
+    settings = {"max_new_tokens": 20, "sampling": WARM, "seed": [7, 8, 7, 7]}
+    forked = generate(model, rest, state=forks, **settings)
+    whole = generate(model, [prefix + tokens for tokens in rest], **settings)
+    assert forked.sequences == whole.sequences
+    assert_states_agree(forked.state, whole.state)
+    # Rows that go on in the same way remain exactly the same.
+    assert forked.sequences[0] == forked.sequences[3]
+    jax.tree.map(
+        np.testing.assert_array_equal, state_row(forked.state, 0), state_row(forked.state, 3)
+    )
+    assert len({tuple(row) for row in forked.sequences}) == 3
+
+
+def test_the_step_through_all_layers_at_once_gives_the_same_tokens(model):
+    settings = {"max_new_tokens": 40, "sampling": WARM, "stop_tokens": [3, 30]}
+    expected = generate(model, PROMPTS, **settings)
+    assert set(expected.lengths) - {40}  # a row rests
+    result = generate(model, PROMPTS, implementation="reference", **settings)
+    assert result.sequences == expected.sequences
+    assert_states_agree(result.state, expected.state)
+    batch = ContinuousBatch(model, num_slots=2, implementation="reference")
+    request = batch.submit(PROMPTS[0], **settings)
+    tokens = []
+    while batch.unfinished:
+        tokens += batch.step()[0].tokens
+    assert (request, tokens) == (0, expected.sequences[0])
+
+
+def test_a_step_that_is_not_served_is_refused(model):
+    with pytest.raises(NotImplementedError, match="mosaic_gpu needs a"):
+        generate(model, [[1]], max_new_tokens=1, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"implementation='cuda' is unknown.*'xla', 'mosaic_gpu'"):
+        generate(model, [[1]], max_new_tokens=1, implementation="cuda")
+
+
 def test_penalties_count_what_was_generated(model):
     never_again = SamplingConfig(temperature=0, presence_penalty=1e6)
     result = generate(model, PROMPTS, max_new_tokens=VOCAB, sampling=never_again)
@@ -196,7 +277,7 @@ def test_penalties_count_what_was_generated(model):
 
 
 def test_long_prompts_are_read_in_pieces(model, forward, monkeypatch):
-    monkeypatch.setattr(generate_module, "MAX_PIECE", 32)
+    monkeypatch.setattr(decoding, "MAX_PIECE", 32)
     prompts = [list(range(70)), [9, 9], list(range(32)), list(range(33))]
     result = generate(model, prompts, max_new_tokens=16, sampling=GREEDY)
     for prompt, new in zip(prompts, result.sequences, strict=True):
@@ -208,7 +289,7 @@ def test_long_prompts_are_read_in_pieces(model, forward, monkeypatch):
     ("length", "padded"), [(1, 16), (16, 16), (17, 32), (1000, 1024), (1025, 2048), (3000, 3072)]
 )
 def test_padded_lengths_are_few(length, padded):
-    assert generate_module._padded_length(length) == padded
+    assert decoding.padded_length(length) == padded
 
 
 def test_programs_are_compiled_once(model, monkeypatch):
@@ -237,7 +318,7 @@ def test_programs_are_compiled_once(model, monkeypatch):
 def test_prefill_forms_logits_of_the_last_token_only_and_bakes_in_no_parameter(model):
     graphdef, params = nnx.split(model)
     ids = jnp.ones((3, 32), jnp.int32)
-    traced = generate_module._read_piece.trace(graphdef, params, ids, ids, init_state(CONFIG, 3))
+    traced = decoding.read_piece.trace(graphdef, params, ids, ids, init_state(CONFIG, 3))
     text = str(traced.jaxpr)
     assert f"[3,1,{VOCAB}]" in text
     assert f"[3,32,{VOCAB}]" not in text
@@ -296,10 +377,42 @@ def test_tokens_can_be_read_without_generating_any(model):
 def test_the_page_about_generation_runs(capsys):
     page = (ROOT / "docs/generation.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     names = {}
     exec("\n".join(blocks), names)
     assert names["answers"].tokens.shape == (2, 32)
+    assert names["variants"].tokens.shape == (3, 32)
+    assert names["mixed"].wkv.shape[:2] == (2, 2)
+    assert names["batch"].unfinished == 0
+    assert "re " in capsys.readouterr().out
+
+
+def programs(sampling):
+    """What the decoding program of four rows computes, as text."""
+    graphdef, params = nnx.split(random_model(0))
+    settings = decoding.row_settings(
+        seeds=[(0, 0)] * 4,
+        sampling=sampling,
+        stop_tokens=[np.arange(2)] * 4,
+        limits=[5] * 4,
+    )
+    progress = decoding.init_progress(CONFIG, 4)
+    traced = decoding.decode_block.trace(graphdef, params, settings, progress, block_size=2)
+    return str(traced.jaxpr)
+
+
+def test_only_sampling_draws_random_numbers_and_only_filters_sort():
+    plain, filtered = SamplingConfig(), SamplingConfig(top_k=3)
+    greedy = SamplingConfig(temperature=0, top_k=3)
+    for sampling, draws, sorts in (
+        ([greedy] * 4, False, False),
+        ([plain] * 4, True, False),
+        ([greedy, plain, greedy, greedy], True, False),
+        ([plain, filtered, plain, greedy], True, True),
+    ):
+        text = programs(sampling)
+        assert ("random_bits" in text) == draws
+        assert (" sort[" in text) == sorts
 
 
 def test_the_decoding_example_runs(capsys):

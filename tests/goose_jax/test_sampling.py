@@ -11,6 +11,7 @@ from goose_jax.generation.sampling import (
     SamplingConfig,
     count_token,
     sample_token,
+    stack_sampling,
     token_probabilities,
 )
 
@@ -195,6 +196,47 @@ def test_other_numbers_do_not_compile_anew():
         )
         check(logits, counts, config, probabilities)
     assert traces == [(False, True), (False, False)]
+
+
+def test_each_row_can_have_settings_of_its_own():
+    generator = np.random.default_rng(8)
+    configs = [dataclasses.replace(c, penalty_decay=i % 7 / 7) for i, c in enumerate(CONFIGS)]
+    rows = len(configs)
+    logits = generator.normal(size=(rows, 50)).astype(np.float32) * 3
+    logits[::2] = np.round(logits[::2])  # ties
+    counts = (generator.integers(0, 4, size=(rows, 50)) * 0.75).astype(np.float32)
+    keys = jax.random.split(jax.random.key(9), rows)
+    stacked = stack_sampling(configs)
+    assert (stacked.greedy, stacked.filters) == (False, True)
+    probabilities = PROBABILITIES(logits, counts, stacked)
+    drawn = DRAW(keys, logits, counts, stacked)
+    counted = count_token(counts, drawn, stacked)
+    for i, config in enumerate(configs):
+        row = slice(i, i + 1)
+        expected = official_probabilities(logits[i], counts[i], config)
+        np.testing.assert_allclose(probabilities[i], expected, atol=TOLERANCE)
+        assert drawn[i] == DRAW(keys[row], logits[row], counts[row], config)[0]
+        np.testing.assert_array_equal(counted[i], count_token(counts[row], drawn[row], config)[0])
+
+
+def test_a_stack_is_greedy_if_all_rows_are_and_sorts_if_a_row_must():
+    greedy = SamplingConfig(temperature=0, top_k=5)
+    plain, filtered = SamplingConfig(), SamplingConfig(top_p=0.5)
+    for configs, expected in (
+        ([greedy, greedy], (True, False)),
+        ([greedy, plain], (False, False)),
+        ([plain, filtered], (False, True)),
+        ([filtered, greedy], (False, True)),
+    ):
+        stacked = stack_sampling(configs)
+        assert (stacked.greedy, stacked.filters) == expected
+        assert stacked.temperature.tolist() == [config.temperature for config in configs]
+    with pytest.raises(
+        ValueError, match=r"configs must hold at least one SamplingConfig, got \[\]"
+    ):
+        stack_sampling([])
+    with pytest.raises(TypeError, match=r"configs\[1\] must be a SamplingConfig, got 0\.5"):
+        stack_sampling([plain, 0.5])
 
 
 def test_config_is_frozen_and_comparable():

@@ -1,0 +1,145 @@
+"""Speed of decoding and of reading prompts, on whatever device JAX finds.
+
+    python benchmarks/decode.py                 # three real sizes on a GPU, a tiny one on a CPU
+    python benchmarks/decode.py --model 24 1024 --implementations xla mosaic_gpu
+
+Weights are random, in bfloat16 and with a vocabulary of 65,536 on a GPU; decoding is greedy. All
+goes through `generate` and `prefill` as a user calls them. The time of a token is the difference
+between generating many and few tokens, so that reading the prompt is not in it; each is the median
+of rounds, after one that compiles. The bandwidth is that of reading all parameters but the
+embedding once per token, and reading and writing the states.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from goose_jax import RWKV7, RWKV7Config, SamplingConfig, generate, init_state
+from goose_jax.generation import prefill
+
+GREEDY = SamplingConfig(temperature=0)
+MODELS_ON_GPU = ((24, 1024), (24, 2048), (32, 4096))
+MODELS_ON_CPU = ((4, 128),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      model: layers and hidden size; None takes those of the device.
+      vocab_size: of the model; None takes 65,536 on a GPU and 257 on a CPU.
+      dtype: of parameters and activations; None takes bfloat16 on a GPU and float32 on a CPU.
+      batch_sizes: to decode with.
+      implementations: of the decoding step.
+      prompt_length: of the prompt whose reading is measured.
+      new_tokens: that are generated, few and many.
+      block_size: tokens between two returns to Python.
+      rounds: of which the median is reported.
+    """
+
+    model: tuple[int, int] | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
+    batch_sizes: tuple[int, ...] = (1, 128)
+    implementations: tuple[str, ...] = ("xla",)
+    prompt_length: int = 2048
+    new_tokens: tuple[int, int] = (64, 256)
+    block_size: int = 32
+    rounds: int = 3
+
+
+def random_model(config: RWKV7Config) -> RWKV7:
+    """A model of normal random numbers: made faster than by its initialisers."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    leaves, structure = jax.tree.flatten(params)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def normal(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = like.shape[-2] ** -0.5 if like.ndim > 1 else 1.0
+        return (scale * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype)
+
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    leaves = [
+        normal(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        for key, x in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+
+
+def seconds_of(run: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """The median of rounds, and the first one, which compiles."""
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])), seconds[0]
+
+
+def bytes_per_token(model: RWKV7, batch_size: int) -> int:
+    """What must be moved for one token of each row."""
+    params = nnx.state(model)
+    read = sum(x.nbytes for x in jax.tree.leaves(params)) - model.embedding[...].nbytes
+    state = jax.eval_shape(lambda: init_state(model.config, batch_size))
+    return read + 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def measure(settings: Settings, model: RWKV7) -> None:
+    name = f"{model.config.num_layers} x {model.config.hidden_size}"
+    prompt = np.random.default_rng(0).integers(1, model.config.vocab_size, settings.prompt_length)
+    reading, first = seconds_of(lambda: prefill(model, [prompt]), settings.rounds)
+    rate = settings.prompt_length / reading
+    print(f"| {name} | prefill | {settings.prompt_length} | | {rate:,.0f} | | {first:.1f} |")
+
+    few, many = settings.new_tokens
+    for implementation in settings.implementations:
+        for batch_size in settings.batch_sizes:
+
+            def decode(count: int, size: int = batch_size, how: str = implementation) -> object:
+                return generate(
+                    model,
+                    [[1, 2, 3]] * size,
+                    max_new_tokens=count,
+                    sampling=GREEDY,
+                    block_size=settings.block_size,
+                    implementation=how,
+                ).state
+
+            short, first = seconds_of(functools.partial(decode, few), settings.rounds)
+            long, _ = seconds_of(functools.partial(decode, many), settings.rounds)
+            per_token = (long - short) / (many - few)
+            bandwidth = bytes_per_token(model, batch_size) / per_token
+            print(
+                f"| {name} | {implementation} | {batch_size} | {1e3 * per_token:.3f} | "
+                f"{batch_size / per_token:,.0f} | {bandwidth / 1e9:,.0f} | {first:.1f} |"
+            )
+
+
+def main(settings: Settings) -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = settings.dtype or ("float32" if on_cpu else "bfloat16")
+    models = MODELS_ON_CPU if on_cpu else MODELS_ON_GPU
+    print(f"{jax.devices()[0].device_kind}, {dtype}")
+    print("| model | | batch | ms per token | tokens/s | GB/s | first call, s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for num_layers, hidden_size in models if settings.model is None else (settings.model,):
+        config = RWKV7Config(
+            vocab_size=settings.vocab_size or (257 if on_cpu else 65536),
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            param_dtype=dtype,
+            compute_dtype=dtype,
+        )
+        measure(settings, random_model(config))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
