@@ -23,6 +23,7 @@ from pallas_kernels.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, 
 from pallas_kernels.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
 from pallas_kernels.decode_layers.mosaic_gpu.projections import (
     Product,
+    empty_parts,
     projections,
     split_projection,
 )
@@ -91,11 +92,15 @@ def run_layers(
     run = jax.jit(
         functools.partial(_run_layer, plan, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
     )
-    parts = v_first = None
+    # The first layer is like the others, so that all kernels are compiled once: nothing is to be
+    # added to x, and it takes its own values for v_first.
+    parts = empty_parts(plan, weights.channel_value, len(x))
+    v_first = jnp.zeros_like(x, shape=parts.shape[1:])
     for layer in range(len(states[0])):
         index = jnp.full(1, layer, jnp.int32)
         x, parts, v_first, states = run(index, x, parts, v_first, states, active, weights)
-    assert parts is not None
+    # Nobody needs the last v_first; without it, the last layer would be compiled on its own.
+    x, parts, _ = jax.lax.optimization_barrier((x, parts, v_first))
     return (x + parts[:, : len(x)].sum(0).astype(x.dtype), *states)
 
 
@@ -103,8 +108,8 @@ def _run_layer(
     plan: Plan,
     layer: jax.Array,
     x: jax.Array,
-    parts: jax.Array | None,
-    v_first: jax.Array | None,
+    parts: jax.Array,
+    v_first: jax.Array,
     states: States,
     active: jax.Array | None,
     weights: LayerWeights,
@@ -136,7 +141,7 @@ def _run_layer(
     ups = (w.decay_up, w.alpha_up, w.value_residual_up, w.gate_up)
     second = [Product(x, up) for x, up in zip(low, ups, strict=True)]
     logits = projections(plan, layer, second, B)
-    v_first = v if v_first is None else v_first
+    v_first = jnp.where(layer[0] == 0, v, v_first)
     of_heads = HeadWeights(
         w.decay_base,
         w.alpha_base,

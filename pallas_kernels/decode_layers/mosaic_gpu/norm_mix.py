@@ -39,7 +39,7 @@ def norm_mix(
     plan: Plan,
     layer: jax.Array,
     x: jax.Array,
-    parts: jax.Array | None,
+    parts: jax.Array,
     weights: NormWeights,
     shift: jax.Array,
     active: jax.Array | None,
@@ -51,7 +51,7 @@ def norm_mix(
       plan: how it is compiled.
       layer: `[1]` int32, which of the stacked weights and states.
       x: `[B, C]`, the residual stream; C is a multiple of 256.
-      parts: `[splits, padded rows, C]` float32, what is to be added to it, or None.
+      parts: `[splits, padded rows, C]` float32, what is to be added to it.
       weights: of the norm and the mixes.
       shift: `[layers, B, C]`, the token before.
       active: `[B]` int32, 0 for rows that leave their state alone, or None.
@@ -67,7 +67,7 @@ def norm_mix(
     def body(
         layer_gmem: Any,
         x_gmem: Any,
-        parts_gmem: Any | None,
+        parts_gmem: Any,
         active_gmem: Any | None,
         weights_gmem: NormWeights,
         shift_gmem: Any,
@@ -79,13 +79,10 @@ def norm_mix(
         def load(ref):
             return plgpu.load(ref, layout=row_layout, optimized=False).astype(jnp.float32)
 
-        new_x = load(x_gmem.at[row])
-        if parts_gmem is not None:
-            added = load(parts_gmem.at[0, row])
-            for split in range(1, parts_gmem.shape[0]):
-                added = added + load(parts_gmem.at[split, row])
-            new_x = new_x + added
-        new_x = new_x.astype(x.dtype)
+        added = load(parts_gmem.at[0, row])
+        for split in range(1, parts_gmem.shape[0]):
+            added = added + load(parts_gmem.at[split, row])
+        new_x = (load(x_gmem.at[row]) + added).astype(x.dtype)
         new_x_gmem[row] = new_x
         new_x = new_x.astype(jnp.float32)
         centred = new_x - jnp.sum(new_x) * (1 / C)

@@ -3,8 +3,12 @@
 Each row of activations meets each weight once, so the time is that of reading the weights. A block
 of the grid computes 64 columns of one product, for up to 128 rows: it streams its weights through a
 ring of tiles in shared memory, and there is always as much on its way as the ring has room for.
+Two blocks share a multiprocessor, so that one reads while the other begins or ends.
 
     grid    columns of all products x splits of the inner axis x blocks of rows
+
+Tensor cores take 64 rows of their first operand at a time, but as few as 8 columns of the second.
+So what is computed is the transpose, `weights^T x^T`: there are always 64 columns.
 
 Products with few columns are split along the inner axis too, so that every multiprocessor has a
 part; whoever reads the result adds the parts.
@@ -25,9 +29,9 @@ MAX_ROWS = 128
 """Rows of activations that a block of the grid works on at most."""
 
 _GROUP = 8
-"""Rows that are contiguous in shared memory: activations are padded to a multiple of these."""
+"""Tensor cores take so many rows at a time: activations are padded to a multiple of these."""
 
-_RING_BYTES = 192 * 1024
+_RING_BYTES = 96 * 1024
 
 
 class Product(NamedTuple):
@@ -95,10 +99,21 @@ def split_projection(plan: Plan, layer: jax.Array, product: Product, rows: int) 
       product: without an activation.
       rows: number of rows that matter.
     """
-    _, inner, columns = product.weights.shape
-    shape = (splits_of(plan, inner, columns), padded_rows(rows), columns)
-    (parts,) = _project(plan, layer, [product], rows, [jax.ShapeDtypeStruct(shape, jnp.float32)])
+    results = [_parts_like(plan, product.weights, rows)]
+    (parts,) = _project(plan, layer, [product], rows, results)
     return parts
+
+
+def empty_parts(plan: Plan, weights: jax.Array, rows: int) -> jax.Array:
+    """Zeros like what `split_projection` gives for these weights."""
+    like = _parts_like(plan, weights, rows)
+    return jnp.zeros(like.shape, like.dtype)
+
+
+def _parts_like(plan: Plan, weights: jax.Array, rows: int) -> jax.ShapeDtypeStruct:
+    _, inner, columns = weights.shape
+    shape = (splits_of(plan, inner, columns), padded_rows(rows), columns)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _project(
@@ -111,9 +126,8 @@ def _project(
     """The kernel; `results` are `[splits, padded rows, columns]`, all of one dtype and splits."""
     count, each = row_blocks(rows)
     splits, dtype = results[0].shape[0], results[0].dtype
-    height = -(-each // TILE) * TILE  # tensor cores take 64 rows at a time; more is never stored
     slots = min(
-        _RING_BYTES // ((height + TILE) * TILE * 2),
+        _RING_BYTES // ((each + TILE) * TILE * 2),
         max(p.x.shape[1] // TILE // splits for p in products),
     )
 
@@ -137,23 +151,21 @@ def _project(
                 inner = pl.ds((split * steps + step) * TILE, TILE)
                 for source, target in (
                     (w_gmem.at[layer, inner, columns], w_smem.at[slot]),
-                    (x_gmem.at[own_rows, inner], x_smem.at[slot, pl.ds(0, each)]),
+                    (x_gmem.at[own_rows, inner], x_smem.at[slot]),
                 ):
                     plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
 
             for step in range(min(slots, steps)):
                 fetch(jnp.int32(step))
 
-            def accumulate(*accumulators):
+            def accumulate(accumulator):
                 def step(i, _):
                     slot = jax.lax.rem(i, jnp.int32(slots))
                     plgpu.barrier_wait(loaded.at[slot])
-                    for j, accumulator in enumerate(accumulators):
-                        tile = x_smem.at[slot, pl.ds(j * TILE, TILE)]
-                        plgpu.wgmma(accumulator, tile, w_smem.at[slot])
+                    w, x = (smem.at[slot].transpose((1, 0)) for smem in (w_smem, x_smem))
+                    plgpu.wgmma(accumulator, w, x)
                     if steps > slots:
-                        # Only the products of this step may still read their tiles.
-                        plgpu.wgmma_wait(len(accumulators))
+                        plgpu.wgmma_wait(1)  # only the product of this step may still read tiles
 
                         @pl.when((i > 0) & (i - 1 + slots < steps))
                         def _():
@@ -161,16 +173,15 @@ def _project(
                             fetch(i - 1 + slots)
 
                 jax.lax.fori_loop(0, steps, step, None)
-                return tuple(accumulator[...] for accumulator in accumulators)
+                return accumulator[...]
 
-            accumulator = plgpu.ACC((TILE, TILE), jnp.float32)
-            values = pl.run_scoped(accumulate, *[accumulator] * (height // TILE))
-            for j, value in enumerate(values):
-                if product.activation is not None:
-                    value = product.activation(value)
-                y_smem[pl.ds(j * TILE, TILE), :] = value.astype(dtype)
+            y = pl.run_scoped(accumulate, plgpu.ACC((TILE, each), jnp.float32))
+            if product.activation is not None:
+                y = product.activation(y)
+            y = plgpu.layout_cast(y.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            y_smem.transpose((1, 0))[...] = y
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem.at[pl.ds(0, each)], y_gmem.at[split, own_rows, columns])
+            plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[split, own_rows, columns])
             plgpu.wait_smem_to_gmem(0)
 
         first = 0
@@ -193,9 +204,9 @@ def _project(
         out_type=tuple(results),
         grid={"rows": count, "split": splits, "columns": sum(p.blocks for p in products)},
         scratch_types={
-            "x_smem": _tiles_smem(jnp.bfloat16, slots, height, TILE),
+            "x_smem": _tiles_smem(jnp.bfloat16, slots, each, TILE),
             "w_smem": _tiles_smem(jnp.bfloat16, slots, TILE, TILE),
-            "y_smem": _tiles_smem(dtype, height, TILE),
+            "y_smem": _tiles_smem(dtype, each, TILE),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         },
     )
@@ -208,4 +219,4 @@ def _tiles_smem(dtype: Any, *shape: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
 
-__all__ = ["Product", "padded_rows", "projections", "split_projection"]
+__all__ = ["Product", "empty_parts", "padded_rows", "projections", "split_projection"]
