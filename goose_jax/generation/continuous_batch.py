@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,12 +20,13 @@ from goose_jax.generation.arguments import (
 from goose_jax.generation.decoding import (
     MAX_PIECE,
     NO_TOKEN,
+    Progress,
     RowSettings,
     decode_block,
     init_progress,
     padded_length,
     place_rows,
-    read_prompts,
+    read_in_pieces,
     row_settings,
 )
 from goose_jax.generation.sampling import SamplingConfig, check_sampling
@@ -37,6 +38,9 @@ type FinishReason = Literal["stop", "length", "cancelled"]
 
 _MAX_PREFILL_TOKENS = 16 * MAX_PIECE
 """So many tokens are read at once at most, which bounds the memory that reading needs."""
+
+_PREFILL_TOKENS = 2 * MAX_PIECE
+"""When so many have been read between two blocks, the next block comes first."""
 
 _IN_FLIGHT = 2
 """Blocks under way: the one whose tokens are waited for, and the next."""
@@ -77,6 +81,7 @@ class _Request:
       seed: as given.
       state: that the prompt continues from, of one row.
       return_state: as given.
+      is_read: whether its prompt has been read, and its row generates.
       cancelled: whether it shall end.
       finished: whether its last update has been made.
       dispatched: number of tokens for which blocks have been dispatched.
@@ -91,6 +96,7 @@ class _Request:
     seed: int
     state: RWKV7State | None
     return_state: bool
+    is_read: bool = False
     cancelled: bool = False
     finished: bool = False
     dispatched: int = 0
@@ -98,6 +104,23 @@ class _Request:
 
 
 type _Slots = tuple[_Request | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reading:
+    """Requests whose prompts are read together, a piece at a time.
+
+    Attributes:
+      slots: where they will be decoded.
+      requests: as many.
+      pieces: reads the next piece; after the last it gives a row for each, and more for padding.
+      tokens_per_piece: of all rows.
+    """
+
+    slots: tuple[int, ...]
+    requests: tuple[_Request, ...]
+    pieces: Iterator[Progress | None]
+    tokens_per_piece: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +146,8 @@ class ContinuousBatch:
     One program decodes, of all slots at once; idle slots cost what busy ones do. (There are three
     of it: for batches that are greedy, that sample, and that sample from filtered probabilities.)
     Prompts are read in groups of similar length, padded to a power of two of rows, by the programs
-    that `generate` reads prompts with. Requests that come and go compile nothing anew.
+    that `generate` reads prompts with; long ones in pieces, between which the other requests go on.
+    Requests that come and go compile nothing anew.
 
     The device does not wait for Python: when a block's tokens are handed out, the next block is
     under way. A sequence that has ended is therefore noticed one block later, and its slot rests
@@ -172,6 +196,7 @@ class ContinuousBatch:
         self._slots: list[_Request | None] = [None] * num_slots
         self._progress = init_progress(model.config, num_slots)
         self._start_of_text = init_state(model.config, 1)
+        self._reading: collections.deque[_Reading] = collections.deque()
         self._in_flight: collections.deque[_Block] = collections.deque()
         self._decoded: _Slots = ()
         self._settings: RowSettings | None = None
@@ -244,11 +269,11 @@ class ContinuousBatch:
         self._unfinished[request].cancelled = True
 
     def step(self) -> list[RequestUpdate]:
-        """Fills free slots, dispatches the next block, and waits for the one before it.
+        """Reads prompts for free slots, dispatches the next block, and waits for the one before it.
 
         Returns:
-          An update of each request that took part in that block, or was cancelled in the queue: at
-          least one while there are `unfinished` requests.
+          An update of each request that took part in that block, or was cancelled before it could:
+          at least one while there are `unfinished` requests.
         """
         updates = self._drop_cancelled()
         # A block in which all rows rested is not worth waiting for.
@@ -261,9 +286,17 @@ class ContinuousBatch:
         return updates
 
     def _drop_cancelled(self) -> list[RequestUpdate]:
-        dropped = [request for request in self._queue if request.cancelled]
+        """Ends what was cancelled before it could generate anything."""
+        dropped = [
+            request
+            for request in self._unfinished.values()
+            if request.cancelled and not request.is_read
+        ]
         for request in dropped:
-            self._queue.remove(request)
+            if request in self._queue:
+                self._queue.remove(request)
+            else:
+                self._slots[self._slots.index(request)] = None
         return [
             self._update(request, [], "cancelled", request.state if request.return_state else None)
             for request in dropped
@@ -271,9 +304,10 @@ class ContinuousBatch:
 
     def _dispatch(self) -> bool:
         """Dispatches a block, unless no row has anything to generate in it."""
-        self._fill_slots()
-        slots = tuple(None if r is None or r.cancelled else r for r in self._slots)
-        if not any(r and r.dispatched < r.max_new_tokens for r in slots):
+        self._admit()
+        self._read_pieces()
+        slots = self._generating()
+        if slots is None:
             return False
         if slots != self._decoded:
             self._decoded, self._settings = slots, _settings_of(slots)
@@ -291,26 +325,63 @@ class ContinuousBatch:
             request.dispatched += self._block_size
         return True
 
-    def _fill_slots(self) -> None:
+    def _generating(self) -> _Slots | None:
+        """The requests whose rows are decoded, or None if no row has anything to generate."""
+        slots = tuple(r if r and r.is_read and not r.cancelled else None for r in self._slots)
+        return slots if any(r and r.dispatched < r.max_new_tokens for r in slots) else None
+
+    def _admit(self) -> None:
+        """Gives free slots to requests from the queue, whose prompts are then to be read."""
         free = [slot for slot, request in enumerate(self._slots) if request is None]
         admitted = list(zip(free, self._queue, strict=False))
-        for slots, requests in _groups(admitted):
-            self._read(slots, requests)
         for slot, request in admitted:
             self._slots[slot] = request
             self._queue.popleft()
+        self._reading.extend(self._start_reading(*group) for group in _groups(admitted))
 
-    def _read(self, slots: Sequence[int], requests: Sequence[_Request]) -> None:
-        """Reads prompts, in a batch whose size is a power of two, so that there are few sizes."""
+    def _start_reading(self, slots: Sequence[int], requests: Sequence[_Request]) -> _Reading:
+        """The batch is padded to a power of two of rows, so that there are few sizes."""
         padding = _power_of_two(len(requests)) - len(requests)
         prompts = [request.prompt for request in requests] + [np.zeros(0, np.int32)] * padding
         start = self._start_of_text
         states = [start if request.state is None else request.state for request in requests]
         state = join_states(states + [start] * padding)
-        new = read_prompts(self._graphdef, self._params, prompts, state)
+        longest = max(len(prompt) for prompt in prompts)
+        return _Reading(
+            slots=tuple(slots),
+            requests=tuple(requests),
+            pieces=read_in_pieces(self._graphdef, self._params, prompts, state),
+            tokens_per_piece=len(prompts) * min(padded_length(longest), MAX_PIECE),
+        )
+
+    def _read_pieces(self) -> None:
+        """Reads pieces of prompts, first come, first served.
+
+        There are few between two blocks, so that long prompts do not stop the others; but all that
+        there are if nothing else is to be done.
+        """
+        tokens = 0
+        while self._reading and (tokens < _PREFILL_TOKENS or self._generating() is None):
+            reading = self._reading[0]
+            progress = None
+            if any(not request.finished for request in reading.requests):
+                progress = next(reading.pieces)
+                tokens += reading.tokens_per_piece
+                if progress is None:
+                    continue
+            self._reading.popleft()
+            if progress is not None:
+                self._place(reading, progress)
+
+    def _place(self, reading: _Reading, progress: Progress) -> None:
+        """Lets what has been read go on in its slots; that of requests cancelled meanwhile not."""
         nowhere = len(self._slots)
-        rows = np.array([*slots, *[nowhere] * padding], np.int32)
-        self._progress = place_rows(self._progress, new, rows)
+        rows = np.full(len(progress.stopped), nowhere, np.int32)
+        for i, (slot, request) in enumerate(zip(reading.slots, reading.requests, strict=True)):
+            if not request.finished:
+                rows[i] = slot
+                request.is_read = True
+        self._progress = place_rows(self._progress, progress, rows)
 
     def _receive(self, block: _Block) -> list[RequestUpdate]:
         updates = []

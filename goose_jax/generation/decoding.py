@@ -6,7 +6,7 @@ an argument, so that the same programs serve rows that begin and end together an
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +135,15 @@ def padded_length(length: int) -> int:
 def read_prompts(
     graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Ids], state: RWKV7State
 ) -> Progress:
+    """Reads prompts; arguments as of `read_in_pieces`."""
+    *_, progress = read_in_pieces(graphdef, params, prompts, state)
+    assert progress is not None
+    return progress
+
+
+def read_in_pieces(
+    graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Ids], state: RWKV7State
+) -> Iterator[Progress | None]:
     """Reads prompts, which end at the same place and so have their padding on the left.
 
     Args:
@@ -142,6 +151,9 @@ def read_prompts(
       params: of the model.
       prompts: B, one of them not empty. A row without tokens is padding, and its state rests.
       state: that they continue from.
+
+    Yields:
+      None after each piece but the last, then the progress.
     """
     length = padded_length(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -153,7 +165,7 @@ def read_prompts(
     for start in range(0, length, MAX_PIECE):
         piece = slice(start, start + MAX_PIECE)
         logits, state = read_piece(graphdef, params, tokens[:, piece], segment_ids[:, piece], state)
-    return _progress(state, logits)
+        yield None if start + MAX_PIECE < length else _progress(state, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)

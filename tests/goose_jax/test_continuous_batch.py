@@ -292,6 +292,57 @@ def test_one_program_decodes_for_generate_and_for_slots(model, monkeypatch):
     assert [received.tokens[request] for request in requests] == result.sequences
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIECE", 32)
+    monkeypatch.setattr(module, "MAX_PIECE", 32)
+    monkeypatch.setattr(module, "_PREFILL_TOKENS", 32)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_requests_go_on_while_a_long_prompt_is_read(model, alone):
+    batch = ContinuousBatch(model, num_slots=3, block_size=BLOCK)
+    busy = {"prompt": [5], "max_new_tokens": 60, "sampling": GREEDY}
+    short = batch.submit(**busy)  # 15 blocks
+    received = Received(batch)
+    received.step()
+    prompt = [token % VOCAB for token in range(200)]  # 7 pieces
+    settings = {"max_new_tokens": 6, "sampling": WARM, "seed": 5}
+    long = batch.submit(prompt, return_state=True, **settings)
+    cancelled = batch.submit(prompt[:150], max_new_tokens=5, return_state=True)
+    order = []
+    while batch.unfinished:
+        updates = {update.request: update for update in received.step()}
+        order.append(sorted(updates))
+        if len(order) == 3:
+            batch.cancel(cancelled)  # while its prompt is read, or waits
+            submit(batch, 1)  # gets its slot
+    assert order[:6] == [[short]] * 3 + [[short, cancelled]] + [[short]] * 2
+    assert [short, long] in order  # it began before the other one's end
+    assert received.tokens[short] == alone_of(model, **busy).sequences[0]
+    assert received.tokens[cancelled + 1] == alone[1].sequences[0]
+    expected = alone_of(model, prompt, **settings)
+    assert received.tokens[long] == expected.sequences[0]
+    assert_states_agree(received.last[long].state, expected.state)
+    assert received.reasons[cancelled] == "cancelled"
+    assert received.last[cancelled].state is None  # it came with none
+    assert received.tokens[cancelled] == []
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_long_prompt_alone_is_read_at_once(model):
+    batch = ContinuousBatch(model, num_slots=2, block_size=BLOCK)
+    prompts = [[token % VOCAB for token in range(length)] for length in (200, 100)]
+    requests = [batch.submit(p, max_new_tokens=BLOCK, sampling=GREEDY) for p in prompts]
+    received = Received(batch)
+    first = received.step()
+    assert [update.request for update in first] == requests[:1]
+    received.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        expected = alone_of(model, prompt, max_new_tokens=BLOCK, sampling=GREEDY)
+        assert received.tokens[request] == expected.sequences[0]
+
+
 def test_prompts_are_read_in_groups_of_one_length_and_bounded_size(model, monkeypatch):
     shapes = []
     read_piece = decoding.read_piece
@@ -304,6 +355,7 @@ def test_prompts_are_read_in_groups_of_one_length_and_bounded_size(model, monkey
     monkeypatch.setattr(decoding, "MAX_PIECE", 32)
     monkeypatch.setattr(module, "MAX_PIECE", 32)
     monkeypatch.setattr(module, "_MAX_PREFILL_TOKENS", 64)
+    monkeypatch.setattr(module, "_PREFILL_TOKENS", 10**6)
     batch = ContinuousBatch(model, num_slots=16, block_size=BLOCK)
     lengths = [1, 40, 16, 3, 70, 20, 5, 31, 2, 17]
     prompts = [[length] * length for length in lengths]
