@@ -1,6 +1,7 @@
 """Settings of every test."""
 
 import os
+from collections.abc import Iterator
 
 # Interpreted kernels have a thread for each warpgroup, which wait for each other: XLA must have at
 # least as many, also where cores are few. It reads this when its CPU client starts.
@@ -12,6 +13,15 @@ import pytest
 # Shapes that only agree by broadcasting, and products in reduced precision, are errors here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def quick_to_compile() -> Iterator[None]:
+    """For programs that take longer to compile than to run, as interpreted kernels do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,3 +87,36 @@ def test_wrong_arguments_are_named():
             decode(jnp.ones(3, int), state)
     with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
         model.decode(jnp.ones(2, int), state, implementation="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 5, 150])
+def test_kernels_on_the_gpu_agree_with_the_modules(B):
+    config = RWKV7Config(
+        vocab_size=320, hidden_size=256, num_layers=3, param_dtype="bfloat16", remat="none"
+    )
+    graphdef, params = nnx.split(RWKV7(config, rngs=nnx.Rngs(0)))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        (x + 0.05 * jax.random.normal(key, x.shape)).astype(x.dtype)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    model = nnx.merge(graphdef, jax.tree.unflatten(structure, noisy))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 320, (B, 40)))
+    active = jnp.asarray(rng.random((B, 40)) < 0.8)
+    results = {
+        name: read(model, tokens, init_state(config, B), active, implementation=name)
+        for name in ("xla", "mosaic_gpu")
+    }
+    (logits, state), (expected, expected_state) = results["mosaic_gpu"], results["xla"]
+    rows = np.asarray(active)
+    # Two ways of rounding: the definition in bfloat16 differs from the modules by 9.1e-3 in logits,
+    # 6.6e-3 in states, and in 3 % of the most probable tokens of this random model.
+    assert relative_rms(logits[rows], expected[rows]) < 2e-2
+    for field in dataclasses.fields(state):
+        found, reference = (getattr(s, field.name) for s in (state, expected_state))
+        assert relative_rms(found, reference) < 2e-2, field.name
+    same = logits[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)
+    assert same.mean() > 0.9

@@ -34,6 +34,7 @@ EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}
 LIMIT = 1.2e-2
 ROUNDING = 3e-3  # of a single result to bfloat16; measured 1.7e-3
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 interpreted = Plan(interpret=True)
 

@@ -27,6 +27,7 @@ OUTPUT_LIMIT, GRADIENT_LIMIT = 4e-3, 1e-2
 
 SECONDS_UNTIL_HANGING = 300
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 
