@@ -11,7 +11,7 @@ from pallas_kernels.validation import check_bool, check_float, check_same_dtype
 
 type Results = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
 
-# "mosaic_gpu" comes last: it has not been measured yet, and is only chosen by name.
+# "mosaic_gpu" comes last: it has not been measured yet, and so is only chosen by name.
 IMPLEMENTATIONS: dict[str, Callable[..., Results]] = {
     "reference": decode_layers_reference,
     "mosaic_gpu": decode_layers_mosaic_gpu,
@@ -33,7 +33,8 @@ def decode_layers(
     """One token of each row through all layers of an RWKV-7 model, for decoding.
 
     What is computed is one step of the model between the embedding's norm and the final norm, as
-    the layers of `goose_jax.RWKV7` do it. It has no gradient of its own.
+    the layers of `goose_jax.RWKV7` do it. The kernels have no gradient, and in `jax.shard_map` need
+    `check_vma=False`, because they write over states.
 
     Args:
       x: `[B, C]`, the normalised embedding of each row's token.

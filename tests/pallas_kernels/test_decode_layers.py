@@ -264,6 +264,7 @@ def test_what_kernels_do_not_serve_is_refused():
     for change, message in (
         ({"x": x.astype(jnp.float32)}, "bfloat16 inputs, got x.dtype=dtype.'float32'"),
         ({"wkv": wkv[..., :32]}, "heads of 64"),
+        ({"wkv": wkv.astype(jnp.bfloat16)}, "states in float32, got wkv.dtype=dtype.bfloat16"),
         ({"x": x[:, :64]}, "C to be a multiple of 256"),
         ({"weights": in_float32(weights)}, "got weights.receptance in float32"),
         (

@@ -62,6 +62,8 @@ def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
     """Raises NotImplementedError for calls that the kernels do not serve on any device."""
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"mosaic_gpu needs bfloat16 inputs, got {x.dtype=}")
+    if wkv.dtype != jnp.float32:
+        raise NotImplementedError(f"mosaic_gpu needs states in float32, got {wkv.dtype=}")
     if wkv.shape[-1] != TILE:
         raise NotImplementedError(f"mosaic_gpu needs heads of 64, got {wkv.shape=}")
     if x.shape[1] % (4 * TILE):
