@@ -116,6 +116,7 @@ def assert_matches(results, case: Case, forward_limit: float, gradient_limit: fl
         if implementation != "xla bounded" or case.min_log_decay is not None
     ],
 )
+@pytest.mark.usefixtures("quick_to_compile")
 def test_equals_the_definition(name, implementation):
     case = CASES[name]
     results = run(IMPLEMENTATIONS[implementation], case)
@@ -225,6 +226,7 @@ def test_gradients_do_not_leak_across_segments(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_vmap_scan_and_checkpoint(implementation):
     case = Case((2, 24, 1, 16, 16))
     arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
@@ -248,6 +250,7 @@ def test_vmap_scan_and_checkpoint(implementation):
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_shard_map(implementation, segmented):
     case = Case((2, 24, 2, 16, 16))
     arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
