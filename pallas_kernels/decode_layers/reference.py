@@ -17,8 +17,6 @@ from pallas_kernels.wkv7.reference import update
 LOG_DECAY_SCALE = -math.exp(-0.5)
 """RWKV-7's log decay is this times the sigmoid of its logits."""
 
-type States = tuple[FloatArray, FloatArray, FloatArray]
-
 
 def decode_layers_reference(
     x: FloatArray,

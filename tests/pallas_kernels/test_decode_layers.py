@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import LayerWeights, decode_layers
+from pallas_kernels import (
+    LayerWeights,
+    decode_layers,
+    key_update,
+    output_correction,
+    value_residual,
+    wkv7_recurrent,
+)
 from pallas_kernels.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
 from pallas_kernels.decode_layers.mosaic_gpu.layers import check_served, run_layers
 from pallas_kernels.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
@@ -22,17 +29,20 @@ from pallas_kernels.decode_layers.mosaic_gpu.projections import (
     split_projection,
     splits_of,
 )
-from pallas_kernels.decode_layers.reference import decode_layers_reference, layer_norm
+from pallas_kernels.decode_layers.reference import (
+    LOG_DECAY_SCALE,
+    decode_layers_reference,
+    layer_norm,
+)
 from pallas_kernels.decode_layers.weights import MATRICES
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from tests.helpers import relative_rms
 
 EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}
 
-# Relative RMS against the definition in float32. Of two layers the interpreted kernels had 8.0e-3
-# in x and 5.3e-3 in states, the definition in bfloat16 9.1e-3 and 5.5e-3.
-LIMIT = 1.2e-2
-ROUNDING = 3e-3  # of a single result to bfloat16; measured 1.7e-3
+# Relative RMS against the definition in float32.
+LIMIT = 1.2e-2  # of two layers; measured 7.6e-3 in x, 6.3e-3 in states
+ROUNDING = 3e-3  # of results that are rounded to bfloat16 once or twice; measured 2.4e-3
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
@@ -198,9 +208,6 @@ def test_heads_over_many_tokens(kind):
 
 def heads_by_definition(weights, token, wkv):
     """Through the operators it is made of."""
-    from pallas_kernels import key_update, output_correction, value_residual, wkv7_recurrent
-    from pallas_kernels.decode_layers.reference import LOG_DECAY_SCALE
-
     r, k, v, v_first, decay, alpha, residual, gate = (
         x[:2].astype(jnp.float32)[:, None, None] for x in token
     )

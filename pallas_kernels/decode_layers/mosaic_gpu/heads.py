@@ -131,18 +131,18 @@ def heads(
 
         state = plgpu.load(wkv_gmem.at[layer, row, head], layout=LAYOUT, optimized=False)
         r, k = of_keys(of_token.r), of_keys(of_token.k)
-        log_decay = LOG_DECAY_SCALE * _sigmoid(logits(of_keys, of_token.decay, of_head.decay_base))
-        alpha = _sigmoid(logits(of_keys, of_token.alpha, of_head.alpha_base))
+        decay = jax.nn.sigmoid(logits(of_keys, of_token.decay, of_head.decay_base))
+        alpha = jax.nn.sigmoid(logits(of_keys, of_token.alpha, of_head.alpha_base))
         v, v_first = of_values(of_token.v), of_values(of_token.v_first)
         residual = logits(of_values, of_token.value_residual, of_head.value_residual_base)
-        v = v + (v_first - v) * _sigmoid(residual)
+        v = v + (v_first - v) * jax.nn.sigmoid(residual)
         removal = k * of_keys(of_head.removal_scale, layer)
         k = k * (1 + (alpha - 1) * of_keys(of_head.replacement_mix, layer))
 
         norm = jax.lax.rsqrt(jnp.maximum(_sum(removal * removal), MIN_NORM**2))
         removed = -norm * norm * read(state, removal)
         state = (
-            along_keys(jnp.exp(log_decay), state) * state
+            along_keys(jnp.exp(LOG_DECAY_SCALE * decay), state) * state
             + along_keys(removal * alpha, state) * along_values(removed, state)
             + along_keys(k, state) * along_values(v, state)
         )
@@ -185,10 +185,6 @@ def _repeat(keys: jax.Array) -> jax.Array:
 def _sum(keys: jax.Array) -> jax.Array:
     """The sum of a vector over keys, as a vector over values."""
     return jnp.sum(_repeat(keys), axis=0)
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1 / (1 + jnp.exp(-x))
 
 
 __all__ = ["HeadWeights", "Vectors", "heads"]

@@ -133,10 +133,10 @@ def _run_layer(
             Product(x_r, w.receptance),
             Product(x_k, w.key),
             Product(x_v, w.value),
-            Product(x_w, w.decay_down, _tanh),
+            Product(x_w, w.decay_down, jnp.tanh),
             Product(x_a, w.alpha_down),
             Product(x_v, w.value_residual_down),
-            Product(x_g, w.gate_down, _sigmoid),
+            Product(x_g, w.gate_down, jax.nn.sigmoid),
         ],
         B,
     )
@@ -164,14 +164,6 @@ def _run_layer(
     (hidden,) = projections(plan, layer, [Product(mixed[0], w.channel_key, _squared_relu)], B)
     parts = split_projection(plan, layer, Product(hidden, w.channel_value), B)
     return x, parts, v_first, (time_shift, wkv, channel_shift)
-
-
-def _tanh(x: jax.Array) -> jax.Array:
-    return jnp.tanh(x)
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1 / (1 + jnp.exp(-x))
 
 
 def _squared_relu(x: jax.Array) -> jax.Array:
