@@ -129,20 +129,29 @@ def heads(
         def logits(load, array, base):
             return load(array) + load(base, layer)
 
+        # All loads come before all stores, so that none waits for another one.
         state = plgpu.load(wkv_gmem.at[layer, row, head], layout=LAYOUT, optimized=False)
         r, k = of_keys(of_token.r), of_keys(of_token.k)
-        decay = jax.nn.sigmoid(logits(of_keys, of_token.decay, of_head.decay_base))
-        alpha = jax.nn.sigmoid(logits(of_keys, of_token.alpha, of_head.alpha_base))
+        decay = logits(of_keys, of_token.decay, of_head.decay_base)
+        alpha = logits(of_keys, of_token.alpha, of_head.alpha_base)
         v, v_first = of_values(of_token.v), of_values(of_token.v_first)
         residual = logits(of_values, of_token.value_residual, of_head.value_residual_base)
+        removal_scale = of_keys(of_head.removal_scale, layer)
+        replacement_mix = of_keys(of_head.replacement_mix, layer)
+        bonus = of_keys(of_head.bonus, layer)
+        norm_scale = of_values(of_head.norm_scale, layer)
+        norm_bias = of_values(of_head.norm_bias, layer)
+        gate = of_values(of_token.gate)
+
+        alpha = jax.nn.sigmoid(alpha)
         v = v + (v_first - v) * jax.nn.sigmoid(residual)
-        removal = k * of_keys(of_head.removal_scale, layer)
-        k = k * (1 + (alpha - 1) * of_keys(of_head.replacement_mix, layer))
+        removal = k * removal_scale
+        k = k * (1 + (alpha - 1) * replacement_mix)
 
         norm = jax.lax.rsqrt(jnp.maximum(_sum(removal * removal), MIN_NORM**2))
         removed = -norm * norm * read(state, removal)
         state = (
-            along_keys(jnp.exp(LOG_DECAY_SCALE * decay), state) * state
+            along_keys(jnp.exp(LOG_DECAY_SCALE * jax.nn.sigmoid(decay)), state) * state
             + along_keys(removal * alpha, state) * along_values(removed, state)
             + along_keys(k, state) * along_values(v, state)
         )
@@ -158,10 +167,8 @@ def heads(
         mean = jnp.sum(repeated, axis=0) * (1 / TILE)
         centred = repeated - along_values(mean, repeated)
         variance = jnp.sum(centred * centred, axis=0) * (1 / TILE)
-        normed = (o - mean) * jax.lax.rsqrt(variance + eps)
-        normed = normed * of_values(of_head.norm_scale, layer) + of_values(of_head.norm_bias, layer)
-        bonus = _sum(r * k * of_keys(of_head.bonus, layer))
-        y_gmem[row, channels] = ((normed + bonus * v) * of_values(of_token.gate)).astype(dtype)
+        normed = (o - mean) * jax.lax.rsqrt(variance + eps) * norm_scale + norm_bias
+        y_gmem[row, channels] = ((normed + _sum(r * k * bonus) * v) * gate).astype(dtype)
 
     kernel = plan.kernel(
         body,

@@ -8,6 +8,8 @@ A block of the grid has one row, in the registers of one warpgroup. `before`, th
 overwritten by `token`.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +62,7 @@ def norm_mix(
     Returns:
       The new residual stream `[B, C]`, M mixes `[padded rows, C]`, and the new shifts.
     """
-    B, C = x.shape
+    (B, C), dtype = x.shape, x.dtype
     count = weights.mixes.shape[1]
     row_layout = plgpu.Layout.WG_STRIDED((C,), vec_size=4 if C % (4 * THREADS) == 0 else 2)
 
@@ -77,38 +79,38 @@ def norm_mix(
         layer, row = layer_gmem[0], jax.lax.axis_index("row")
 
         def load(ref):
-            return plgpu.load(ref, layout=row_layout, optimized=False).astype(jnp.float32)
+            return plgpu.load(ref, layout=row_layout, optimized=False)
 
-        added = load(parts_gmem.at[0, row])
-        for split in range(1, parts_gmem.shape[0]):
-            added = added + load(parts_gmem.at[split, row])
-        new_x = (load(x_gmem.at[row]) + added).astype(x.dtype)
-        new_x_gmem[row] = new_x
-        new_x = new_x.astype(jnp.float32)
-        centred = new_x - jnp.sum(new_x) * (1 / C)
-        variance = jnp.sum(centred * centred) * (1 / C)
-        token = centred * jax.lax.rsqrt(variance + eps)
-        token = token * load(weights_gmem.scale.at[layer]) + load(weights_gmem.bias.at[layer])
-        token = token.astype(x.dtype)
+        # All loads come before all stores, so that none waits for another one.
+        parts = [load(parts_gmem.at[split, row]) for split in range(parts_gmem.shape[0])]
+        x = load(x_gmem.at[row])
         before = load(shift_gmem.at[layer, row])
+        scale, bias = load(weights_gmem.scale.at[layer]), load(weights_gmem.bias.at[layer])
+        mixes = [load(weights_gmem.mixes.at[layer, m]) for m in range(count)]
+
+        new_x = (_wide(x) + functools.reduce(operator.add, parts)).astype(dtype)
+        centred = _wide(new_x) - jnp.sum(_wide(new_x)) * (1 / C)
+        variance = jnp.sum(centred * centred) * (1 / C)
+        token = centred * jax.lax.rsqrt(variance + eps) * _wide(scale) + _wide(bias)
+        token = token.astype(dtype)
+
+        new_x_gmem[row] = new_x
 
         @if_active(active_gmem, row)
         def _():
             shift_gmem[layer, row] = token
 
-        token = token.astype(jnp.float32)
-        difference = before - token
-        for m, gmem in enumerate(mixed_gmem):
-            mixed = token + difference * load(weights_gmem.mixes.at[layer, m])
-            gmem[row] = mixed.astype(x.dtype)
+        difference = _wide(before) - _wide(token)
+        for mix, gmem in zip(mixes, mixed_gmem, strict=True):
+            gmem[row] = (_wide(token) + difference * _wide(mix)).astype(dtype)
 
     rows = padded_rows(B)
     kernel = plan.kernel(
         body,
         name="norm_mix",
         out_type=(
-            jax.ShapeDtypeStruct((B, C), x.dtype),
-            *[jax.ShapeDtypeStruct((rows, C), x.dtype)] * count,
+            jax.ShapeDtypeStruct((B, C), dtype),
+            *[jax.ShapeDtypeStruct((rows, C), dtype)] * count,
         ),
         grid={"row": B},
         scratch_types=(),
@@ -117,6 +119,10 @@ def norm_mix(
     operands = (layer, x, parts, active, weights)
     (new_x, *mixed), shift = update_in_place(kernel, operands, shift)
     return new_x, mixed, shift
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 __all__ = ["NormWeights", "norm_mix"]

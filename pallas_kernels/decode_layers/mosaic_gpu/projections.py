@@ -14,6 +14,7 @@ Products with few columns are split along the inner axis too, so that every mult
 part; whoever reads the result adds the parts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ _GROUP = 8
 """Tensor cores take so many rows at a time: activations are padded to a multiple of these."""
 
 _RING_BYTES = 96 * 1024
+
+_MAX_STEP = 2 * TILE
+"""So many rows of weights arrive at a time, at most, where there are few rows of activations."""
 
 
 class Product(NamedTuple):
@@ -126,10 +130,10 @@ def _project(
     """The kernel; `results` are `[splits, padded rows, columns]`, all of one dtype and splits."""
     count, each = row_blocks(rows)
     splits, dtype = results[0].shape[0], results[0].dtype
-    slots = min(
-        _RING_BYTES // ((each + TILE) * TILE * 2),
-        max(p.x.shape[1] // TILE // splits for p in products),
-    )
+    inners = [p.x.shape[1] // splits for p in products]
+    # Each step costs the same time, in which a step of few activations uses few bytes.
+    depth = math.gcd(_MAX_STEP if each <= TILE else TILE, *inners)
+    slots = min(_RING_BYTES // ((each + TILE) * depth * 2), max(inners) // depth)
 
     def body(
         layer_gmem: Any,
@@ -142,13 +146,13 @@ def _project(
         loaded: Any,
     ) -> None:
         def compute(product, layer, x_gmem, w_gmem, y_gmem, columns):
-            steps = product.x.shape[1] // TILE // splits
+            steps = product.x.shape[1] // splits // depth
             own_rows = pl.ds(jax.lax.axis_index("rows") * each, each)
             split = jax.lax.axis_index("split")
 
             def fetch(step):
                 slot = jax.lax.rem(step, jnp.int32(slots))
-                inner = pl.ds((split * steps + step) * TILE, TILE)
+                inner = pl.ds((split * steps + step) * depth, depth)
                 for source, target in (
                     (w_gmem.at[layer, inner, columns], w_smem.at[slot]),
                     (x_gmem.at[own_rows, inner], x_smem.at[slot]),
@@ -204,8 +208,8 @@ def _project(
         out_type=tuple(results),
         grid={"rows": count, "split": splits, "columns": sum(p.blocks for p in products)},
         scratch_types={
-            "x_smem": _tiles_smem(jnp.bfloat16, slots, each, TILE),
-            "w_smem": _tiles_smem(jnp.bfloat16, slots, TILE, TILE),
+            "x_smem": _tiles_smem(jnp.bfloat16, slots, each, depth),
+            "w_smem": _tiles_smem(jnp.bfloat16, slots, depth, TILE),
             "y_smem": _tiles_smem(dtype, each, TILE),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         },
