@@ -21,9 +21,9 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
 from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     entering_state,
-    grid_place,
     leaving_state,
     load_state,
+    place_in,
     store_state,
 )
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
@@ -51,7 +51,9 @@ def outputs(
 ) -> tuple[jax.Array, ...]:
     """Outputs, final states, and what the backward needs of the walk.
 
-    Four warpgroups work on the chunks one after another, which lie in slots of shared memory:
+    A walk is one row, head and block of values; there is one block of the grid for each
+    multiprocessor, which makes one walk after another without a pause between them. Its four
+    warpgroups work on the chunks in turn, which lie in slots of shared memory:
 
         global memory -> DECAY -(a, k)-> SOLVE -> CARRY -> OUTPUT -> global memory
               ^            +---(b, r)-------------^--------^  |
@@ -84,6 +86,8 @@ def outputs(
     V = v.shape[-1]
     chunks, blocks = plan.chunks(T), K // TILE
     slots = plan.slots(5 * blocks + 2, others=3 + blocks + bool(bounds), most=3)
+    walks = B * H * (V // TILE)
+    workers = min(plan.multiprocessors, walks)
 
     def body(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, constants_gmem, *rest,
@@ -94,14 +98,19 @@ def outputs(
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
         o_gmem, final_gmem, *saved_gmem = rest
-        place = row, head, part = grid_place()
-        warpgroup = jax.lax.axis_index("warpgroup")
+        warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
+        own_walks = jax.lax.div(walks - 1 - block, jnp.int32(workers)) + 1
 
-        def slot_of(chunk):
-            return jax.lax.rem(chunk, jnp.int32(slots))
+        def place_of(walk):
+            return place_in(block + walk * workers, H, V // TILE)
 
-        def fetch(chunk):
-            slot = slot_of(chunk)
+        def slot_of(walk, chunk):
+            return jax.lax.rem(walk * chunks + chunk, jnp.int32(slots))
+
+        def fetch(step):
+            walk, slot = jax.lax.div(step, jnp.int32(chunks)), jax.lax.rem(step, jnp.int32(slots))
+            chunk = step - walk * chunks
+            row, head, part = place_of(walk)
 
             def copy(gmem, smem, barrier):
                 for j in range(blocks):
@@ -131,8 +140,8 @@ def outputs(
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
 
-        def decay(chunk, _):
-            slot = slot_of(chunk)
+        def decay(walk, chunk, _):
+            slot = slot_of(walk, chunk)
             plgpu.barrier_wait(loaded_first.at[slot])
             r, t = tiles_of(slot)
             for j in range(blocks):
@@ -151,8 +160,8 @@ def outputs(
             plgpu.commit_smem()
             plgpu.barrier_arrive(decayed.at[slot])
 
-        def solve_chunk(chunk, _):
-            slot = slot_of(chunk)
+        def solve_chunk(walk, chunk, _):
+            slot, row = slot_of(walk, chunk), place_of(walk)[0]
             plgpu.barrier_wait(decayed_first.at[slot])
             plgpu.barrier_wait(loaded.at[slot])
             _, t = tiles_of(slot)
@@ -161,21 +170,21 @@ def outputs(
             solve(t, t.X, functools.partial(masks.lower, strictly=True), A_smem, selections)
             plgpu.barrier_arrive(solved.at[slot])
 
-        def carry(chunk, state):
-            slot = slot_of(chunk)
+        def carry(walk, chunk, state):
+            slot, place = slot_of(walk, chunk), place_of(walk)
             plgpu.barrier_wait(solved.at[slot])
             plgpu.barrier_wait(decayed.at[slot])
             if transfers:
                 state = entering_state(state, initial_gmem, transfers_gmem[0], place, chunk)
-            masks = load_masks(bounds_gmem, row, chunk)
+            masks = load_masks(bounds_gmem, place[0], chunk)
             state = advance(tiles_of(slot)[1], state, masks, low_smem, leaving_smem)
             plgpu.barrier_arrive(carried.at[slot])
             if transfers:
                 leaving_state(state, final_gmem, transfers_gmem[1], place, chunk)
             return state
 
-        def output(chunk, _):
-            slot = slot_of(chunk)
+        def output(walk, chunk, _):
+            slot, (row, head, part) = slot_of(walk, chunk), place_of(walk)
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
@@ -197,33 +206,44 @@ def outputs(
             (o,) = products([*of_state, (A_rb, t.X)], start=[o])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # so that the slot has been read before it is written
-            pl.when(chunk + slots < chunks)(lambda: fetch(chunk + slots))
+            step = walk * chunks + chunk + slots
+            pl.when(step < own_walks * chunks)(lambda: fetch(step))
             o_smem[...] = narrow(o)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem, chunk_of(o_gmem, row, chunk, head, part))
 
+        def for_each_walk(work):
+            jax.lax.fori_loop(0, own_walks, lambda walk, _: work(walk), None)
+
+        def for_each_chunk(work, walk, carried=None):
+            return jax.lax.fori_loop(0, chunks, functools.partial(work, walk), carried)
+
         @pl.when(warpgroup == _DECAY)
         def _():
             plgpu.barrier_wait(constants_loaded)
-            jax.lax.fori_loop(0, chunks, decay, None)
+            for_each_walk(functools.partial(for_each_chunk, decay))
 
         @pl.when(warpgroup == _SOLVE)
         def _():
-            jax.lax.fori_loop(0, chunks, solve_chunk, None)
+            for_each_walk(functools.partial(for_each_chunk, solve_chunk))
 
         @pl.when(warpgroup == _CARRY)
         def _():
-            state = load_state(initial_gmem, jnp.int32(0), place)
-            state = jax.lax.fori_loop(0, chunks, carry, state)
-            if not transfers:
-                store_state(state, final_gmem, jnp.int32(0), place)
+            def work(walk):
+                place = place_of(walk)
+                state = load_state(initial_gmem, jnp.int32(0), place)
+                state = for_each_chunk(carry, walk, state)
+                if not transfers:
+                    store_state(state, final_gmem, jnp.int32(0), place)
+
+            for_each_walk(work)
 
         @pl.when(warpgroup == _OUTPUT)
         def _():
             plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
-            for chunk in range(min(slots, chunks)):
-                fetch(jnp.int32(chunk))
-            jax.lax.fori_loop(0, chunks, output, None)
+            for step in range(slots):
+                pl.when(step < own_walks * chunks)(functools.partial(fetch, jnp.int32(step)))
+            for_each_walk(functools.partial(for_each_chunk, output))
             plgpu.wait_smem_to_gmem(0)
 
     types = [
@@ -238,7 +258,7 @@ def outputs(
         body,
         name="wkv7_outputs",
         out_type=tuple(types),
-        grid={"part": V // TILE, "head": H, "row": B},
+        grid={"block": workers},
         warpgroups=4,
         scratch_types=dict(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "rwkab"},

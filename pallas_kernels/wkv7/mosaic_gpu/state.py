@@ -14,12 +14,19 @@ type State = tuple[jax.Array, ...]
 
 
 type Place = tuple[jax.Array, jax.Array, jax.Array]
-"""Row of the batch, head, and block of V that a block of the grid works on."""
+"""Row of the batch, head, and block of V that a walk over chunks works on."""
 
 
 def grid_place() -> Place:
     """Where this block of the grid works."""
     return jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("part")
+
+
+def place_in(walk: jax.Array, heads: int, parts: int) -> Place:
+    """The place of one of all walks, of which those of a row follow one another."""
+    of_row, parts = jnp.int32(heads * parts), jnp.int32(parts)
+    row, walk = jax.lax.div(walk, of_row), jax.lax.rem(walk, of_row)
+    return row, jax.lax.div(walk, parts), jax.lax.rem(walk, parts)
 
 
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
