@@ -1,13 +1,14 @@
 """Speed of decoding and of reading prompts, on whatever device JAX finds.
 
     python benchmarks/decode.py                 # three real sizes on a GPU, a tiny one on a CPU
-    python benchmarks/decode.py --model 24 1024 --implementations xla mosaic_gpu
+    python benchmarks/decode.py --model 24 1024 --implementations mosaic_gpu
 
 Weights are random, in bfloat16 and with a vocabulary of 65,536 on a GPU; decoding is greedy. All
 goes through `generate` and `prefill` as a user calls them. The time of a token is the difference
 between generating many and few tokens, so that reading the prompt is not in it; each is the median
-of rounds, after one that compiles. The bandwidth is that of reading all parameters but the
-embedding once per token, and reading and writing the states.
+of rounds, after one that compiles. One row is measured a second time far into a text. The bandwidth
+is that of reading all parameters but the embedding once per token, and reading and writing the
+states.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from goose_jax import RWKV7, RWKV7Config, SamplingConfig, generate, init_state
+from goose_jax import RWKV7, RWKV7Config, RWKV7State, SamplingConfig, generate, init_state
 from goose_jax.generation import prefill
 
 GREEDY = SamplingConfig(temperature=0)
@@ -38,8 +39,10 @@ class Settings:
       vocab_size: of the model; None takes 65,536 on a GPU and 257 on a CPU.
       dtype: of parameters and activations; None takes bfloat16 on a GPU and float32 on a CPU.
       batch_sizes: to decode with.
-      implementations: of the decoding step.
+      implementations: of the decoding step; None takes both on a GPU and "xla" on a CPU.
       prompt_length: of the prompt whose reading is measured.
+      position: tokens of a text after which decoding is measured again, with one row; None takes
+        100,000 on a GPU and 1,000 on a CPU.
       new_tokens: that are generated, few and many.
       block_size: tokens between two returns to Python.
       rounds: of which the median is reported.
@@ -49,8 +52,9 @@ class Settings:
     vocab_size: int | None = None
     dtype: str | None = None
     batch_sizes: tuple[int, ...] = (1, 128)
-    implementations: tuple[str, ...] = ("xla",)
+    implementations: tuple[str, ...] | None = None
     prompt_length: int = 2048
+    position: int | None = None
     new_tokens: tuple[int, int] = (64, 256)
     block_size: int = 32
     rounds: int = 3
@@ -93,34 +97,61 @@ def bytes_per_token(model: RWKV7, batch_size: int) -> int:
 
 
 def measure(settings: Settings, model: RWKV7) -> None:
+    on_cpu = jax.default_backend() == "cpu"
     name = f"{model.config.num_layers} x {model.config.hidden_size}"
-    prompt = np.random.default_rng(0).integers(1, model.config.vocab_size, settings.prompt_length)
+    tokens = np.random.default_rng(0)
+    prompt = tokens.integers(1, model.config.vocab_size, settings.prompt_length)
     reading, first = seconds_of(lambda: prefill(model, [prompt]), settings.rounds)
     rate = settings.prompt_length / reading
-    print(f"| {name} | prefill | {settings.prompt_length} | | {rate:,.0f} | | {first:.1f} |")
+    print(
+        f"| {name} | prefill | {settings.prompt_length} | {1e3 * reading:.2f} | {rate:,.0f} | "
+        f"| {first:.1f} |",
+        flush=True,
+    )
+    position = settings.position or (1_000 if on_cpu else 100_000)
+    late = prefill(model, [tokens.integers(1, model.config.vocab_size, position)])
+
+    for implementation in settings.implementations or ("xla", "mosaic_gpu")[: 1 if on_cpu else 2]:
+        for size in settings.batch_sizes:
+            seconds, first = seconds_per_token(settings, model, size, implementation, None)
+            bandwidth = bytes_per_token(model, size) / seconds
+            print(
+                f"| {name} | {implementation} | {size} | {1e3 * seconds:.3f} | "
+                f"{size / seconds:,.0f} | {bandwidth / 1e9:,.0f} | {first:.1f} |",
+                flush=True,
+            )
+        seconds, _ = seconds_per_token(settings, model, 1, implementation, late)
+        print(
+            f"| {name} | {implementation} | 1, after {position:,} tokens | {1e3 * seconds:.3f} | "
+            f"{1 / seconds:,.0f} | | |",
+            flush=True,
+        )
+
+
+def seconds_per_token(
+    settings: Settings,
+    model: RWKV7,
+    batch_size: int,
+    implementation: str,
+    state: RWKV7State | None,
+) -> tuple[float, float]:
+    """The time of a token of each row, and that of the first call."""
+
+    def decode(count: int) -> object:
+        return generate(
+            model,
+            [[1, 2, 3]] * batch_size,
+            max_new_tokens=count,
+            sampling=GREEDY,
+            state=state,
+            block_size=settings.block_size,
+            implementation=implementation,
+        ).state
 
     few, many = settings.new_tokens
-    for implementation in settings.implementations:
-        for batch_size in settings.batch_sizes:
-
-            def decode(count: int, size: int = batch_size, how: str = implementation) -> object:
-                return generate(
-                    model,
-                    [[1, 2, 3]] * size,
-                    max_new_tokens=count,
-                    sampling=GREEDY,
-                    block_size=settings.block_size,
-                    implementation=how,
-                ).state
-
-            short, first = seconds_of(functools.partial(decode, few), settings.rounds)
-            long, _ = seconds_of(functools.partial(decode, many), settings.rounds)
-            per_token = (long - short) / (many - few)
-            bandwidth = bytes_per_token(model, batch_size) / per_token
-            print(
-                f"| {name} | {implementation} | {batch_size} | {1e3 * per_token:.3f} | "
-                f"{batch_size / per_token:,.0f} | {bandwidth / 1e9:,.0f} | {first:.1f} |"
-            )
+    short, first = seconds_of(functools.partial(decode, few), settings.rounds)
+    long, _ = seconds_of(functools.partial(decode, many), settings.rounds)
+    return (long - short) / (many - few), first
 
 
 def main(settings: Settings) -> None:

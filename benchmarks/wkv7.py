@@ -30,6 +30,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=BOUND),
     "reference": functools.partial(wkv7, implementation="reference"),
     "recurrent": functools.partial(wkv7_recurrent, implementation="xla"),
+    "recurrent, mosaic_gpu": functools.partial(wkv7_recurrent, implementation="mosaic_gpu"),
     "xla": functools.partial(wkv7, implementation="xla"),
     "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=BOUND),
 }

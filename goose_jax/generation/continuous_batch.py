@@ -36,10 +36,10 @@ from pallas_kernels.validation import check_positive
 
 type FinishReason = Literal["stop", "length", "cancelled"]
 
-_MAX_PREFILL_TOKENS = 16 * MAX_PIECE
+_MAX_PREFILL_TOKENS = 8 * MAX_PIECE
 """So many tokens are read at once at most, which bounds the memory that reading needs."""
 
-_PREFILL_TOKENS = 2 * MAX_PIECE
+_PREFILL_TOKENS = MAX_PIECE
 """When so many have been read between two blocks, the next block comes first."""
 
 _IN_FLIGHT = 2

@@ -27,7 +27,7 @@ from goose_jax.state import RWKV7State, init_state, state_dtypes
 NO_TOKEN = -1
 """Stands after the last token of a sequence that has stopped, in what `decode_block` returns."""
 
-MAX_PIECE = 1024
+MAX_PIECE = 2048
 """Longer prompts are read in pieces of this many tokens."""
 
 _MIN_PIECE = 16
@@ -211,7 +211,7 @@ def decode_block(
       The new progress, and `[B, block_size]` int32 tokens, `NO_TOKEN` after the end of a sequence.
     """
     model = nnx.merge(graphdef, params)
-    weights = None if implementation in (None, "xla") else model.layer_weights()
+    weights = None if implementation == "xla" else model.layer_weights()
 
     def step(progress: Progress, _: None) -> tuple[Progress, Int[Array, " B"]]:
         keys = jax.vmap(jax.random.fold_in)(settings.keys, progress.lengths)

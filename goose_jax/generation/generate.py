@@ -75,7 +75,7 @@ def generate(
     """Continues prompts, one in each row of a batch.
 
     Two programs are compiled for each batch size: one reads prompts (for each of a few lengths that
-    prompts are padded to, 16 to 1024 in powers of two; longer prompts are read in pieces), one
+    prompts are padded to, 16 to 2048 in powers of two; longer prompts are read in pieces), one
     generates `block_size` tokens. Later calls use them again, whatever the parameters, prompts,
     seeds and numbers in `sampling` are.
 

@@ -155,8 +155,8 @@ class RWKV7(nnx.Module):
           active: `[B]`, false for rows whose state is to stay as it is; what is returned for them
             means nothing. None means all rows.
           weights: what `layer_weights` returns; in a loop over tokens, call it once before.
-          implementation: "xla", the modules; "mosaic_gpu" or "reference", those of
-            `pallas_kernels.decode_layers`. None chooses; for now it always takes "xla".
+          implementation: "mosaic_gpu" or "reference", those of `pallas_kernels.decode_layers`;
+            "xla", the modules. None takes the first of "mosaic_gpu" and "xla" that serves the call.
 
         Returns:
           What the head reads, `[B, C]` in the compute dtype, and the new state.
@@ -168,9 +168,8 @@ class RWKV7(nnx.Module):
         """
         check_int("tokens", tokens, "B", {})
         implementations: dict[str, Callable[..., tuple[Tokens, RWKV7State]]] = {
-            # First, so that None takes it: the kernels have not been measured yet.
-            "xla": self._decode_by_modules,
             "mosaic_gpu": functools.partial(self._decode_by_layers, "mosaic_gpu"),
+            "xla": self._decode_by_modules,
             "reference": functools.partial(self._decode_by_layers, "reference"),
         }
         return dispatch(

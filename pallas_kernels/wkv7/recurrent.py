@@ -224,9 +224,8 @@ def _through(
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": functools.partial(_through, wkv7_recurrent_xla),
-    # After one that serves every call: nobody gets these kernels unasked, which were not measured.
     "mosaic_gpu": wkv7_recurrent_mosaic_gpu,
+    "xla": functools.partial(_through, wkv7_recurrent_xla),
     "reference": functools.partial(_through, wkv7_reference),
 }
 
@@ -268,10 +267,10 @@ def wkv7_recurrent(
       num_segments: N, known at trace time.
       reverse: read the tokens from the last to the first. The initial state is then the one after
         the last token, the final state the one after reading the first.
-      implementation: "xla" (a scan that keeps one state per 16 tokens for the backward),
-        "mosaic_gpu" (kernels for Hopper GPUs that keep one per 8 tokens: K of 64 or 128, V a
-        multiple of 64, no float64), "reference" (a scan that JAX differentiates), or None, which
-        chooses; for now it never chooses "mosaic_gpu".
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs that keep one state per 8 tokens for
+        the backward: K of 64 or 128, V a multiple of 64, no float64), "xla" (a scan that keeps one
+        per 16 tokens), "reference" (a scan that JAX differentiates), or None, which takes the first
+        of these that serves the call.
 
     Returns:
       o: `[B, T, H, V]`, in the dtype of `v`.

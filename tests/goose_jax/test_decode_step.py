@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config, init_state
+from pallas_kernels.decode_layers.mosaic_gpu import layers
+from pallas_kernels.wkv7.mosaic_gpu import recurrent
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
 from tests.helpers import relative_rms
 
@@ -89,6 +92,22 @@ def test_wrong_arguments_are_named():
         model.decode(jnp.ones(2, int), state, implementation="cuda")
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", 8), ("float32", 0)])
+def test_none_takes_the_kernels_that_serve(dtype, kernels, monkeypatch):
+    config = RWKV7Config(vocab_size=5, hidden_size=256, num_layers=2, compute_dtype=dtype)
+    model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+    for module in (layers, recurrent):
+        device = types.SimpleNamespace(core_count=132)
+        monkeypatch.setattr(module, "hopper_gpu", lambda device=device: device)
+    tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    state = jax.eval_shape(lambda: init_state(config, 2))
+    traced = read.trace(model, tokens, state, implementation=None)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    of_layers = "heads" in program and "norm_mix" in program
+    assert of_layers == (kernels > 0)
+    assert program.count("custom_call @mosaic_gpu") == (kernels or 1)  # or the recurrence alone
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("B", [1, 5, 150])
 def test_kernels_on_the_gpu_agree_with_the_modules(B):
@@ -110,6 +129,8 @@ def test_kernels_on_the_gpu_agree_with_the_modules(B):
         name: read(model, tokens, init_state(config, B), active, implementation=name)
         for name in ("xla", "mosaic_gpu")
     }
+    chosen = read(model, tokens, init_state(config, B), active, implementation=None)
+    jax.tree.map(np.testing.assert_array_equal, chosen, results["mosaic_gpu"])
     (logits, state), (expected, expected_state) = results["mosaic_gpu"], results["xla"]
     rows = np.asarray(active)
     # Two ways of rounding: the definition in bfloat16 differs from the modules by 9.1e-3 in logits,

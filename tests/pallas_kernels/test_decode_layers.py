@@ -5,6 +5,7 @@ The model's own tests compare the definition with the modules.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from pallas_kernels import (
     value_residual,
     wkv7_recurrent,
 )
+from pallas_kernels.decode_layers.mosaic_gpu import layers
 from pallas_kernels.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
 from pallas_kernels.decode_layers.mosaic_gpu.layers import check_served, run_layers
 from pallas_kernels.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
@@ -137,6 +139,22 @@ def test_projections(rows):
     parts = split_projection(few, layer, products[1], rows)
     assert parts.shape == (2, R, 64)  # of three multiprocessors, as 16 steps divide by 2 only
     assert relative_rms(parts.sum(0)[:rows], expected[:rows]) < 1e-6
+
+
+@on_cpu
+def test_mapped_calls_do_not_share_a_state(monkeypatch):
+    monkeypatch.setattr(layers, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
+    monkeypatch.setattr(layers, "Plan", functools.partial(Plan, interpret=True))
+    x, states, weights = make(1, 1, 256, 256, (32, 64, 96, 128))
+
+    def of_token(x):
+        return decode_layers(x, *states, weights)
+
+    pair = jnp.stack([x, -x])
+    together, alone = jax.vmap(of_token)(pair), [of_token(x) for x in pair]
+    for i, results in enumerate(alone):
+        for x, y in zip(together, results, strict=True):
+            np.testing.assert_array_equal(x[i], y)
 
 
 def test_splits_give_most_multiprocessors_a_part():

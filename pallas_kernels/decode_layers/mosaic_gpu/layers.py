@@ -54,8 +54,13 @@ def decode_layers_mosaic_gpu(
     """
     plan = Plan(multiprocessors=hopper_gpu().core_count)
     check_served(x, wkv, weights)
-    states = (time_shift, wkv, channel_shift)
-    return run_layers(plan, x, states, active, weights, norm_eps, head_norm_eps)
+
+    # One call after the other, because several could be given one state to write over.
+    @jax.custom_batching.sequential_vmap
+    def run(x, states, active, weights):
+        return run_layers(plan, x, states, active, weights, norm_eps, head_norm_eps)
+
+    return run(x, (time_shift, wkv, channel_shift), active, weights)
 
 
 def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
@@ -71,6 +76,8 @@ def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
     F = weights.channel_key.shape[-1]
     if F % TILE:
         raise NotImplementedError(f"mosaic_gpu needs F to be a multiple of 64, got {F=}")
+    if any(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves((x, wkv, weights))):
+        raise NotImplementedError("mosaic_gpu needs check_vma=False in jax.shard_map")
     for name in MATRICES:
         dtype = getattr(weights, name).dtype
         if dtype != x.dtype:

@@ -1,0 +1,103 @@
+"""Time of the recurrent implementations of WKV7 where a model uses them: a few tokens at a time.
+
+    python benchmarks/wkv7_recurrent.py
+
+Calls follow one another within one program, each with the state that the one before it left, as in
+decoding: what is reported is the time of a call, the median over rounds. The bandwidth is that of
+reading and writing the states once. The backward is that of one call, with random gradients.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from wkv7 import IMPLEMENTATIONS, make_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      batch_sizes: B.
+      tokens: T of a call.
+      heads: H, of 64 channels each; None takes 32 on a GPU and 2 elsewhere.
+      dtype: of the inputs; states have float32.
+      implementations: which to measure; None takes those of the device.
+      calls: in one program.
+      rounds: of which the median is reported.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 128)
+    tokens: tuple[int, ...] = (1, 16)
+    heads: int | None = None
+    dtype: str = "bfloat16"
+    implementations: tuple[str, ...] | None = None
+    calls: int = 100
+    rounds: int = 5
+
+
+def forward(function, inputs, _, state, calls):
+    def call(state, _):
+        o, state = function(*inputs, initial_state=state)
+        return state, jnp.sum(o.astype(jnp.float32))
+
+    return jax.lax.scan(call, state, length=calls)
+
+
+def forward_and_backward(function, inputs, do, state, calls):
+    def call(state, _):
+        def outputs(inputs, state):
+            return function(*inputs, initial_state=state)
+
+        (_, new), backward = jax.vjp(outputs, inputs, state)
+        gradients = backward((do, new))
+        return new, sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(gradients))
+
+    return jax.lax.scan(call, state, length=calls)
+
+
+def milliseconds(what, implementation: str, arguments: tuple, settings: Settings) -> float:
+    program = jax.jit(
+        functools.partial(what, IMPLEMENTATIONS[implementation], calls=settings.calls)
+    )
+    jax.block_until_ready(program(*arguments))
+    rounds = []
+    for _ in range(settings.rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        rounds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(rounds)) / settings.calls
+
+
+def main(settings: Settings) -> None:
+    on_gpu = jax.default_backend() == "gpu"
+    names = settings.implementations or (
+        ("recurrent", "recurrent, mosaic_gpu") if on_gpu else ("recurrent",)
+    )
+    H = settings.heads or (32 if on_gpu else 2)
+    print(f"{settings.dtype}, {jax.devices()[0].device_kind}")
+    print("| B, T, H, K | implementation | forward ms | GB/s | forward + backward ms |")
+    print("| --- | --- | --- | --- | --- |")
+    for T in settings.tokens:
+        for B in settings.batch_sizes:
+            inputs, do = make_inputs((B, T, H, 64), settings.dtype)
+            state = jax.random.normal(jax.random.key(1), (B, H, 64, 64), jnp.float32)
+            for name in names:
+                of_forward, of_both = (
+                    milliseconds(what, name, (inputs, do, state), settings)
+                    for what in (forward, forward_and_backward)
+                )
+                print(
+                    f"| {B}, {T}, {H}, 64 | {name} | {of_forward:.4f} "
+                    f"| {2 * state.nbytes / of_forward / 1e6:,.0f} | {of_both:.4f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
