@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7, wkv7_recurrent
+from pallas_kernels.wkv7.mosaic_gpu import pieces
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.operator import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
@@ -56,9 +57,10 @@ def in_chunks(
     num_segments=None,
     scale=1.0,
     interpret=False,
+    multiprocessors=132,
 ):
     """The operator through the kernels, whatever device there is."""
-    plan = Plan(scale=scale, interpret=interpret)
+    plan = Plan(scale=scale, interpret=interpret, multiprocessors=multiprocessors)
     inputs = (r, log_decay, k, v, a, b)
     return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
 
@@ -102,6 +104,40 @@ def test_interpreted_equals_the_definition(name):
     case = INTERPRETED[name]
     results = run(interpreted, case, jnp.bfloat16)
     assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        bfloat16_case((1, 256, 1, 64, 64)),
+        bfloat16_case((1, 250, 1, 64, 128), "tiny", tokens="repeated"),
+        bfloat16_case((1, 300, 1, 128, 64), lengths=(((1, 100), (0, 10), (2, 140), (3, 50)),)),
+    ],
+)
+def test_interpreted_in_pieces(case, monkeypatch):
+    monkeypatch.setattr(pieces, "number_of_pieces", lambda *_: 3)
+    results = run(interpreted, case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+@on_cpu
+def test_interpreted_with_more_walks_than_multiprocessors():
+    case = bfloat16_case((2, 130, 3, 64, 64))
+    results = run(functools.partial(interpreted, multiprocessors=4), case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+def test_number_of_pieces():
+    def number(rows, chunks, K=64, V=64):
+        return pieces.number_of_pieces(Plan(multiprocessors=132), rows, K, V, chunks)
+
+    assert number(rows=32, chunks=512) == 3
+    assert number(rows=16, chunks=512) == 5
+    assert number(rows=16, chunks=512, K=128, V=128) == 3
+    assert number(rows=1, chunks=512) == 8
+    assert number(rows=64, chunks=512) == number(rows=512, chunks=512) == 1
+    assert number(rows=32, chunks=40) == number(rows=1, chunks=1) == 1
 
 
 def by_rows(function, **arrays):
@@ -210,6 +246,7 @@ def kernels_for_cuda(function, *arguments) -> int:
         (gradient, "plain", 64, 64, jnp.bfloat16, 65536),
         (gradient, "plain", 128, 128, jnp.float16, 130),
         (gradient, "packed", 64, 64, jnp.bfloat16, 130),
+        (forward, "packed", 128, 128, jnp.bfloat16, 65536),
         (gradient, "packed", 128, 128, jnp.bfloat16, 130),
         (gradient, "per segment", 128, 64, jnp.float16, 130),
     ],
@@ -217,7 +254,7 @@ def kernels_for_cuda(function, *arguments) -> int:
 def test_compiles_for_cuda(what, kind, K, V, dtype, T):
     arguments = shapes(kind, K, V, dtype, T)
     kernels = kernels_for_cuda(functools.partial(what, in_chunks), arguments)
-    assert kernels == (2 if what is forward else 4)
+    assert kernels == (2 if what is forward else 4) + (T == 65536)  # in pieces
 
 
 def test_scan_over_checkpointed_layers_compiles_for_cuda():

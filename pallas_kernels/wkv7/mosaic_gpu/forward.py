@@ -20,6 +20,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
+    divide,
     entering_state,
     leaving_state,
     load_state,
@@ -48,12 +49,13 @@ def outputs(
     transfers: tuple[jax.Array, ...],
     *,
     save: bool,
+    pieces: int = 1,
 ) -> tuple[jax.Array, ...]:
     """Outputs, final states, and what the backward needs of the walk.
 
-    A walk is one row, head and block of values; there is one block of the grid for each
-    multiprocessor, which makes one walk after another without a pause between them. Its four
-    warpgroups work on the chunks in turn, which lie in slots of shared memory:
+    A walk is over the chunks of one row, head and block of values; there is one block of the grid
+    for each multiprocessor, which makes one walk after another without a pause between them. Its
+    four warpgroups work on the chunks in turn, which lie in slots of shared memory:
 
         global memory -> DECAY -(a, k)-> SOLVE -> CARRY -> OUTPUT -> global memory
               ^            +---(b, r)-------------^--------^  |
@@ -71,23 +73,80 @@ def outputs(
       plan: how to compile.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       X: of `inverses`.
-      initial_state: `[B, N, H, V, K]` float32.
+      initial_state: `[B, N, H, V, K]` float32; if there are pieces, N is their number.
       bounds: `start` and `end` of `Masks`, each `[B, T]` int32; or nothing.
       transfers: which of the N states a chunk starts from and which it ends, each `[B, chunks]`
         int32, N for none; or nothing if N is 1.
       save: whether to return the last two results.
+      pieces: into how many the chunks of a row are divided, each with its own state. If more than
+        one, there is a multiprocessor for each walk.
 
     Returns:
       o `[B, T, H, V]` bfloat16; the final state like `initial_state`; the states that enter the
       chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]` bfloat16.
     """
+    return _walk(plan, inputs, X, initial_state, bounds, transfers, save=save, pieces=pieces)
+
+
+def transitions(
+    plan: Plan,
+    inputs: tuple[jax.Array, ...],
+    X: jax.Array,
+    bounds: tuple[jax.Array, ...],
+    pieces: int,
+) -> tuple[jax.Array, jax.Array]:
+    """What pieces of a row make of any state S: `S' = S P + N`.
+
+    These are walks as those of `outputs`, but without outputs: one begins with zero, another, whose
+    values are zero, with the identity.
+
+    Args:
+      plan: see `outputs`, as for all others.
+      inputs: see there.
+      X: see there.
+      bounds: see there.
+      pieces: see there; for the last one nothing is computed.
+
+    Returns:
+      N, `[B, pieces - 1, H, V, K]`, and P, `[B, pieces - 1, H, K, K]`, float32.
+    """
+    B, _, H, K = inputs[0].shape
+    V = inputs[3].shape[-1]
+    begin = jnp.concatenate([jnp.zeros((V, K), jnp.float32), jnp.eye(K, dtype=jnp.float32)])
+    begin = jnp.broadcast_to(begin, (B, pieces - 1, H, V + K, K))
+    (ends,) = _walk(plan, inputs, X, begin, bounds, (), save=False, pieces=pieces, outputs=False)
+    return ends[..., :V, :], ends[..., V:, :]
+
+
+def _walk(
+    plan: Plan,
+    inputs: tuple[jax.Array, ...],
+    X: jax.Array,
+    initial_state: jax.Array,
+    bounds: tuple[jax.Array, ...],
+    transfers: tuple[jax.Array, ...],
+    *,
+    save: bool,
+    pieces: int,
+    outputs: bool = True,
+) -> tuple[jax.Array, ...]:
+    """The kernel of `outputs` and `transitions`."""
     r, _, _, v, _, _ = inputs
     B, T, H, K = r.shape
     V = v.shape[-1]
     chunks, blocks = plan.chunks(T), K // TILE
-    slots = plan.slots(5 * blocks + 2, others=3 + blocks + bool(bounds), most=3)
-    walks = B * H * (V // TILE)
+    slots = plan.slots(
+        (4 + outputs) * blocks + 2,
+        others=2 + outputs + blocks + bool(bounds),
+        most=3 + (not outputs),
+    )
+    walked_pieces = 1 if transfers else initial_state.shape[1]
+    parts = initial_state.shape[-2] // TILE
+    walks = B * walked_pieces * H * parts
     workers = min(plan.multiprocessors, walks)
+    if pieces > 1 and (workers < walks or transfers):
+        raise ValueError(f"{walks} walks through {pieces} pieces need as many multiprocessors")
+    zeros = () if outputs else (jnp.zeros((TILE, TILE), jnp.bfloat16),)
 
     def body(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, constants_gmem, *rest,
@@ -97,20 +156,32 @@ def outputs(
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
-        o_gmem, final_gmem, *saved_gmem = rest
+        zeros_gmem, rest = rest[: len(zeros)], rest[len(zeros) :]
+        final_gmem, *outputs_gmem = rest
         warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         own_walks = jax.lax.div(walks - 1 - block, jnp.int32(workers)) + 1
 
         def place_of(walk):
-            return place_in(block + walk * workers, H, V // TILE)
+            (row, head, part), piece = place_in(block + walk * workers, H, parts), jnp.int32(0)
+            if walked_pieces > 1:
+                row, piece = divide(row, walked_pieces)
+            return (row, head, part), piece
 
-        def slot_of(walk, chunk):
-            return jax.lax.rem(walk * chunks + chunk, jnp.int32(slots))
+        def first_chunk(piece):
+            return divide(piece * chunks, pieces)[0] if pieces > 1 else jnp.int32(0)
+
+        def length_of(piece):
+            return first_chunk(piece + 1) - first_chunk(piece) if pieces > 1 else chunks
+
+        def slot_of(walk, i):  # of the i-th chunk of a walk
+            return jax.lax.rem(walk * chunks + i, jnp.int32(slots))
+
+        steps = own_walks * chunks if pieces == 1 else length_of(place_of(jnp.int32(0))[1])
 
         def fetch(step):
-            walk, slot = jax.lax.div(step, jnp.int32(chunks)), jax.lax.rem(step, jnp.int32(slots))
-            chunk = step - walk * chunks
-            row, head, part = place_of(walk)
+            (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
+            (row, head, part), piece = place_of(walk)
+            chunk = first_chunk(piece) + i
 
             def copy(gmem, smem, barrier):
                 for j in range(blocks):
@@ -119,11 +190,20 @@ def outputs(
 
             for gmem, smem in ((w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem)):
                 copy(gmem, smem, loaded_first)
-            X, v = x_gmem.at[row, head, chunk], chunk_of(v_gmem, row, chunk, head, part)
+            X = x_gmem.at[row, head, chunk]
             plgpu.copy_gmem_to_smem(X, x_smem.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(v, v_smem.at[slot], loaded.at[slot])
-            for gmem, smem in ((b_gmem, b_smem), (r_gmem, r_smem)):
-                copy(gmem, smem, loaded)
+
+            def copy_values(source):
+                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], loaded.at[slot])
+
+            if outputs:
+                copy_values(chunk_of(v_gmem, row, chunk, head, part))
+                copy(r_gmem, r_smem, loaded)
+            else:
+                own = part < V // TILE
+                pl.when(own)(lambda: copy_values(chunk_of(v_gmem, row, chunk, head, part)))
+                pl.when(~own)(lambda: copy_values(zeros_gmem[0]))
+            copy(b_gmem, b_smem, loaded)
 
         def tiles_of(slot):
             def at(tiles):
@@ -140,8 +220,8 @@ def outputs(
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
 
-        def decay(walk, chunk, _):
-            slot = slot_of(walk, chunk)
+        def decay(walk, i, _):
+            slot = slot_of(walk, i)
             plgpu.barrier_wait(loaded_first.at[slot])
             r, t = tiles_of(slot)
             for j in range(blocks):
@@ -156,22 +236,24 @@ def outputs(
                 if j == 0:
                     plgpu.barrier_wait(loaded.at[slot])
                 b[...] = narrow(load32(b) * from_token)
-                r[j][...] = narrow(load32(r[j]) * (jnp.exp2(g) * plan.scale))
+                if outputs:
+                    r[j][...] = narrow(load32(r[j]) * (jnp.exp2(g) * plan.scale))
             plgpu.commit_smem()
             plgpu.barrier_arrive(decayed.at[slot])
 
-        def solve_chunk(walk, chunk, _):
-            slot, row = slot_of(walk, chunk), place_of(walk)[0]
+        def solve_chunk(walk, i, _):
+            slot, ((row, _, _), piece) = slot_of(walk, i), place_of(walk)
             plgpu.barrier_wait(decayed_first.at[slot])
             plgpu.barrier_wait(loaded.at[slot])
             _, t = tiles_of(slot)
-            masks = load_masks(bounds_gmem, row, chunk)
+            masks = load_masks(bounds_gmem, row, first_chunk(piece) + i)
             selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
             solve(t, t.X, functools.partial(masks.lower, strictly=True), A_smem, selections)
             plgpu.barrier_arrive(solved.at[slot])
 
-        def carry(walk, chunk, state):
-            slot, place = slot_of(walk, chunk), place_of(walk)
+        def carry(walk, i, state):
+            slot, (place, piece) = slot_of(walk, i), place_of(walk)
+            chunk = first_chunk(piece) + i
             plgpu.barrier_wait(solved.at[slot])
             plgpu.barrier_wait(decayed.at[slot])
             if transfers:
@@ -183,8 +265,19 @@ def outputs(
                 leaving_state(state, final_gmem, transfers_gmem[1], place, chunk)
             return state
 
-        def output(walk, chunk, _):
-            slot, (row, head, part) = slot_of(walk, chunk), place_of(walk)
+        def fetch_next(walk, i):
+            step = walk * chunks + i + slots
+            pl.when(step < steps)(lambda: fetch(step))
+
+        def release(walk, i, _):
+            plgpu.barrier_wait(carried.at[slot_of(walk, i)])
+            plgpu.commit_smem()
+            fetch_next(walk, i)
+
+        def output(walk, i, _):
+            slot, ((row, head, part), piece) = slot_of(walk, i), place_of(walk)
+            o_gmem, *saved_gmem = outputs_gmem
+            chunk = first_chunk(piece) + i
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
@@ -206,8 +299,7 @@ def outputs(
             (o,) = products([*of_state, (A_rb, t.X)], start=[o])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # so that the slot has been read before it is written
-            step = walk * chunks + chunk + slots
-            pl.when(step < own_walks * chunks)(lambda: fetch(step))
+            fetch_next(walk, i)
             o_smem[...] = narrow(o)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem, chunk_of(o_gmem, row, chunk, head, part))
@@ -216,7 +308,8 @@ def outputs(
             jax.lax.fori_loop(0, own_walks, lambda walk, _: work(walk), None)
 
         def for_each_chunk(work, walk, carried=None):
-            return jax.lax.fori_loop(0, chunks, functools.partial(work, walk), carried)
+            length = length_of(place_of(walk)[1])
+            return jax.lax.fori_loop(0, length, functools.partial(work, walk), carried)
 
         @pl.when(warpgroup == _DECAY)
         def _():
@@ -230,11 +323,11 @@ def outputs(
         @pl.when(warpgroup == _CARRY)
         def _():
             def work(walk):
-                place = place_of(walk)
-                state = load_state(initial_gmem, jnp.int32(0), place)
+                place, piece = place_of(walk)
+                state = load_state(initial_gmem, piece, place)
                 state = for_each_chunk(carry, walk, state)
                 if not transfers:
-                    store_state(state, final_gmem, jnp.int32(0), place)
+                    store_state(state, final_gmem, piece, place)
 
             for_each_walk(work)
 
@@ -242,41 +335,43 @@ def outputs(
         def _():
             plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
             for step in range(slots):
-                pl.when(step < own_walks * chunks)(functools.partial(fetch, jnp.int32(step)))
-            for_each_walk(functools.partial(for_each_chunk, output))
+                pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
+            for_each_walk(functools.partial(for_each_chunk, output if outputs else release))
             plgpu.wait_smem_to_gmem(0)
 
-    types = [
-        jax.ShapeDtypeStruct((B, T, H, V), jnp.bfloat16),
-        jax.ShapeDtypeStruct(initial_state.shape, jnp.float32),
-    ]
+    types = [jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
+    if outputs:
+        types.append(jax.ShapeDtypeStruct((B, T, H, V), jnp.bfloat16))
     if save:
         types.append(jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16))
         types.append(jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16))
     barrier = plgpu.Barrier(num_barriers=slots)
     kernel = plan.kernel(
         body,
-        name="wkv7_outputs",
+        name="wkv7_outputs" if outputs else "wkv7_transitions",
         out_type=tuple(types),
         grid={"block": workers},
         warpgroups=4,
         scratch_types=dict(
-            {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "rwkab"},
+            {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "wkab"},
+            r_smem=[tiles_smem(slots)] * blocks if outputs else [],
             v_smem=tiles_smem(slots),
             x_smem=tiles_smem(slots),
             A_smem=[tiles_smem()] * 2,
             low_smem=[tiles_smem()] * blocks,
             leaving_smem=tiles_smem() if bounds else None,
-            o_smem=tiles_smem(),
+            o_smem=tiles_smem() if outputs else None,
             factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
             constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
             constants_loaded=plgpu.Barrier(),
             loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
-            loaded=plgpu.Barrier(num_arrivals=2 * blocks + 2, num_barriers=slots),
+            loaded=plgpu.Barrier(num_arrivals=(1 + outputs) * blocks + 2, num_barriers=slots),
             decayed_first=barrier,
             decayed=barrier,
             solved=barrier,
             carried=barrier,
         ),
     )
-    return kernel(*inputs, X, initial_state, constants(jnp.bfloat16), *bounds, *transfers)
+    operands = (*inputs, X, initial_state, constants(jnp.bfloat16), *bounds, *transfers, *zeros)
+    final, *others = kernel(*operands)
+    return (others[0], final, *others[1:]) if outputs else (final,)

@@ -19,9 +19,9 @@ from pallas_kernels.types import FloatArray, SegmentIds
 from pallas_kernels.wkv7.common import prepare
 from pallas_kernels.wkv7.mosaic_gpu.backward import state_gradients
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.forward import outputs
 from pallas_kernels.wkv7.mosaic_gpu.gradients import input_gradients
 from pallas_kernels.wkv7.mosaic_gpu.inverse import inverses
+from pallas_kernels.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.segments import align_segments, aligned_length
 
@@ -66,14 +66,14 @@ def _chunked(
     """Outputs `[B, T, H, V]` and final states, like `initial` `[B, N, H, V, K]`."""
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
-    o, final = outputs(plan, inputs, X, initial, bounds, transfers, save=False)
+    o, final = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=False)
     return o, final
 
 
 def _chunked_forward(plan, inputs, initial, bounds, transfers):
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
-    o, final, entries, U = outputs(plan, inputs, X, initial, bounds, transfers, save=True)
+    o, final, entries, U = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=True)
     return (o, final), Residuals(inputs, X, entries, U, bounds, transfers)
 
 

@@ -24,9 +24,13 @@ def grid_place() -> Place:
 
 def place_in(walk: jax.Array, heads: int, parts: int) -> Place:
     """The place of one of all walks, of which those of a row follow one another."""
-    of_row, parts = jnp.int32(heads * parts), jnp.int32(parts)
-    row, walk = jax.lax.div(walk, of_row), jax.lax.rem(walk, of_row)
-    return row, jax.lax.div(walk, parts), jax.lax.rem(walk, parts)
+    row, walk = divide(walk, heads * parts)
+    return row, *divide(walk, parts)
+
+
+def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of a number that is not negative."""
+    return jax.lax.div(number, jnp.int32(by)), jax.lax.rem(number, jnp.int32(by))
 
 
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:

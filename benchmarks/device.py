@@ -1,0 +1,21 @@
+"""What the device itself can do, to compare with."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+def copy_rate(gigabytes: float = 1.0, calls: int = 20) -> float:
+    """Bytes per second, read and written, of the fastest of three copies of an array."""
+    x = jnp.ones(int(gigabytes * 2**30) // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    rounds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(calls):
+            y = copy(x)
+        jax.block_until_ready(y)
+        rounds.append((time.perf_counter() - start) / calls)
+    return 2 * x.nbytes / min(rounds)

@@ -1,0 +1,71 @@
+"""Outputs of few long rows, whose walks would leave most multiprocessors idle.
+
+A row is divided into pieces, which are walked at the same time. The state that a piece starts from
+is not known then, but what the piece makes of it is: a state S becomes `S P + N`. So there are
+three steps:
+
+    transitions    P and N of all pieces but the last, at once
+    states         S_1 = S_0 P_0 + N_0, and so on: small products
+    outputs        all pieces at once, each from its own state
+
+That is twice the work in a fraction of the time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.wkv7.mosaic_gpu.forward import outputs, transitions
+from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
+
+_MOST = 8
+"""Each piece adds a step to the chain of states."""
+
+_COST = 20
+"""The additional kernels take about as long as so many chunks."""
+
+
+def number_of_pieces(plan: Plan, rows: int, K: int, V: int, chunks: int) -> int:
+    """Into how many pieces rows are best divided; 1 if that is not worth it.
+
+    Args:
+      plan: tells how many walks there can be at once.
+      rows: number of rows and heads.
+      K: keys.
+      V: values.
+      chunks: of each row.
+    """
+    of_transitions, of_outputs = rows * (K + V) // TILE, rows * V // TILE
+    at_once = plan.multiprocessors
+    pieces = min(1 + at_once // of_transitions, at_once // of_outputs, _MOST)
+    if pieces < 3 or chunks - 2 * -(-chunks // pieces) < _COST:
+        return 1
+    return pieces
+
+
+def outputs_in_pieces(
+    plan: Plan,
+    inputs: tuple[jax.Array, ...],
+    X: jax.Array,
+    initial_state: jax.Array,
+    bounds: tuple[jax.Array, ...],
+    transfers: tuple[jax.Array, ...],
+    *,
+    save: bool,
+) -> tuple[jax.Array, ...]:
+    """As `outputs`, for rows of any number and length."""
+    B, T, H, K = inputs[0].shape
+    pieces = number_of_pieces(plan, B * H, K, inputs[3].shape[-1], plan.chunks(T))
+    if transfers or pieces == 1:
+        return outputs(plan, inputs, X, initial_state, bounds, transfers, save=save)
+    N, P = transitions(plan, inputs, X, bounds, pieces)
+    states = [initial_state[:, 0]]
+    for i in range(pieces - 1):
+        passed = jnp.einsum("bhvk,bhkl->bhvl", states[-1], P[:, i], precision="highest")
+        states.append(passed + N[:, i])
+    begins = jnp.stack(states, axis=1)
+    o, final, *saved = outputs(plan, inputs, X, begins, bounds, (), save=save, pieces=pieces)
+    return o, final[:, -1:], *saved
+
+
+__all__ = ["number_of_pieces", "outputs_in_pieces"]
