@@ -141,20 +141,19 @@ def test_projections(rows):
     assert relative_rms(parts.sum(0)[:rows], expected[:rows]) < 1e-6
 
 
-@on_cpu
-def test_mapped_calls_do_not_share_a_state(monkeypatch):
+def test_mapped_calls_follow_one_another(monkeypatch):
+    """At once, they could write over one state."""
     monkeypatch.setattr(layers, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
-    monkeypatch.setattr(layers, "Plan", functools.partial(Plan, interpret=True))
-    x, states, weights = make(1, 1, 256, 256, (32, 64, 96, 128))
+    x, states, weights = shapes(1, 1, 256, 256, (64,) * 4)
 
-    def of_token(x):
-        return decode_layers(x, *states, weights)
+    def run(xs, states, weights):
+        return jax.vmap(lambda x: decode_layers(x, *states, weights))(xs)
 
-    pair = jnp.stack([x, -x])
-    together, alone = jax.vmap(of_token)(pair), [of_token(x) for x in pair]
-    for i, results in enumerate(alone):
-        for x, y in zip(together, results, strict=True):
-            np.testing.assert_array_equal(x[i], y)
+    xs = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+    traced = jax.jit(run).trace(xs, states, weights)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.while") == 1
+    assert program.count("custom_call @mosaic_gpu") == 8
 
 
 def test_splits_give_most_multiprocessors_a_part():
@@ -302,6 +301,31 @@ def test_what_kernels_do_not_serve_is_refused():
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="needs a GPU"):
             call(x, (x[None], wkv, x[None]), weights, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+def test_arguments_from_a_stack_on_the_gpu():
+    """Loops take tokens, states and weights from stacks, and put states back."""
+    stacks = [make(2, 3, 256, 256, (64,) * 4, seed=seed) for seed in range(3)]
+    x, states, weights = jax.tree.map(lambda *stack: jnp.stack(stack), *stacks)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(x, states, weights, **settings):
+        def one(_, arguments):
+            x, states, weights = arguments
+            x, *states = call(x, states, weights, **settings)
+            return None, (x, tuple(states))
+
+        def step(states, _):
+            x_of_all, states = jax.lax.scan(one, None, (x, states, weights))[1]
+            return states, x_of_all
+
+        return jax.lax.scan(step, states, length=3)
+
+    found = run(x, states, weights, implementation="mosaic_gpu")
+    exact = run(*in_float32((x, states, weights)), implementation="reference")
+    for x, reference in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert relative_rms(x, reference) < 2 * LIMIT
 
 
 @pytest.mark.gpu

@@ -110,9 +110,8 @@ def test_interpreted_equals_the_definition(name):
 @pytest.mark.parametrize(
     "case",
     [
-        bfloat16_case((1, 256, 1, 64, 64)),
-        bfloat16_case((1, 250, 1, 64, 128), "tiny", tokens="repeated"),
-        bfloat16_case((1, 300, 1, 128, 64), lengths=(((1, 100), (0, 10), (2, 140), (3, 50)),)),
+        bfloat16_case((1, 250, 1, 64, 64), "tiny", tokens="repeated"),
+        bfloat16_case((1, 190, 1, 64, 64), lengths=(((1, 100), (0, 10), (2, 60), (3, 20)),)),
     ],
 )
 def test_interpreted_in_pieces(case, monkeypatch):
@@ -123,8 +122,8 @@ def test_interpreted_in_pieces(case, monkeypatch):
 
 @on_cpu
 def test_interpreted_with_more_walks_than_multiprocessors():
-    case = bfloat16_case((2, 130, 3, 64, 64))
-    results = run(functools.partial(interpreted, multiprocessors=4), case, jnp.bfloat16)
+    case = bfloat16_case((1, 70, 3, 64, 64))
+    results = run(functools.partial(interpreted, multiprocessors=2), case, jnp.bfloat16)
     assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
 
 
@@ -134,10 +133,11 @@ def test_number_of_pieces():
 
     assert number(rows=32, chunks=512) == 3
     assert number(rows=16, chunks=512) == 5
-    assert number(rows=16, chunks=512, K=128, V=128) == 3
+    assert number(rows=8, chunks=512, V=128) == 6
     assert number(rows=1, chunks=512) == 8
     assert number(rows=64, chunks=512) == number(rows=512, chunks=512) == 1
-    assert number(rows=32, chunks=40) == number(rows=1, chunks=1) == 1
+    assert number(rows=32, chunks=30) == number(rows=1, chunks=1) == 1
+    assert number(rows=1, chunks=512, K=128) == 1
 
 
 def by_rows(function, **arrays):
@@ -246,7 +246,7 @@ def kernels_for_cuda(function, *arguments) -> int:
         (gradient, "plain", 64, 64, jnp.bfloat16, 65536),
         (gradient, "plain", 128, 128, jnp.float16, 130),
         (gradient, "packed", 64, 64, jnp.bfloat16, 130),
-        (forward, "packed", 128, 128, jnp.bfloat16, 65536),
+        (forward, "packed", 64, 128, jnp.bfloat16, 65536),
         (gradient, "packed", 128, 128, jnp.bfloat16, 130),
         (gradient, "per segment", 128, 64, jnp.float16, 130),
     ],
@@ -414,16 +414,17 @@ def test_float16_on_the_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", ["random", "near"])
-def test_a_long_sequence_and_its_halves(tokens):
+def test_a_long_sequence_and_its_halves(tokens, monkeypatch):
     case = bfloat16_case((1, 65536, 2, 64, 64), "tiny", tokens=tokens)
     assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
+    monkeypatch.setattr(pieces, "number_of_pieces", lambda *_: 1)  # others would round elsewhere
     arrays = arrays_of(case)
     o, final = on_gpu(**arrays)
-    state, pieces = arrays.pop("initial_state"), []
+    state, halves = arrays.pop("initial_state"), []
     for piece in (slice(None, 32768), slice(32768, None)):
         half, state = on_gpu(**{n: x[:, piece] for n, x in arrays.items()}, initial_state=state)
-        pieces.append(half)
-    assert relative_rms(jnp.concatenate(pieces, axis=1), o) < 1e-5
+        halves.append(half)
+    assert relative_rms(jnp.concatenate(halves, axis=1), o) < 1e-5
     assert relative_rms(state, final) < 1e-5
 
 

@@ -101,6 +101,9 @@ def run_layers(
     run = jax.jit(
         functools.partial(_run_layer, plan, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
     )
+    # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) would let it
+    # read there, and then forget that the kernel writes its new state over the old one.
+    x, states, active, weights = jax.lax.optimization_barrier((x, states, active, weights))
     # The first layer is like the others, so that all kernels are compiled once: nothing is to be
     # added to x, and it takes its own values for v_first.
     parts = empty_parts(plan, weights.channel_value, len(x))
@@ -109,7 +112,7 @@ def run_layers(
         index = jnp.full(1, layer, jnp.int32)
         x, parts, v_first, states = run(index, x, parts, v_first, states, active, weights)
     # Nobody needs the last v_first; without it, the last layer would be compiled on its own.
-    x, parts, _ = jax.lax.optimization_barrier((x, parts, v_first))
+    x, parts, _, states = jax.lax.optimization_barrier((x, parts, v_first, states))
     return (x + parts[:, : len(x)].sum(0).astype(x.dtype), *states)
 
 

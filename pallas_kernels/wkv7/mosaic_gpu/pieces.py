@@ -21,12 +21,14 @@ from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 _MOST = 8
 """Each piece adds a step to the chain of states."""
 
-_COST = 20
+_COST = 12
 """The additional kernels take about as long as so many chunks."""
 
 
 def number_of_pieces(plan: Plan, rows: int, K: int, V: int, chunks: int) -> int:
     """Into how many pieces rows are best divided; 1 if that is not worth it.
+
+    With 128 keys, transitions need more registers than there are, and take too long.
 
     Args:
       plan: tells how many walks there can be at once.
@@ -38,7 +40,7 @@ def number_of_pieces(plan: Plan, rows: int, K: int, V: int, chunks: int) -> int:
     of_transitions, of_outputs = rows * (K + V) // TILE, rows * V // TILE
     at_once = plan.multiprocessors
     pieces = min(1 + at_once // of_transitions, at_once // of_outputs, _MOST)
-    if pieces < 3 or chunks - 2 * -(-chunks // pieces) < _COST:
+    if K > TILE or pieces < 3 or chunks - 2 * -(-chunks // pieces) < _COST:
         return 1
     return pieces
 
