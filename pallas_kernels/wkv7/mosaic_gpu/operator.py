@@ -4,7 +4,8 @@
                 state_gradients -> input_gradients           in the backward
 
 The first and the last kernel work on all chunks at once, the two in between walk over the chunks of
-each row and head. `chunk` explains what they share.
+each row and head; few long rows are divided into `pieces` in the forward. `chunk` explains what the
+kernels share.
 """
 
 import dataclasses
