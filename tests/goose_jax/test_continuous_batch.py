@@ -20,6 +20,8 @@ from tests.goose_jax.decoding import (
     random_model,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 module = importlib.import_module("goose_jax.generation.continuous_batch")
 
 PLAIN = SamplingConfig()

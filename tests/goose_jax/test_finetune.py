@@ -35,6 +35,8 @@ from goose_jax.training import (
 )
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = RWKV7Config(
     vocab_size=16,
     hidden_size=32,

@@ -77,6 +77,7 @@ def test_official_logits_in_float64(official):
         assert_official(logits, state, official, 1e-12)  # measured: 7.8e-16
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_in_pieces_and_token_by_token_as_at_once(model, tokens):
     expected, expected_state = forward(model, tokens, None, None)
     pieces, state = [], None
@@ -98,6 +99,7 @@ def random_state(batch_size):
     )
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_packed_rows_equal_separate_texts(model, tokens):
     """Row 0: a carried-on text, two whole ones and padding between; row 1: one text, no padding."""
     start = random_state(2)
@@ -157,6 +159,7 @@ def relabel(model, **changes):
 UNTRAINED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_every_parameter_is_trained_but_the_first_value_residual(model, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     loss, gradients = compiled_gradient("none")(model, inputs, targets)
@@ -193,6 +196,7 @@ def test_bfloat16_computation_keeps_float32_where_it_matters(model, tokens):
     assert relative_rms(logits, expected) < 2e-2  # measured: 8.1e-3
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_gradients_in_bfloat16_of_packed_texts(model):
     """The loss of one text does not depend on the embeddings of the text packed before it."""
     ids = jnp.asarray([[1] * 20 + [2] * 20])
