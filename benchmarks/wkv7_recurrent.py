@@ -3,9 +3,8 @@
     python benchmarks/wkv7_recurrent.py
 
 Calls follow one another within one program, each with the state that the one before it left, as in
-decoding: what is reported is the time of a call, with the copy of the state that XLA may make, the
-median over rounds. Reading and writing the states once is compared with a copy of as many bytes.
-The backward is that of one call, with random gradients.
+decoding: what is reported is the time of a call, the median over rounds. The states, read and
+written once, are compared with a copy. The backward is that of one call, with random gradients.
 """
 
 import dataclasses

@@ -290,6 +290,43 @@ def test_shard_map_of_segments_compiles_for_cuda():
     assert len(kernels_for_cuda(sharded, arguments)) == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_written_over_where_that_is_safe(kind):
+    def aliases(transform, *arguments):
+        function = transform(functools.partial(forward, token_by_token, kind))
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("#stablehlo.output_operand_alias")
+
+    arguments = arguments_of(kind, 64, 64, jnp.bfloat16, T=1)
+    assert aliases(lambda function: function, arguments) == (kind in ("plain", "packed"))
+    mapped = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arguments)
+    if "initial_state" in arguments:
+        mapped["initial_state"] = arguments["initial_state"]
+    axes = {name: None if name == "initial_state" else 0 for name in arguments}
+    assert aliases(lambda function: jax.vmap(function, (axes,)), mapped) == 0
+
+
+@on_cpu
+def test_interpreted_keeps_a_state_that_is_needed_again():
+    arrays = {n: jnp.asarray(make_inputs(CASES["one token"])[n], jnp.float32) for n in NAMES}
+    state = jnp.asarray(make_inputs(CASES["one token"])["initial_state"], jnp.float32)
+    before = np.asarray(state)
+
+    @jax.jit
+    def twice(arrays, state):
+        return interpreted(**arrays, initial_state=state), by_xla(**arrays, initial_state=state)
+
+    found, reference = twice(arrays, state)
+    for x, y in zip(found, reference, strict=True):
+        assert relative_rms(x, y) < 1e-6
+    np.testing.assert_array_equal(state, before)
+
+    one_state_for_all = jax.vmap(lambda r: interpreted(**arrays | {"r": r}, initial_state=state))
+    o, final = one_state_for_all(jnp.stack([arrays["r"], 2 * arrays["r"]]))
+    assert relative_rms(o[1], 2 * found[0]) < 1e-6
+    assert relative_rms(final[1], found[1]) < 1e-6
+
+
 def test_states_are_kept_for_the_backward_only():
     arguments = arguments_of("plain", 64, 64, jnp.bfloat16, T=33)
     kept = jax.ShapeDtypeStruct((2, 5, 2, 64, 64), jnp.float32)

@@ -3,11 +3,10 @@
 `recurrence` explains what the two kernels, forward and backward, share. The forward keeps states
 for the backward only where a gradient is asked for.
 
-Final states have memory of their own. A loop over single tokens that carries a state would be
-spared a copy of it each time if the kernel wrote over its argument. But such a kernel cannot be in
-`jax.shard_map`; in a `jax.vmap` that maps tokens only, all calls would write to one state; and XLA
-(of jax 0.11.2) forgets that it writes over its argument where that is taken from a stack, as in a
-loop over layers.
+Without a gradient, a state is written over: a loop over tokens that carries it, or a step to which
+it is donated, moves the state once each way, and no more. Not so in `jax.shard_map`, whose types
+such kernels do not have, in `jax.vmap`, where all calls could be given one state, and for states of
+segments, of which not all are written.
 """
 
 import dataclasses
@@ -53,6 +52,31 @@ def _recur(
     form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, V]` and final states `[B, N, H, K, V]`."""
+    if initial is None or codes.leave is not None or jax.typeof(initial).mat.varying:
+        return _outputs_and_states(form, inputs, initial, codes)
+
+    @jax.custom_batching.custom_vmap
+    def in_place(inputs, initial, codes):
+        # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) lets
+        # it read there, and then forgets that the kernel writes its results over the old ones.
+        inputs, initial, codes = jax.lax.optimization_barrier((inputs, initial, codes))
+        reference = jax.new_ref(initial)
+        o, _, _ = recurrent_outputs(form, inputs, reference, codes, save=False)
+        return jax.lax.optimization_barrier((o, jax.freeze(reference)))
+
+    @in_place.def_vmap
+    def _(axis_size, is_mapped, *arguments):
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(is_mapped))
+        function = functools.partial(_outputs_and_states, form)
+        results = jax.vmap(function, axes, axis_size=axis_size)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return in_place(inputs, initial, codes)
+
+
+def _outputs_and_states(
+    form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
+) -> tuple[jax.Array, jax.Array]:
     o, final, _ = recurrent_outputs(form, inputs, initial, codes, save=False)
     return o, final
 

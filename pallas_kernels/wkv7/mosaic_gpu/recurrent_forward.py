@@ -27,7 +27,7 @@ from pallas_kernels.wkv7.mosaic_gpu.state import grid_place
 def recurrent_outputs(
     form: Form,
     inputs: tuple[jax.Array, ...],
-    initial_state: jax.Array | None,
+    initial_state: jax.Array | jax.Ref | None,
     codes: Codes,
     *,
     save: bool,
@@ -38,21 +38,24 @@ def recurrent_outputs(
       form: what to compile.
       inputs: r, log_decay, k `[B, T, H, K]`, v `[B, T, H, V]`, then a and b, or kk and alpha,
         `[B, T, H, K]`.
-      initial_state: `[B, N, H, K, V]` float32; None for zeros, if there is one for each row.
+      initial_state: `[B, N, H, K, V]` float32; None for zeros, if there is one for each row; or,
+        likewise, a reference, in which the final state then is too.
       codes: of the steps.
       save: whether to return the last result.
 
     Returns:
       o `[B, T, H, V]` in the dtype of v; the final states `[B, N, H, K, V]` float32, not written
-      where no step leaves one; the states before every eighth step, `[B, ceil(T / 8), H, K, V]`
-      float32.
+      where no step leaves one, None if they are in the reference; the states before every eighth
+      step, `[B, ceil(T / 8), H, K, V]` float32.
     """
     r, _, _, v, _, _ = inputs
     (B, T, H, K), V = r.shape, v.shape[-1]
     N = 1 if initial_state is None else initial_state.shape[1]
+    in_place = initial_state is not None and isinstance(initial_state, jax.Ref)
 
     def body(inputs, initial, codes, o, final, entries):
         memory = Memory(grid_place())
+        final = initial if in_place else final
 
         def load_token(step):
             return memory.load_token(inputs, codes, form, step)
@@ -105,7 +108,11 @@ def recurrent_outputs(
 
     states = jax.ShapeDtypeStruct((B, N, H, K, V), jnp.float32)
     entries = jax.ShapeDtypeStruct((B, -(-T // CHECKPOINT), H, K, V), jnp.float32)
-    outputs = (jax.ShapeDtypeStruct(v.shape, v.dtype), states, entries if save else None)
+    outputs = (
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        None if in_place else states,
+        entries if save else None,
+    )
     kernel = form.plan.kernel(
         body,
         name="wkv7_recurrent_outputs",
