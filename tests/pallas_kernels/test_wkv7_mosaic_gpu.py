@@ -206,17 +206,19 @@ def test_interpretation_detects_races(capfd):
 
 
 def shapes(kind: str, K: int, V: int, dtype, T: int = 130) -> dict:
-    """The arguments of a call: "plain", "packed", or with states "per segment"."""
+    """The arguments of a call: "plain", "packed" with a state, or with states "per segment"."""
     of_keys, of_values = (jax.ShapeDtypeStruct((2, T, 2, D), dtype) for D in (K, V))
     arguments = dict.fromkeys(NAMES, of_keys) | {"v": of_values}
-    if kind != "plain":
-        arguments["segment_ids"] = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    if kind == "plain":
+        return arguments
+    arguments["segment_ids"] = jax.ShapeDtypeStruct((2, T), jnp.int32)
     state_shape = (2, 3, 2, K, V) if kind == "per segment" else (2, 2, K, V)
     return arguments | {"initial_state": jax.ShapeDtypeStruct(state_shape, jnp.float32)}
 
 
 def forward(function, arguments):
-    num_segments = 3 if arguments["initial_state"].ndim == 5 else None
+    per_segment = "initial_state" in arguments and arguments["initial_state"].ndim == 5
+    num_segments = 3 if per_segment else None
     return function(**arguments, num_segments=num_segments)
 
 
@@ -273,12 +275,15 @@ def test_scan_over_checkpointed_layers_compiles_for_cuda():
     assert kernels_for_cuda(jax.grad(loss), layers) == 6  # two of them again in the backward
 
 
-def test_shard_map_of_segments_compiles_for_cuda():
+@pytest.mark.parametrize("kind", ["plain", "packed", "per segment"])
+def test_shard_map_compiles_for_cuda(kind):
     mesh = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
-    arguments = shapes("per segment", 64, 64, jnp.bfloat16)
+    arguments = shapes(kind, 64, 64, jnp.bfloat16)
     specs = dict.fromkeys(NAMES, PartitionSpec("batch", None, "heads"))
-    specs["segment_ids"] = PartitionSpec("batch")
-    specs["initial_state"] = PartitionSpec("batch", None, "heads")
+    if kind != "plain":
+        specs["segment_ids"] = PartitionSpec("batch")
+        heads = ("heads",) if kind == "packed" else (None, "heads")
+        specs["initial_state"] = PartitionSpec("batch", *heads)
     sharded = jax.shard_map(
         functools.partial(gradient, in_chunks),
         mesh=mesh,

@@ -231,4 +231,4 @@ def state_gradients(
             carried=barrier,
         ),
     )
-    return kernel(*inputs, X, do, d_final, constants(jnp.bfloat16), *bounds, *transfers)
+    return kernel(*inputs, X, do, d_final, constants(), *bounds, *transfers)

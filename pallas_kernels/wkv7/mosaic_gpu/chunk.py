@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -137,13 +138,12 @@ def values_tile_of(gmem: Any, row: Any, head: Any, chunk: Any, part: Any) -> Any
 CONSTANTS_ROWS = TILE + 8
 
 
-def constants(dtype: Any) -> jax.Array:
-    """`[72, 64]` to sum log decays with: `prefix_sums` and below it `halves`."""
-    token = jnp.arange(TILE)
-    prefix_sums = (token[:, None] >= token[None]).astype(dtype)
-    prefix_sums -= (token <= MIDDLE)[None].astype(dtype)
-    halves = jnp.repeat(jnp.eye(2, dtype=dtype), 4, axis=0).repeat(TILE // 2, axis=1)
-    return jnp.concatenate([prefix_sums, halves])
+def constants() -> np.ndarray:
+    """`[72, 64]` bfloat16 to sum log decays with: `prefix_sums` and below it `halves`."""
+    token = np.arange(TILE)
+    prefix_sums = np.tri(TILE) - (token <= MIDDLE)
+    halves = np.repeat(np.eye(2), (4, 4), axis=0).repeat(TILE // 2, axis=1)
+    return np.concatenate([prefix_sums, halves]).astype(jnp.bfloat16)
 
 
 def decays_from_middle(w: Any, prefix_sums: Any) -> jax.Array:

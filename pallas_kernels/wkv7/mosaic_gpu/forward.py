@@ -26,6 +26,7 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     load_state,
     place_in,
     store_state,
+    zero_state,
 )
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     halves_of,
@@ -44,7 +45,7 @@ def outputs(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
     X: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
@@ -73,7 +74,8 @@ def outputs(
       plan: how to compile.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       X: of `inverses`.
-      initial_state: `[B, N, H, V, K]` float32; if there are pieces, N is their number.
+      initial_state: `[B, N, H, V, K]` float32; if there are pieces, N is their number. None for
+        zeros, if N is 1.
       bounds: `start` and `end` of `Masks`, each `[B, T]` int32; or nothing.
       transfers: which of the N states a chunk starts from and which it ends, each `[B, chunks]`
         int32, N for none; or nothing if N is 1.
@@ -82,8 +84,9 @@ def outputs(
         one, there is a multiprocessor for each walk.
 
     Returns:
-      o `[B, T, H, V]` bfloat16; the final state like `initial_state`; the states that enter the
-      chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]` bfloat16.
+      o `[B, T, H, V]` bfloat16; the final states `[B, N, H, V, K]` float32; the states that enter
+      the chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]`
+      bfloat16.
     """
     return _walk(plan, inputs, X, initial_state, bounds, transfers, save=save, pieces=pieces)
 
@@ -122,7 +125,7 @@ def _walk(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
     X: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
@@ -140,8 +143,9 @@ def _walk(
         others=2 + outputs + blocks + bool(bounds),
         most=3 + (not outputs),
     )
-    walked_pieces = 1 if transfers else initial_state.shape[1]
-    parts = initial_state.shape[-2] // TILE
+    states = (B, 1, H, V, K) if initial_state is None else initial_state.shape
+    walked_pieces = 1 if transfers else states[1]
+    parts = states[-2] // TILE
     walks = B * walked_pieces * H * parts
     workers = min(plan.multiprocessors, walks)
     if pieces > 1 and (workers < walks or transfers):
@@ -324,7 +328,10 @@ def _walk(
         def _():
             def work(walk):
                 place, piece = place_of(walk)
-                state = load_state(initial_gmem, piece, place)
+                if initial_gmem is None:
+                    state = zero_state(blocks)
+                else:
+                    state = load_state(initial_gmem, piece, place)
                 state = for_each_chunk(carry, walk, state)
                 if not transfers:
                     store_state(state, final_gmem, piece, place)
@@ -339,7 +346,7 @@ def _walk(
             for_each_walk(functools.partial(for_each_chunk, output if outputs else release))
             plgpu.wait_smem_to_gmem(0)
 
-    types = [jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
+    types = [jax.ShapeDtypeStruct(states, jnp.float32)]
     if outputs:
         types.append(jax.ShapeDtypeStruct((B, T, H, V), jnp.bfloat16))
     if save:
@@ -372,6 +379,6 @@ def _walk(
             carried=barrier,
         ),
     )
-    operands = (*inputs, X, initial_state, constants(jnp.bfloat16), *bounds, *transfers, *zeros)
+    operands = (*inputs, X, initial_state, constants(), *bounds, *transfers, *zeros)
     final, *others = kernel(*operands)
     return (others[0], final, *others[1:]) if outputs else (final,)

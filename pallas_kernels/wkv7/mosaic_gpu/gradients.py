@@ -297,5 +297,5 @@ def input_gradients(
     def sum_parts(x):
         return x[0] if len(x) == 1 else jnp.sum(x.astype(jnp.float32), axis=0).astype(x.dtype)
 
-    gradients = kernel(*inputs, do, entries, U, exits, dW, constants(jnp.bfloat16), *bounds)
+    gradients = kernel(*inputs, do, entries, U, exits, dW, constants(), *bounds)
     return tuple(map(sum_parts, gradients))

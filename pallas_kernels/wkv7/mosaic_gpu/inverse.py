@@ -155,4 +155,4 @@ def inverses(
             loaded=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
         ),
     )
-    return kernel(log_decay, a, b, constants(log_decay.dtype), *bounds)
+    return kernel(log_decay, a, b, constants(), *bounds)

@@ -46,6 +46,7 @@ class Residuals:
         twice the digits, which are on the chip only during the walk.
       bounds: of the segments within chunks.
       transfers: of the states between chunks.
+      from_zero: whether no initial state was given.
     """
 
     inputs: tuple[jax.Array, ...]
@@ -54,17 +55,18 @@ class Residuals:
     U: jax.Array
     bounds: tuple[jax.Array, ...]
     transfers: tuple[jax.Array, ...]
+    from_zero: bool = dataclasses.field(metadata={"static": True})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
-    initial: jax.Array,
+    initial: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, V]` and final states, like `initial` `[B, N, H, V, K]`."""
+    """Outputs `[B, T, H, V]` and final states, like `initial`, `[B, N, H, V, K]`."""
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
     o, final = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=False)
@@ -75,7 +77,7 @@ def _chunked_forward(plan, inputs, initial, bounds, transfers):
     _, log_decay, _, _, a, b = inputs
     X = inverses(plan, log_decay, a, b, bounds)
     o, final, entries, U = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=True)
-    return (o, final), Residuals(inputs, X, entries, U, bounds, transfers)
+    return (o, final), Residuals(inputs, X, entries, U, bounds, transfers, initial is None)
 
 
 def _chunked_backward(plan, residuals, gradients):
@@ -92,7 +94,7 @@ def _chunked_backward(plan, residuals, gradients):
         segments = jnp.arange(d_final.shape[1])
         loaded = (transfers[0][:, :, None] == segments[None, None]).any(axis=1)
         d_initial = jnp.where(loaded[:, :, None, None, None], d_initial, 0)
-    return d_inputs, d_initial, None, None
+    return d_inputs, None if residuals.from_zero else d_initial, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -134,7 +136,8 @@ def wkv7_in_chunks(
             padding = ((0, 0), (0, length - T))
             bounds = _bounds(jnp.pad(segment_ids, padding))
         inputs = tuple(_pad(x, length) for x in inputs)
-        o, final = _chunked(plan, inputs, initial[:, None], bounds, ())
+        begin = None if initial_state is None else initial[:, None]
+        o, final = _chunked(plan, inputs, begin, bounds, ())
         return o[:, :T].astype(dtype), jnp.swapaxes(final[:, 0], -1, -2)
     length = aligned_length(T, num_segments, TILE)
     position, transfers = align_segments(segment_ids, num_segments, TILE, length)

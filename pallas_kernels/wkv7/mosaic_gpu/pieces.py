@@ -49,7 +49,7 @@ def outputs_in_pieces(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
     X: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
@@ -61,7 +61,7 @@ def outputs_in_pieces(
     if transfers or pieces == 1:
         return outputs(plan, inputs, X, initial_state, bounds, transfers, save=save)
     N, P = transitions(plan, inputs, X, bounds, pieces)
-    states = [initial_state[:, 0]]
+    states = [jnp.zeros_like(N[:, 0]) if initial_state is None else initial_state[:, 0]]
     for i in range(pieces - 1):
         passed = jnp.einsum("bhvk,bhkl->bhvl", states[-1], P[:, i], precision="highest")
         states.append(passed + N[:, i])

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE
 from pallas_kernels.wkv7.mosaic_gpu.tiles import choose, load
 
 type State = tuple[jax.Array, ...]
@@ -31,6 +32,12 @@ def place_in(walk: jax.Array, heads: int, parts: int) -> Place:
 def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     """Quotient and remainder of a number that is not negative."""
     return jax.lax.div(number, jnp.int32(by)), jax.lax.rem(number, jnp.int32(by))
+
+
+def zero_state(blocks: int) -> State:
+    """What a walk starts with if no initial state is given."""
+    zeros = jnp.zeros((TILE, TILE), jnp.float32)
+    return tuple(plgpu.layout_cast(zeros, LAYOUT) for _ in range(blocks))
 
 
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
