@@ -235,6 +235,27 @@ def decode_block(
     return progress, tokens.T
 
 
+def lower_decode_block(
+    config: RWKV7Config,
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    settings: RowSettings,
+    *,
+    block_size: int,
+    implementation: str | None = None,
+) -> jax.stages.Lowered:
+    """`decode_block`, ready to be compiled: calls find what has been. Arguments as of that."""
+    progress = jax.eval_shape(functools.partial(init_progress, config, len(settings.limits)))
+    return decode_block.lower(
+        graphdef,
+        params,
+        settings,
+        progress,
+        block_size=block_size,
+        implementation=implementation,
+    )
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def place_rows(progress: Progress, new: Progress, rows: Int[Array, " n"]) -> Progress:
     """Overwrites some rows of a batch.

@@ -5,7 +5,9 @@ The recurrent state has a constant size, so that the millionth token costs what 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from goose_jax.generation.decoding import (
     NO_TOKEN,
     Progress,
     decode_block,
+    lower_decode_block,
     read_prompts,
     row_settings,
 )
@@ -33,6 +36,9 @@ from pallas_kernels.validation import check_positive
 
 PADDING = 0
 """Stands after the last token of a sequence that has stopped."""
+
+_COMPILED: set[Hashable] = set()
+"""What is static in programs of `decode_block` that `generate` has compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +136,21 @@ def generate(
     )
     graphdef, params = nnx.split(model)
     state = _initial_state(state, model, len(rows))
+    arguments = (graphdef, params, settings)
+    static: dict[str, Any] = {"block_size": block_size, "implementation": implementation}
+    program = (graphdef, len(rows), block_size, implementation)
+    if program in _COMPILED:
+        progress = read_prompts(graphdef, params, rows, state)
+    else:
+        lowered = lower_decode_block(model.config, *arguments, **static)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            compiled = thread.submit(lowered.compile)  # meanwhile the other program is compiled
+            progress = read_prompts(graphdef, params, rows, state)
+            compiled.result()
+        _COMPILED.add(program)
     blocks: Iterable[_Block] = _dispatch_blocks(
-        functools.partial(
-            decode_block,
-            graphdef,
-            params,
-            settings,
-            block_size=block_size,
-            implementation=implementation,
-        ),
-        read_prompts(graphdef, params, rows, state),
+        functools.partial(decode_block, *arguments, **static),
+        progress,
         num_blocks=-(-max_new_tokens // block_size),
         keep_states=on_tokens is not None,
     )

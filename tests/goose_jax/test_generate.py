@@ -312,7 +312,23 @@ def test_programs_are_compiled_once(model, monkeypatch):
     for prompt, which, settings in calls:
         prompts = [prompt] + [[2]] * 4  # a batch size that no other test uses
         generate(which, prompts, **({"max_new_tokens": 20} | settings))
-    assert traces == [(5, 16), (5, 1)]
+    assert traces == [(5, 1), (5, 16)]
+
+
+def test_what_is_compiled_ahead_is_what_is_called(model):
+    compiled = []
+
+    def listen(event, seconds, **of_event):
+        if "backend_compile" in event:
+            compiled.append(of_event["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(2):
+            generate(model, [[1]] * 6, max_new_tokens=3)  # a batch size that no other test uses
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled.count("jit(decode_block)") == compiled.count("jit(read_piece)") == 1
 
 
 def test_prefill_forms_logits_of_the_last_token_only_and_bakes_in_no_parameter(model):
