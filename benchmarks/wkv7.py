@@ -7,8 +7,9 @@ Times are medians over rounds of asynchronous calls between two waits, after a w
 implementations in turn within each round; what depends on the calls in between is not counted.
 The backward gets random gradients of the outputs. Memory is what XLA plans besides inputs and
 results. Errors are relative RMS against the scan in float64, for the first shape made small enough
-for it. Where torch and flash-linear-attention can be imported, their `chunk_rwkv7` is measured on
-the same inputs; it tries variants for minutes before its first result.
+for it. Where a GPU, torch and flash-linear-attention are there, `chunk_rwkv7` of the latter is also
+measured on the same inputs, unless others are named; it tries variants for minutes before its first
+result.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ ON_CPU = ("reference", "recurrent", "xla", "xla, bounded")
 ON_GPU = ("mosaic_gpu", "xla, bounded")
 SHAPES_ON_CPU = ((1, 2048, 4, 64),)
 SHAPES_ON_GPU = ((8, 4096, 64, 64), (8, 4096, 32, 64), (1, 32768, 32, 64), (16, 512, 12, 64))
-FLA = "FLA chunk_rwkv7"
+FLA = "FLA"
 
 type Shape = tuple[int, int, int, int]
 
@@ -50,7 +51,7 @@ class Settings:
     Attributes:
       shape: B, T, H, K; the values have K channels too. None takes those of the device.
       dtype: of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
-      implementations: which to measure; None takes those of the device.
+      implementations: which to measure, also "FLA"; None takes those of the device.
       rounds: of which the median is reported.
       calls: between two waits; None takes 3 on a CPU, 20 on a GPU and 200 of less than 1 ms.
     """
@@ -113,8 +114,9 @@ def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, An
     programs: dict[str, tuple[Any, Any]] = {
         name: tuple(Program(what, name, arguments) for what in (forward, forward_and_backward))
         for name in names
+        if name != FLA
     }
-    if jax.default_backend() == "gpu" and all(map(importlib.util.find_spec, ("torch", "fla"))):
+    if FLA in names:
         from wkv7_of_fla import make_fla_programs
 
         programs[FLA] = make_fla_programs(inputs, do, BOUND)
@@ -163,7 +165,11 @@ def measure_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> dict[str
 
 def main(settings: Settings) -> None:
     on_gpu = jax.default_backend() == "gpu"
-    names = settings.implementations or (ON_GPU if on_gpu else ON_CPU)
+    names = settings.implementations
+    if names is None:
+        names = ON_GPU if on_gpu else ON_CPU
+        if on_gpu and all(map(importlib.util.find_spec, ("torch", "fla"))):
+            names += (FLA,)
     dtype = settings.dtype or ("bfloat16" if on_gpu else "float32")
     shapes = (
         (SHAPES_ON_GPU if on_gpu else SHAPES_ON_CPU)
