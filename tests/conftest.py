@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -15,13 +16,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@contextlib.contextmanager
+def few_optimisations() -> Iterator[None]:
+    """Compiles quickly on a CPU, also in the processes that a test starts."""
+    option = "jax_disable_most_optimizations"
+    on_cpu = jax.default_backend() == "cpu"
+    before = jax.config.read(option)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(option.upper(), str(int(on_cpu)))
+        jax.config.update(option, on_cpu)
+        yield
+        jax.config.update(option, before)
+
+
 @pytest.fixture
 def quick_to_compile() -> Iterator[None]:
     """For programs that take longer to compile than to run, as interpreted kernels do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with few_optimisations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_quick_to_compile() -> Iterator[None]:
+    """The same for all tests of a module, and what they share."""
+    with few_optimisations():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

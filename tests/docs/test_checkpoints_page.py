@@ -3,8 +3,12 @@
 import pathlib
 import re
 
+import pytest
+
 from goose_jax.checkpoints.key_map import key_map
 from goose_jax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
 MARKS = {"same": "", "transposed": " ᵀ", "flat": " ¹", "row": " ²"}

@@ -5,9 +5,12 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.training.lora import LORA_WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
 

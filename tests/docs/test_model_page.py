@@ -3,9 +3,12 @@
 import pathlib
 import re
 
+import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "model.md").read_text()
 ROW = re.compile(

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -13,6 +14,8 @@ import pallas_kernels
 from goose_jax import RWKV7, RWKV7Config, init_state
 from tests.helpers import relative_rms
 from tests.pallas_kernels.operator_checks import draw
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

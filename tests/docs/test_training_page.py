@@ -4,7 +4,11 @@ import pathlib
 import re
 import runpy
 
+import pytest
+
 from goose_jax.training.optimizer import DECAYED_WEIGHTS, FASTER_PARAMETERS
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()

@@ -19,6 +19,8 @@ from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.text import VocabularyTokenizer
 from goose_jax.training import load_adapter, merge_lora
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 CONFIG = RWKV7Config(
     vocab_size=128,
     hidden_size=32,

@@ -23,6 +23,8 @@ from goose_jax.cli import main as command
 from goose_jax.cli.main import main
 from goose_jax.cli.train_settings import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 SMALL = [

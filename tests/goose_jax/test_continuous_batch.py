@@ -20,7 +20,7 @@ from tests.goose_jax.decoding import (
     random_model,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 module = importlib.import_module("goose_jax.generation.continuous_batch")
 

@@ -35,7 +35,7 @@ from goose_jax.training import (
 )
 from tests.helpers import relative_rms
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 CONFIG = RWKV7Config(
     vocab_size=16,

@@ -32,6 +32,8 @@ from tests.goose_jax.decoding import (
 )
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 generate_module = importlib.import_module("goose_jax.generation.generate")
 
 ROOT = Path(__file__).parents[2]

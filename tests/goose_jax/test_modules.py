@@ -15,6 +15,8 @@ from goose_jax.nn import LayerNorm
 from tests.goose_jax.official_weights import golden_model
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 CONFIG = RWKV7Config(vocab_size=9, hidden_size=128, num_layers=2, compute_dtype="float32")
 
 

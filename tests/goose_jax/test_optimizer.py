@@ -13,6 +13,8 @@ from goose_jax.training import OptimizerConfig, learning_rate_schedule, optimize
 from goose_jax.training.optimizer import decayed_weights
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 CONFIG = OptimizerConfig(total_steps=50)
 DECAYED = {
     "embedding",

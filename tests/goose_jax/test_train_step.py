@@ -31,6 +31,8 @@ from goose_jax.training import (
 )
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 CONFIG = RWKV7Config(
     vocab_size=16, hidden_size=32, num_layers=2, head_size=16, compute_dtype="float32"
 )

@@ -46,7 +46,7 @@ EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}
 LIMIT = 1.2e-2  # of two layers; measured 7.6e-3 in x, 6.3e-3 in states
 ROUNDING = 3e-3  # of results that are rounded to bfloat16 once or twice; measured 2.4e-3
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 interpreted = Plan(interpret=True)
 

@@ -34,7 +34,7 @@ LIMITS = {
 }
 """Relative RMS errors of outputs and states, and of gradients."""
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 
