@@ -37,7 +37,7 @@ from pallas_kernels.decode_layers.reference import (
     layer_norm,
 )
 from pallas_kernels.decode_layers.weights import MATRICES
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.hopper import Target
 from tests.helpers import relative_rms
 
 EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}
@@ -48,7 +48,7 @@ ROUNDING = 3e-3  # of results that are rounded to bfloat16 once or twice; measur
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
-interpreted = Plan(interpret=True)
+interpreted = Target(interpret=True)
 
 
 def shapes(layers: int, B: int, C: int, F: int, ranks: tuple[int, ...]) -> tuple:
@@ -157,12 +157,12 @@ def test_mapped_calls_follow_one_another(monkeypatch):
 
 
 def test_splits_give_most_multiprocessors_a_part():
-    plan = Plan(multiprocessors=132)
-    assert splits_of(plan, 1024, 1024) == 8
-    assert splits_of(plan, 4096, 1024) == 8
-    assert splits_of(plan, 768, 768) == 6
-    assert splits_of(plan, 4096, 4096) == 2
-    assert splits_of(plan, 1024, 65536) == 1
+    target = Target(multiprocessors=132)
+    assert splits_of(target, 1024, 1024) == 8
+    assert splits_of(target, 4096, 1024) == 8
+    assert splits_of(target, 768, 768) == 6
+    assert splits_of(target, 4096, 4096) == 2
+    assert splits_of(target, 1024, 65536) == 1
 
 
 @on_cpu
@@ -250,7 +250,7 @@ def test_compiles_for_cuda(B, C, F):
     active = jax.ShapeDtypeStruct((B,), jnp.bool_)
 
     def run(x, states, active, weights):
-        return run_layers(Plan(), x, states, active, weights, *EPS.values())
+        return run_layers(Target(), x, states, active, weights, *EPS.values())
 
     traced = jax.jit(run).trace(x, states, active, weights)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, keep_triangle, narrow, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import keep_triangle, narrow, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import load, tiles_smem
 from tests.helpers import relative_rms
 

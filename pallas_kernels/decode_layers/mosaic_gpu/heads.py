@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layers.mosaic_gpu.rows import if_active, update_in_place
 from pallas_kernels.decode_layers.reference import LOG_DECAY_SCALE
+from pallas_kernels.hopper import TILE, Target
 from pallas_kernels.key_update.reference import MIN_NORM
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     KEYS,
     LAYOUT,
@@ -31,7 +31,6 @@ from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     along_values,
     read,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 
 
 class Vectors(NamedTuple):
@@ -83,7 +82,7 @@ class HeadWeights(NamedTuple):
 
 
 def heads(
-    plan: Plan,
+    target: Target,
     layer: jax.Array,
     vectors: Vectors,
     weights: HeadWeights,
@@ -94,7 +93,7 @@ def heads(
     """The kernel.
 
     Args:
-      plan: how it is compiled.
+      target: what it is compiled for.
       layer: `[1]` int32, which of the stacked weights and states.
       vectors: of the token.
       weights: of the heads.
@@ -170,7 +169,7 @@ def heads(
         normed = (o - mean) * jax.lax.rsqrt(variance + eps) * norm_scale + norm_bias
         y_gmem[row, channels] = ((normed + _sum(r * k * bonus) * v) * gate).astype(dtype)
 
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="heads",
         out_type=jax.ShapeDtypeStruct(vectors.r.shape, dtype),

@@ -28,10 +28,8 @@ from pallas_kernels.decode_layers.mosaic_gpu.projections import (
     split_projection,
 )
 from pallas_kernels.decode_layers.weights import MATRICES, LayerWeights
+from pallas_kernels.hopper import TILE, Target, hopper_gpu
 from pallas_kernels.types import FloatArray, Mask
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.operator import hopper_gpu
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 
 type States = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -52,13 +50,13 @@ def decode_layers_mosaic_gpu(
     Raises:
       NotImplementedError: for other devices, dtypes and sizes than the kernels are for.
     """
-    plan = Plan(multiprocessors=hopper_gpu().core_count)
+    target = Target(multiprocessors=hopper_gpu().core_count)
     check_served(x, wkv, weights)
 
     # One call after the other, because several could be given one state to write over.
     @jax.custom_batching.sequential_vmap
     def run(x, states, active, weights):
-        return run_layers(plan, x, states, active, weights, norm_eps, head_norm_eps)
+        return run_layers(target, x, states, active, weights, norm_eps, head_norm_eps)
 
     return run(x, (time_shift, wkv, channel_shift), active, weights)
 
@@ -87,7 +85,7 @@ def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
 
 
 def run_layers(
-    plan: Plan,
+    target: Target,
     x: jax.Array,
     states: States,
     active: jax.Array | None,
@@ -99,14 +97,14 @@ def run_layers(
     weights = weights.with_padded_ranks(TILE)
     active = None if active is None else active.astype(jnp.int32)
     run = jax.jit(
-        functools.partial(_run_layer, plan, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
+        functools.partial(_run_layer, target, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
     )
     # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) would let it
     # read there, and then forget that the kernel writes its new state over the old one.
     x, states, active, weights = jax.lax.optimization_barrier((x, states, active, weights))
     # The first layer is like the others, so that all kernels are compiled once: nothing is to be
     # added to x, and it takes its own values for v_first.
-    parts = empty_parts(plan, weights.channel_value, len(x))
+    parts = empty_parts(target, weights.channel_value, len(x))
     v_first = jnp.zeros_like(x, shape=parts.shape[1:])
     for layer in range(len(states[0])):
         index = jnp.full(1, layer, jnp.int32)
@@ -117,7 +115,7 @@ def run_layers(
 
 
 def _run_layer(
-    plan: Plan,
+    target: Target,
     layer: jax.Array,
     x: jax.Array,
     parts: jax.Array,
@@ -134,10 +132,10 @@ def _run_layer(
     time_shift, wkv, channel_shift = states
 
     norm = NormWeights(w.time_norm_scale, w.time_norm_bias, w.time_shift_mix)
-    x, mixed, time_shift = norm_mix(plan, layer, x, parts, norm, time_shift, active, norm_eps)
+    x, mixed, time_shift = norm_mix(target, layer, x, parts, norm, time_shift, active, norm_eps)
     x_r, x_w, x_k, x_v, x_a, x_g = mixed
     r, k, v, *low = projections(
-        plan,
+        target,
         layer,
         [
             Product(x_r, w.receptance),
@@ -152,7 +150,7 @@ def _run_layer(
     )
     ups = (w.decay_up, w.alpha_up, w.value_residual_up, w.gate_up)
     second = [Product(x, up) for x, up in zip(low, ups, strict=True)]
-    logits = projections(plan, layer, second, B)
+    logits = projections(target, layer, second, B)
     v_first = jnp.where(layer[0] == 0, v, v_first)
     of_heads = HeadWeights(
         w.decay_base,
@@ -166,13 +164,15 @@ def _run_layer(
     )
     of_heads = HeadWeights(*(value.reshape(len(value), -1) for value in of_heads))
     vectors = Vectors(r, k, v, v_first, *logits)
-    corrected, wkv = heads(plan, layer, vectors, of_heads, wkv, active, head_norm_eps)
-    parts = split_projection(plan, layer, Product(corrected, w.output), B)
+    corrected, wkv = heads(target, layer, vectors, of_heads, wkv, active, head_norm_eps)
+    parts = split_projection(target, layer, Product(corrected, w.output), B)
 
     norm = NormWeights(w.channel_norm_scale, w.channel_norm_bias, w.channel_shift_mix[:, None])
-    x, mixed, channel_shift = norm_mix(plan, layer, x, parts, norm, channel_shift, active, norm_eps)
-    (hidden,) = projections(plan, layer, [Product(mixed[0], w.channel_key, _squared_relu)], B)
-    parts = split_projection(plan, layer, Product(hidden, w.channel_value), B)
+    x, mixed, channel_shift = norm_mix(
+        target, layer, x, parts, norm, channel_shift, active, norm_eps
+    )
+    (hidden,) = projections(target, layer, [Product(mixed[0], w.channel_key, _squared_relu)], B)
+    parts = split_projection(target, layer, Product(hidden, w.channel_value), B)
     return x, parts, v_first, (time_shift, wkv, channel_shift)
 
 

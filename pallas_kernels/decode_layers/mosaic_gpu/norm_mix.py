@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layers.mosaic_gpu.projections import padded_rows
 from pallas_kernels.decode_layers.mosaic_gpu.rows import if_active, update_in_place
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.hopper import Target
 
 THREADS = 128
 
@@ -38,7 +38,7 @@ class NormWeights(NamedTuple):
 
 
 def norm_mix(
-    plan: Plan,
+    target: Target,
     layer: jax.Array,
     x: jax.Array,
     parts: jax.Array,
@@ -50,7 +50,7 @@ def norm_mix(
     """The kernel.
 
     Args:
-      plan: how it is compiled.
+      target: what it is compiled for.
       layer: `[1]` int32, which of the stacked weights and states.
       x: `[B, C]`, the residual stream; C is a multiple of 256.
       parts: `[splits, padded rows, C]` float32, what is to be added to it.
@@ -105,7 +105,7 @@ def norm_mix(
             gmem[row] = (_wide(token) + difference * _wide(mix)).astype(dtype)
 
     rows = padded_rows(B)
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="norm_mix",
         out_type=(

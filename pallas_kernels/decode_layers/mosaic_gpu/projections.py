@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
+from pallas_kernels.hopper import TILE, Target
 
 MAX_ROWS = 128
 """Rows of activations that a block of the grid works on at most."""
@@ -69,20 +68,20 @@ def padded_rows(rows: int) -> int:
     return blocks * each
 
 
-def splits_of(plan: Plan, inner: int, columns: int) -> int:
+def splits_of(target: Target, inner: int, columns: int) -> int:
     """How many parts the inner axis is split into, so that most multiprocessors have one."""
     steps = inner // TILE
-    wanted = max(1, plan.multiprocessors // (columns // TILE))
+    wanted = max(1, target.multiprocessors // (columns // TILE))
     return max(n for n in range(1, min(wanted, steps) + 1) if steps % n == 0)
 
 
 def projections(
-    plan: Plan, layer: jax.Array, products: Sequence[Product], rows: int
+    target: Target, layer: jax.Array, products: Sequence[Product], rows: int
 ) -> list[jax.Array]:
     """All products, in one kernel: each `[padded rows, columns]`, in the dtype of x.
 
     Args:
-      plan: how it is compiled.
+      target: what it is compiled for.
       layer: `[1]` int32, which of the stacked weights.
       products: to compute.
       rows: number of rows that matter.
@@ -91,37 +90,37 @@ def projections(
     results = [
         jax.ShapeDtypeStruct((1, padded_rows(rows), p.weights.shape[-1]), dtype) for p in products
     ]
-    return [y[0] for y in _project(plan, layer, products, rows, results)]
+    return [y[0] for y in _project(target, layer, products, rows, results)]
 
 
-def split_projection(plan: Plan, layer: jax.Array, product: Product, rows: int) -> jax.Array:
+def split_projection(target: Target, layer: jax.Array, product: Product, rows: int) -> jax.Array:
     """Parts `[splits, padded rows, columns]` float32, whose sum is the product.
 
     Args:
-      plan: how it is compiled.
+      target: what it is compiled for.
       layer: `[1]` int32, which of the stacked weights.
       product: without an activation.
       rows: number of rows that matter.
     """
-    results = [_parts_like(plan, product.weights, rows)]
-    (parts,) = _project(plan, layer, [product], rows, results)
+    results = [_parts_like(target, product.weights, rows)]
+    (parts,) = _project(target, layer, [product], rows, results)
     return parts
 
 
-def empty_parts(plan: Plan, weights: jax.Array, rows: int) -> jax.Array:
+def empty_parts(target: Target, weights: jax.Array, rows: int) -> jax.Array:
     """Zeros like what `split_projection` gives for these weights."""
-    like = _parts_like(plan, weights, rows)
+    like = _parts_like(target, weights, rows)
     return jnp.zeros(like.shape, like.dtype)
 
 
-def _parts_like(plan: Plan, weights: jax.Array, rows: int) -> jax.ShapeDtypeStruct:
+def _parts_like(target: Target, weights: jax.Array, rows: int) -> jax.ShapeDtypeStruct:
     _, inner, columns = weights.shape
-    shape = (splits_of(plan, inner, columns), padded_rows(rows), columns)
+    shape = (splits_of(target, inner, columns), padded_rows(rows), columns)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _project(
-    plan: Plan,
+    target: Target,
     layer: jax.Array,
     products: Sequence[Product],
     rows: int,
@@ -202,7 +201,7 @@ def _project(
 
             first = end
 
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="projections",
         out_type=tuple(results),

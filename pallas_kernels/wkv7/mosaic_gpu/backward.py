@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     CONSTANTS_ROWS,
     Plan,
@@ -16,7 +17,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     state_tile_of,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     entered_state_backward,
     grid_place,

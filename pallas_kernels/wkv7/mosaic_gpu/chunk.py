@@ -13,7 +13,7 @@ wrote, gL the sum over the whole chunk.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.arrays import vary_alike
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE, interpretation, keep_triangle
+from pallas_kernels.hopper import TILE, Target
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, keep_triangle
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
     choose,
@@ -46,18 +46,14 @@ MIDDLE = TILE // 2 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Target):
     """How a call is compiled.
 
     Attributes:
       scale: factor on the outputs.
-      multiprocessors: how many the GPU has.
-      interpret: run on a CPU, tensor cores not modelled.
     """
 
     scale: float = 1.0
-    multiprocessors: int = 132
-    interpret: bool = False
 
     def chunks(self, T: int) -> int:
         """Number of chunks in a row of T tokens."""
@@ -74,50 +70,6 @@ class Plan:
         if slots == 0:
             raise NotImplementedError(f"mosaic_gpu needs {tiles + others} tiles of shared memory")
         return slots
-
-    def kernel(
-        self,
-        body: Callable[..., None],
-        *,
-        name: str,
-        out_type: Any,
-        grid: Mapping[str, int],
-        scratch_types: Any,
-        warpgroups: int = 1,
-        reduction_scratch_bytes: int = 0,
-    ) -> Callable[..., Any]:
-        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks.
-
-        Reductions across warps take place in the reduction scratch. All warpgroups of a block would
-        share it, without knowing of each other, so it is for blocks of one.
-        """
-
-        def traced_body(*args: Any, **kwargs: Any) -> None:
-            with interpretation(self.interpret):
-                body(*args, **kwargs)
-
-        traced_body.__name__ = name
-        kernel = plgpu.kernel(
-            traced_body,
-            out_type=out_type,
-            scratch_types=scratch_types,
-            grid=tuple(grid.values())[::-1],
-            grid_names=tuple(grid)[::-1],
-            num_threads=warpgroups,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True,
-                reduction_scratch_bytes=reduction_scratch_bytes,
-            ),
-            interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
-        )
-
-        def call(*operands: jax.Array) -> Any:
-            results = kernel(*operands)
-            _, results = vary_alike(operands, results)  # inside of shard_map
-            return results
-
-        return call
 
 
 def chunk_of(gmem: Any, row: Any, chunk: Any, head: Any, block: Any) -> Any:

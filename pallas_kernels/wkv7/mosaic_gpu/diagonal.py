@@ -16,11 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.hopper import is_interpreted
 from pallas_kernels.wkv7.mosaic_gpu.registers import (
     LAYOUT,
     TILE16,
     integer,
-    is_interpreted,
     like,
     narrow_to_bits,
     thread_index,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     CONSTANTS_ROWS,
     Plan,
@@ -18,7 +19,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     state_tile_of,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     divide,
     entering_state,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     CONSTANTS_ROWS,
     Plan,
@@ -15,7 +16,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     load_masks,
 )
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE, narrow, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     halves_of,
     load32,

@@ -10,11 +10,11 @@ kernels share.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hopper import TILE, hopper_gpu
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
 from pallas_kernels.wkv7.common import prepare
@@ -23,7 +23,6 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.gradients import input_gradients
 from pallas_kernels.wkv7.mosaic_gpu.inverse import inverses
 from pallas_kernels.wkv7.mosaic_gpu.pieces import outputs_in_pieces
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.segments import align_segments, aligned_length
 
 MIN_LOG_DECAY = -1.0
@@ -183,17 +182,6 @@ def wkv7_mosaic_gpu(
     return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
 
 
-def hopper_gpu() -> Any:
-    """The first device, if it can run the kernels; raises NotImplementedError otherwise."""
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"mosaic_gpu needs a GPU, got {jax.default_backend()=}")
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        raise NotImplementedError(f"mosaic_gpu needs compute capability 9.0, got {capability}")
-    return device
-
-
 def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:
     """Raises NotImplementedError for calls that the kernels do not serve on any device."""
     if k.dtype not in (jnp.bfloat16, jnp.float16):
@@ -207,4 +195,4 @@ def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> N
         )
 
 
-__all__ = ["check_served", "hopper_gpu", "wkv7_in_chunks", "wkv7_mosaic_gpu"]
+__all__ = ["check_served", "wkv7_in_chunks", "wkv7_mosaic_gpu"]

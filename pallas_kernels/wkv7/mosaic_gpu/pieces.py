@@ -14,9 +14,9 @@ That is twice the work in a fraction of the time.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.forward import outputs, transitions
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 
 _MOST = 8
 """Each piece adds a step to the chain of states."""

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import LOG2E, Plan
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.mosaic_gpu.state import Place
 from pallas_kernels.wkv7.mosaic_gpu.tiles import choose
 

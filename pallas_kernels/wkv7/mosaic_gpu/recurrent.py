@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arrays import vary_alike
+from pallas_kernels.hopper import TILE, hopper_gpu
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.operator import hopper_gpu
 from pallas_kernels.wkv7.mosaic_gpu.recurrence import KEEP, PADDING, ZERO, Codes, Form
 from pallas_kernels.wkv7.mosaic_gpu.recurrent_backward import recurrent_gradients
 from pallas_kernels.wkv7.mosaic_gpu.recurrent_forward import recurrent_outputs
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 
 MAX_K = 128
 """Registers and shared memory have room for states of so many keys by 64 values."""

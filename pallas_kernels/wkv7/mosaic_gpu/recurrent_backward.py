@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     CHECKPOINT,
     KEEP,
@@ -32,7 +33,6 @@ from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     unless_padding,
     update,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.mosaic_gpu.state import grid_place
 from pallas_kernels.wkv7.mosaic_gpu.tiles import choose
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     CHECKPOINT,
     KEEP,
@@ -20,7 +21,6 @@ from pallas_kernels.wkv7.mosaic_gpu.recurrence import (
     unless_padding,
     update,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import TILE
 from pallas_kernels.wkv7.mosaic_gpu.state import grid_place
 
 

@@ -4,10 +4,8 @@ LLVM converts and masks numbers of 16 bits one by one, though a register holds t
 row. The interpreter does not know PTX; for it each function has an equal computation.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,31 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-TILE = 64
-"""Rows and columns of a tile; also the number of tokens in a chunk."""
+from pallas_kernels.hopper import TILE, is_interpreted
 
 LAYOUT = plgpu.Layout.WGMMA
 
 TILE16 = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=LAYOUT)
 TILE32 = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.float32, layout=LAYOUT)
 """Types of tiles in registers."""
-
-_interpreted = contextvars.ContextVar("interpreted", default=False)
-
-
-@contextlib.contextmanager
-def interpretation(on: bool) -> Iterator[None]:
-    """Whether a kernel that is traced meanwhile is for the interpreter, which runs it on a CPU."""
-    token = _interpreted.set(on)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
-
-
-def is_interpreted() -> bool:
-    """Whether the kernel being traced is for the interpreter."""
-    return _interpreted.get()
 
 
 def widen(x: jax.Array) -> jax.Array:

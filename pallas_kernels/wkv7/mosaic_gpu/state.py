@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE
+from pallas_kernels.hopper import TILE
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT
 from pallas_kernels.wkv7.mosaic_gpu.tiles import choose, load
 
 type State = tuple[jax.Array, ...]

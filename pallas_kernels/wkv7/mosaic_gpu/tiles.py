@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TILE, is_interpreted, narrow, widen
+from pallas_kernels.hopper import TILE, is_interpreted
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, narrow, widen
 
 ROWS = LAYOUT.reduce(1)
 """Layout of a vector with one entry for each row of a tile."""

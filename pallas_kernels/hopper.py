@@ -1,0 +1,102 @@
+"""How kernels in Pallas for Mosaic GPU are compiled: for Hopper GPUs, or for an interpreter."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.arrays import vary_alike
+
+TILE = 64
+"""Rows and columns of the tiles that kernels work on; tensor cores take so many rows at a time."""
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+def hopper_gpu() -> Any:
+    """The first device, if it can run the kernels; raises NotImplementedError otherwise."""
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"mosaic_gpu needs a GPU, got {jax.default_backend()=}")
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        raise NotImplementedError(f"mosaic_gpu needs compute capability 9.0, got {capability}")
+    return device
+
+
+def is_interpreted() -> bool:
+    """Whether the kernel being traced is for the interpreter."""
+    return _interpreted.get()
+
+
+@contextlib.contextmanager
+def _interpretation(on: bool) -> Iterator[None]:
+    token = _interpreted.set(on)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for.
+
+    Attributes:
+      multiprocessors: how many the GPU has.
+      interpret: run on a CPU, tensor cores not modelled.
+    """
+
+    multiprocessors: int = 132
+    interpret: bool = False
+
+    def kernel(
+        self,
+        body: Callable[..., None],
+        *,
+        name: str,
+        out_type: Any,
+        grid: Mapping[str, int],
+        scratch_types: Any,
+        warpgroups: int = 1,
+        reduction_scratch_bytes: int = 0,
+    ) -> Callable[..., Any]:
+        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks.
+
+        Reductions across warps take place in the reduction scratch. All warpgroups of a block would
+        share it, without knowing of each other, so it is for blocks of one.
+        """
+
+        def traced_body(*args: Any, **kwargs: Any) -> None:
+            with _interpretation(self.interpret):
+                body(*args, **kwargs)
+
+        traced_body.__name__ = name
+        kernel = plgpu.kernel(
+            traced_body,
+            out_type=out_type,
+            scratch_types=scratch_types,
+            grid=tuple(grid.values())[::-1],
+            grid_names=tuple(grid)[::-1],
+            num_threads=warpgroups,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                reduction_scratch_bytes=reduction_scratch_bytes,
+            ),
+            interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
+        )
+
+        def call(*operands: jax.Array) -> Any:
+            results = kernel(*operands)
+            _, results = vary_alike(operands, results)  # inside of shard_map
+            return results
+
+        return call
+
+
+__all__ = ["TILE", "Target", "hopper_gpu", "is_interpreted"]
