@@ -1,5 +1,6 @@
 """Kernel 2 of 4: outputs and states, in one walk over the chunks of each row and head."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
 from pallas_kernels.wkv7.mosaic_gpu.state import (
+    Place,
     divide,
     entering_state,
     leaving_state,
@@ -40,6 +42,63 @@ from pallas_kernels.wkv7.mosaic_gpu.tiles import (
 from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
 _DECAY, _SOLVE, _CARRY, _OUTPUT = range(4)  # the warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walks:
+    """The walks of a block of the grid: every `workers`-th of all, one after another.
+
+    Attributes:
+      block: which one it is.
+      workers: how many there are.
+      count: of the walks of all blocks.
+      heads: number of heads.
+      parts: blocks of values, or of what else a state has rows of.
+      pieces: into how many a row's chunks are divided.
+      walked_pieces: in how many of them there are walks.
+      chunks: of a row.
+      slots: in shared memory.
+    """
+
+    block: jax.Array
+    workers: int
+    count: int
+    heads: int
+    parts: int
+    pieces: int
+    walked_pieces: int
+    chunks: int
+    slots: int
+
+    def own(self) -> jax.Array:
+        """How many are this block's."""
+        return jax.lax.div(self.count - 1 - self.block, jnp.int32(self.workers)) + 1
+
+    def place(self, walk: jax.Array) -> tuple[Place, jax.Array]:
+        """Where one of them takes place, and in which piece of the row."""
+        index = self.block + walk * self.workers
+        (row, head, part), piece = place_in(index, self.heads, self.parts), jnp.int32(0)
+        if self.walked_pieces > 1:
+            row, piece = divide(row, self.walked_pieces)
+        return (row, head, part), piece
+
+    def first_chunk(self, piece: jax.Array) -> jax.Array:
+        """With which chunk of the row a piece begins."""
+        return divide(piece * self.chunks, self.pieces)[0] if self.pieces > 1 else jnp.int32(0)
+
+    def length(self, piece: jax.Array) -> jax.Array | int:
+        """How many chunks a piece has."""
+        if self.pieces == 1:
+            return self.chunks
+        return self.first_chunk(piece + 1) - self.first_chunk(piece)
+
+    def steps(self, own: jax.Array) -> jax.Array | int:
+        """The chunks of all walks of this block; if there are pieces, it has one walk."""
+        return own * self.chunks if self.pieces == 1 else self.length(self.place(jnp.int32(0))[1])
+
+    def slot(self, walk: jax.Array, i: jax.Array) -> jax.Array:
+        """Where the i-th chunk of a walk lies in shared memory."""
+        return jax.lax.rem(walk * self.chunks + i, jnp.int32(self.slots))
 
 
 def outputs(
@@ -147,10 +206,10 @@ def _walk(
     states = (B, 1, H, V, K) if initial_state is None else initial_state.shape
     walked_pieces = 1 if transfers else states[1]
     parts = states[-2] // TILE
-    walks = B * walked_pieces * H * parts
-    workers = min(plan.multiprocessors, walks)
-    if pieces > 1 and (workers < walks or transfers):
-        raise ValueError(f"{walks} walks through {pieces} pieces need as many multiprocessors")
+    count = B * walked_pieces * H * parts
+    workers = min(plan.multiprocessors, count)
+    if pieces > 1 and (workers < count or transfers):
+        raise ValueError(f"{count} walks through {pieces} pieces need as many multiprocessors")
     zeros = () if outputs else (jnp.zeros((TILE, TILE), jnp.bfloat16),)
 
     def body(
@@ -164,29 +223,14 @@ def _walk(
         zeros_gmem, rest = rest[: len(zeros)], rest[len(zeros) :]
         final_gmem, *outputs_gmem = rest
         warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        own_walks = jax.lax.div(walks - 1 - block, jnp.int32(workers)) + 1
-
-        def place_of(walk):
-            (row, head, part), piece = place_in(block + walk * workers, H, parts), jnp.int32(0)
-            if walked_pieces > 1:
-                row, piece = divide(row, walked_pieces)
-            return (row, head, part), piece
-
-        def first_chunk(piece):
-            return divide(piece * chunks, pieces)[0] if pieces > 1 else jnp.int32(0)
-
-        def length_of(piece):
-            return first_chunk(piece + 1) - first_chunk(piece) if pieces > 1 else chunks
-
-        def slot_of(walk, i):  # of the i-th chunk of a walk
-            return jax.lax.rem(walk * chunks + i, jnp.int32(slots))
-
-        steps = own_walks * chunks if pieces == 1 else length_of(place_of(jnp.int32(0))[1])
+        walks = _Walks(block, workers, count, H, parts, pieces, walked_pieces, chunks, slots)
+        own_walks = walks.own()
+        steps = walks.steps(own_walks)
 
         def fetch(step):
             (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
-            (row, head, part), piece = place_of(walk)
-            chunk = first_chunk(piece) + i
+            (row, head, part), piece = walks.place(walk)
+            chunk = walks.first_chunk(piece) + i
 
             def copy(gmem, smem, barrier):
                 for j in range(blocks):
@@ -226,7 +270,7 @@ def _walk(
             )
 
         def decay(walk, i, _):
-            slot = slot_of(walk, i)
+            slot = walks.slot(walk, i)
             plgpu.barrier_wait(loaded_first.at[slot])
             r, t = tiles_of(slot)
             for j in range(blocks):
@@ -247,18 +291,18 @@ def _walk(
             plgpu.barrier_arrive(decayed.at[slot])
 
         def solve_chunk(walk, i, _):
-            slot, ((row, _, _), piece) = slot_of(walk, i), place_of(walk)
+            slot, ((row, _, _), piece) = walks.slot(walk, i), walks.place(walk)
             plgpu.barrier_wait(decayed_first.at[slot])
             plgpu.barrier_wait(loaded.at[slot])
             _, t = tiles_of(slot)
-            masks = load_masks(bounds_gmem, row, first_chunk(piece) + i)
+            masks = load_masks(bounds_gmem, row, walks.first_chunk(piece) + i)
             selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
             solve(t, t.X, functools.partial(masks.lower, strictly=True), A_smem, selections)
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(walk, i, state):
-            slot, (place, piece) = slot_of(walk, i), place_of(walk)
-            chunk = first_chunk(piece) + i
+            slot, (place, piece) = walks.slot(walk, i), walks.place(walk)
+            chunk = walks.first_chunk(piece) + i
             plgpu.barrier_wait(solved.at[slot])
             plgpu.barrier_wait(decayed.at[slot])
             if transfers:
@@ -275,14 +319,14 @@ def _walk(
             pl.when(step < steps)(lambda: fetch(step))
 
         def release(walk, i, _):
-            plgpu.barrier_wait(carried.at[slot_of(walk, i)])
+            plgpu.barrier_wait(carried.at[walks.slot(walk, i)])
             plgpu.commit_smem()
             fetch_next(walk, i)
 
         def output(walk, i, _):
-            slot, ((row, head, part), piece) = slot_of(walk, i), place_of(walk)
+            slot, ((row, head, part), piece) = walks.slot(walk, i), walks.place(walk)
             o_gmem, *saved_gmem = outputs_gmem
-            chunk = first_chunk(piece) + i
+            chunk = walks.first_chunk(piece) + i
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
@@ -313,7 +357,7 @@ def _walk(
             jax.lax.fori_loop(0, own_walks, lambda walk, _: work(walk), None)
 
         def for_each_chunk(work, walk, carried=None):
-            length = length_of(place_of(walk)[1])
+            length = walks.length(walks.place(walk)[1])
             return jax.lax.fori_loop(0, length, functools.partial(work, walk), carried)
 
         @pl.when(warpgroup == _DECAY)
@@ -328,7 +372,7 @@ def _walk(
         @pl.when(warpgroup == _CARRY)
         def _():
             def work(walk):
-                place, piece = place_of(walk)
+                place, piece = walks.place(walk)
                 if initial_gmem is None:
                     state = zero_state(blocks)
                 else:
