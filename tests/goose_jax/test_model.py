@@ -124,6 +124,7 @@ def test_packed_rows_equal_separate_texts(model, tokens):
     assert_states_close(row_1, end_1, 1e-5)
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_left_padding_changes_nothing(model, tokens):
     padded = jnp.pad(tokens[:, :20], ((0, 0), (12, 0)), constant_values=3)
     ids = jnp.pad(jnp.ones((2, 20), jnp.int32), ((0, 0), (12, 0)))
@@ -172,6 +173,7 @@ def test_every_parameter_is_trained_but_the_first_value_residual(model, tokens):
         assert gradient.any() == (name not in UNTRAINED), name
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_rematerialisation_saves_memory_and_changes_nothing(model, tokens):
     memory, gradients = {}, {}
     for remat in ("none", "dots", "full"):
@@ -218,6 +220,7 @@ def test_gradients_in_bfloat16_of_packed_texts(model):
     assert not any(by_name[name].any() for name in UNTRAINED)
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_other_head_sizes(tokens):
     """The golden weights with four heads of 32 instead of two of 64."""
     config = dataclasses.replace(GOLDEN_CONFIG, head_size=32)

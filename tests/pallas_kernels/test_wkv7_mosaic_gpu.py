@@ -246,10 +246,9 @@ def kernels_for_cuda(function, *arguments) -> int:
         (forward, "packed", 128, 64, jnp.float16, 130),
         (forward, "per segment", 64, 128, jnp.bfloat16, 130),
         (gradient, "plain", 64, 64, jnp.bfloat16, 65536),
-        (gradient, "plain", 128, 128, jnp.float16, 130),
+        (gradient, "packed", 128, 128, jnp.float16, 130),
         (gradient, "packed", 64, 64, jnp.bfloat16, 130),
         (forward, "packed", 64, 128, jnp.bfloat16, 65536),
-        (gradient, "packed", 128, 128, jnp.bfloat16, 130),
         (gradient, "per segment", 128, 64, jnp.float16, 130),
     ],
 )
