@@ -6,9 +6,10 @@
 Weights are random, in bfloat16 and with a vocabulary of 65,536 on a GPU; decoding is greedy. All
 goes through `generate` and `prefill` as a user calls them. The time of a token is the difference
 between generating many and few tokens, so that reading the prompt is not in it; each is the median
-of rounds, after one that compiles. One row is measured a second time far into a text. The last but
-one column compares with a copy, which reads and writes, the bytes that a token must move: all
-parameters but the embedding, once, and the states, once each way.
+of rounds, after one that compiles. One row is also measured far into a text, in turn with one at
+its beginning. The first token is that of a process that has compiled nothing yet, if there is one
+model. The last but one column compares with a copy, which reads and writes, the bytes that a token
+must move: all parameters but the embedding, once, and the states, once each way.
 """
 
 import dataclasses
@@ -79,14 +80,10 @@ def random_model(config: RWKV7Config) -> RWKV7:
     return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
 
 
-def seconds_of(run: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """The median of rounds, and the first one, which compiles."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:])), seconds[0]
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
 
 
 def bytes_per_token(model: RWKV7, batch_size: int) -> int:
@@ -102,31 +99,47 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
     name = f"{model.config.num_layers} x {model.config.hidden_size}"
     tokens = np.random.default_rng(0)
     prompt = tokens.integers(1, model.config.vocab_size, settings.prompt_length)
-    reading, first = seconds_of(lambda: prefill(model, [prompt]), settings.rounds)
-    rate = settings.prompt_length / reading
+    first = seconds_of(
+        lambda: (
+            generate(
+                model,
+                [prompt],
+                max_new_tokens=1,
+                sampling=GREEDY,
+                block_size=settings.block_size,
+            ).state
+        )
+    )
     print(
-        f"| {name} | prefill | {settings.prompt_length} | {1e3 * reading:.2f} | {rate:,.0f} | "
-        f"| {first:.1f} |",
+        f"| {name} | first token | 1, after {len(prompt):,} tokens | | | | {first:.1f} |",
         flush=True,
+    )
+
+    def read() -> object:
+        return prefill(model, [prompt])
+
+    jax.block_until_ready(read())
+    reading = float(np.median([seconds_of(read) for _ in range(settings.rounds)]))
+    rate = len(prompt) / reading
+    print(
+        f"| {name} | prefill | {len(prompt)} | {1e3 * reading:.2f} | {rate:,.0f} | | |", flush=True
     )
     position = settings.position or (1_000 if on_cpu else 100_000)
     late = prefill(model, [tokens.integers(1, model.config.vocab_size, position)])
 
     for implementation in settings.implementations or ("xla", "mosaic_gpu")[: 1 if on_cpu else 2]:
         for size in settings.batch_sizes:
-            seconds, first = seconds_per_token(settings, model, size, implementation, None)
-            bandwidth = bytes_per_token(model, size) / seconds
-            print(
-                f"| {name} | {implementation} | {size} | {1e3 * seconds:.3f} | "
-                f"{size / seconds:,.0f} | {bandwidth / rate_of_copy:.0%} | {first:.1f} |",
-                flush=True,
-            )
-        seconds, _ = seconds_per_token(settings, model, 1, implementation, late)
-        print(
-            f"| {name} | {implementation} | 1, after {position:,} tokens | {1e3 * seconds:.3f} | "
-            f"{1 / seconds:,.0f} | | |",
-            flush=True,
-        )
+            states = {f"{size}": None}
+            if size == 1:
+                states[f"1, after {position:,} tokens"] = late
+            times, first = seconds_per_token(settings, model, size, implementation, states)
+            for row, seconds in times.items():
+                bandwidth = bytes_per_token(model, size) / seconds
+                print(
+                    f"| {name} | {implementation} | {row} | {1e3 * seconds:.3f} | "
+                    f"{size / seconds:,.0f} | {bandwidth / rate_of_copy:.0%} | {first:.1f} |",
+                    flush=True,
+                )
 
 
 def seconds_per_token(
@@ -134,25 +147,36 @@ def seconds_per_token(
     model: RWKV7,
     batch_size: int,
     implementation: str,
-    state: RWKV7State | None,
-) -> tuple[float, float]:
-    """The time of a token of each row, and that of the first call."""
+    states: dict[str, RWKV7State | None],
+) -> tuple[dict[str, float], float]:
+    """The time of a token of each row, by the state that comes before, and that of the first call.
 
-    def decode(count: int) -> object:
-        return generate(
-            model,
-            [[1, 2, 3]] * batch_size,
-            max_new_tokens=count,
-            sampling=GREEDY,
-            state=state,
-            block_size=settings.block_size,
-            implementation=implementation,
-        ).state
+    The states take turns, so that what else changes in the meantime is not taken for theirs.
+    """
+
+    def seconds(state: RWKV7State | None, count: int) -> float:
+        return seconds_of(
+            lambda: (
+                generate(
+                    model,
+                    [[1, 2, 3]] * batch_size,
+                    max_new_tokens=count,
+                    sampling=GREEDY,
+                    state=state,
+                    block_size=settings.block_size,
+                    implementation=implementation,
+                ).state
+            )
+        )
 
     few, many = settings.new_tokens
-    short, first = seconds_of(functools.partial(decode, few), settings.rounds)
-    long, _ = seconds_of(functools.partial(decode, many), settings.rounds)
-    return (long - short) / (many - few), first
+    first, *_ = [seconds(state, few) for state in states.values()]
+    rounds = [
+        [[seconds(state, count) for count in (few, many)] for state in states.values()]
+        for _ in range(settings.rounds)
+    ]
+    short, long = np.median(rounds, axis=0).T
+    return dict(zip(states, ((long - short) / (many - few)).tolist(), strict=True)), first
 
 
 def main(settings: Settings) -> None:
