@@ -9,7 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import keep_triangle, narrow, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    halves_of,
+    keep_triangle,
+    narrow,
+    store,
+    widen,
+)
 from pallas_kernels.wkv7.mosaic_gpu.tiles import load, tiles_smem
 from tests.helpers import relative_rms
 
@@ -32,8 +38,7 @@ def apply(function, x, count: int, interpret: bool) -> list[np.ndarray]:
     def body(x_gmem, *rest):
         *results_gmem, tile = rest
         for result, gmem in zip(function(load(x_gmem)), results_gmem, strict=True):
-            tile[...] = result
-            plgpu.commit_smem()
+            store((tile, result))
             plgpu.copy_smem_to_gmem(tile, gmem)
             plgpu.wait_smem_to_gmem(0)
 
@@ -52,15 +57,15 @@ def test_conversions_round_to_nearest(interpret):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(TILE, TILE)), jnp.float32)
     x *= 2.0 ** jnp.arange(-40, 24)[None]  # also numbers that tell neighbours from each other
 
-    def halves(x):
+    def halves_by_conversions(x):
         high = narrow(x)
         return high, narrow(x - widen(high))
 
-    high, low = apply(halves, x, 2, interpret)
-    np.testing.assert_array_equal(high, np.asarray(x.astype(jnp.bfloat16), np.float64))
-    np.testing.assert_array_equal(
-        low, np.asarray((x - jnp.asarray(high, jnp.float32)).astype(jnp.bfloat16), np.float64)
-    )
+    high = x.astype(jnp.bfloat16)
+    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    for halves in (halves_of, halves_by_conversions):
+        for half, expected in zip(apply(halves, x, 2, interpret), (high, low), strict=True):
+            np.testing.assert_array_equal(half, np.asarray(expected, np.float64))
 
 
 @on_each_device

@@ -14,10 +14,12 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     constants,
     decays_of_chunk,
     load_masks,
+    since_token,
     state_tile_of,
+    until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     entered_state_backward,
     grid_place,
@@ -25,10 +27,10 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     load_state,
     store_state,
 )
-from pallas_kernels.wkv7.mosaic_gpu.tiles import halves_of, load32, tiles_smem, transposed
+from pallas_kernels.wkv7.mosaic_gpu.tiles import halves_of, load, load32, tiles_smem, transposed
 from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
-_DECAY, _SOLVE, _CARRY, _STORE = range(4)  # the warpgroups
+_CARRY, _STORE = 2, 3  # the warpgroups, after two that prepare
 
 
 def state_gradients(
@@ -44,8 +46,7 @@ def state_gradients(
 
     Four warpgroups; chunks travel through slots of shared memory as in `forward`:
 
-        DECAY:    b^, r^, then a^
-        SOLVE:    X^T b^,  X^T (A_rb^T dO)
+        PREPARE:  b^, r^, a^,  X^T b^,  X^T (A_rb^T dO)
         CARRY:    dW = X^T dU = X^T (A_rb^T dO) + (X^T b^) dS^,
                   dS = (dS^ + r^^T dO + a^^T dW) exp(m), the only chain
         STORE:    dS^ and dW to global memory
@@ -76,7 +77,7 @@ def state_gradients(
         r_gmem, w_gmem, a_gmem, b_gmem, x_gmem, do_gmem, d_final_gmem, constants_gmem, *rest,
         r_smem, w_smem, a_smem, b_smem, x_smem, do_smem, A_smem, low_smem,
         factors_smem, constants_smem,
-        constants_loaded, loaded_first, loaded, decayed_first, decayed, solved, carried,
+        constants_loaded, loaded_first, loaded, solved, carried,
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
@@ -87,23 +88,28 @@ def state_gradients(
         def slot_of(step):
             return jax.lax.rem(step, jnp.int32(slots))
 
+        def loading(step):
+            """The barriers of a slot are two, since a warpgroup that waits must do so each time."""
+            return jax.lax.rem(step, jnp.int32(2 * slots))
+
         def chunk_at(step):
             return chunks - 1 - step
 
         def fetch(step):
             slot, chunk = slot_of(step), chunk_at(step)
+            first, then = (x.at[loading(step)] for x in (loaded_first, loaded))
 
             def copy(gmem, smem, barrier):
                 for j in range(blocks):
                     source = chunk_of(gmem, row, chunk, head, j)
-                    plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier.at[slot])
+                    plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier)
 
             for gmem, smem in ((w_gmem, w_smem), (b_gmem, b_smem), (r_gmem, r_smem)):
-                copy(gmem, smem, loaded_first)
+                copy(gmem, smem, first)
+            copy(a_gmem, a_smem, then)
             X, do = x_gmem.at[row, head, chunk], chunk_of(do_gmem, row, chunk, head, part)
-            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(do, do_smem.at[slot], loaded.at[slot])
-            copy(a_gmem, a_smem, loaded)
+            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], then)
+            plgpu.copy_gmem_to_smem(do, do_smem.at[slot], then)
 
         def tiles_of(slot):
             def at(tiles):
@@ -120,38 +126,30 @@ def state_gradients(
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
 
-        def decay(step, _):
+        def prepare(turn, _):
+            step = 2 * turn + warpgroup
             slot = slot_of(step)
-            plgpu.barrier_wait(loaded_first.at[slot])
             t, masks = tiles_of(slot), load_masks(bounds_gmem, row, chunk_at(step))
+            plgpu.barrier_wait(loaded_first.at[loading(step)])
             for j in range(blocks):
                 b, w, r, a = t.x[j], t.low[j], t.y[j], t.z[j]
-                g, t.after[j][...], t.before[j][...] = decays_of_chunk(w, constants_smem)
-                until_before = before_token(g, w)
-                b[...], w[...] = halves_of(load32(b) * jnp.exp2(-g))
-                r[...] = narrow(load32(r) * (jnp.exp2(g) * plan.scale))
-                if j == blocks - 1:
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(decayed_first.at[slot])
+                of_w, of_b, of_r = load(w), load(b), load(r)
+                g, after, before = decays_of_chunk(w, constants_smem)
+                high, low = halves_of(widen(of_b) * since_token(g))
+                of_r = narrow(widen(of_r) * (until_token(g) * plan.scale))
+                until_before = before_token(g, of_w)
+                store((b, high), (w, low), (r, of_r))
+                t.after[j][...], t.before[j][...] = after, before
                 if j == 0:
-                    plgpu.barrier_wait(loaded.at[slot])
-                a[...] = masks.entered(narrow(load32(a) * until_before))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(decayed.at[slot])
-
-        def solve_chunk(step, _):
-            slot = slot_of(step)
-            plgpu.barrier_wait(decayed_first.at[slot])
-            plgpu.barrier_wait(loaded.at[slot])
-            t, masks = tiles_of(slot), load_masks(bounds_gmem, row, chunk_at(step))
+                    plgpu.barrier_wait(loaded.at[loading(step)])
+                store((a, masks.entered(narrow(load32(a) * until_before))))
             selections = [(masks.leaving, [*t.x, *t.low]), (masks.entered, t.y)] if bounds else []
-            solve(t, transposed(t.X), masks.upper, A_smem, selections)
+            solve(t, transposed(t.X), masks.upper, A_smem.at[warpgroup], selections)
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(step, d_state):
             slot, chunk = slot_of(step), chunk_at(step)
             plgpu.barrier_wait(solved.at[slot])
-            plgpu.barrier_wait(decayed.at[slot])
             if transfers:
                 d_state = left_state_backward(
                     d_state, d_final_gmem, transfers_gmem[1], place, chunk
@@ -165,7 +163,7 @@ def state_gradients(
                 )
             return d_state
 
-        def store(step, _):
+        def write_out(step, _):
             slot, chunk = slot_of(step), chunk_at(step)
             plgpu.barrier_wait(carried.at[slot])
             t = tiles_of(slot)
@@ -177,14 +175,11 @@ def state_gradients(
             plgpu.commit_smem()  # so that the slot has been read before it is written
             pl.when(step + slots < chunks)(lambda: fetch(step + slots))
 
-        @pl.when(warpgroup == _DECAY)
+        @pl.when(warpgroup < _CARRY)
         def _():
             plgpu.barrier_wait(constants_loaded)
-            jax.lax.fori_loop(0, chunks, decay, None)
-
-        @pl.when(warpgroup == _SOLVE)
-        def _():
-            jax.lax.fori_loop(0, chunks, solve_chunk, None)
+            turns = jax.lax.div(chunks + 1 - warpgroup, jnp.int32(2))
+            jax.lax.fori_loop(0, turns, prepare, None)
 
         @pl.when(warpgroup == _CARRY)
         def _():
@@ -200,7 +195,7 @@ def state_gradients(
             plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
             for step in range(min(slots, chunks)):
                 fetch(jnp.int32(step))
-            jax.lax.fori_loop(0, chunks, store, None)
+            jax.lax.fori_loop(0, chunks, write_out, None)
             plgpu.wait_smem_to_gmem(0)
 
     types = (
@@ -219,15 +214,13 @@ def state_gradients(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "rwab"},
             x_smem=tiles_smem(slots),
             do_smem=tiles_smem(slots),
-            A_smem=[tiles_smem()] * 2,
+            A_smem=tiles_smem(2),
             low_smem=[tiles_smem()] * blocks,
             factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
             constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
             constants_loaded=plgpu.Barrier(),
-            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
-            loaded=plgpu.Barrier(num_arrivals=blocks + 2, num_barriers=slots),
-            decayed_first=barrier,
-            decayed=barrier,
+            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=2 * slots),
+            loaded=plgpu.Barrier(num_arrivals=blocks + 2, num_barriers=2 * slots),
             solved=barrier,
             carried=barrier,
         ),

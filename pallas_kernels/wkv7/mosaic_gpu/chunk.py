@@ -23,13 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE, Target
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, keep_triangle
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, keep_triangle, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
     choose,
     keep,
     load,
-    load32,
     load_rows,
     products,
     row_and_column,
@@ -99,18 +98,28 @@ def constants() -> np.ndarray:
 
 
 def decays_from_middle(w: Any, prefix_sums: Any) -> jax.Array:
-    """`(g - m) log2(e)` of a tile of log decays; prefix_sums is the upper part of `constants`."""
+    """`g - m` of a tile of log decays; prefix_sums is the upper part of `constants`."""
     (g,) = products([(prefix_sums, w)])
-    return g * LOG2E
+    return g
 
 
-def before_token(g: jax.Array, w: Any) -> jax.Array:
-    """The decay up to a token without its own, of `decays_from_middle`: what goes with a."""
-    return jnp.exp2(g - load32(w) * LOG2E)
+def until_token(g: jax.Array) -> jax.Array:
+    """The decay up to a token and with its own, of `decays_from_middle`: what goes with r."""
+    return jnp.exp2(g * LOG2E)
+
+
+def before_token(g: jax.Array, w: jax.Array) -> jax.Array:
+    """The same without the token's own, for log decays w in registers: what goes with a."""
+    return jnp.exp2((g - widen(w)) * LOG2E)
+
+
+def since_token(g: jax.Array) -> jax.Array:
+    """The reverse of `until_token`: what goes with k and b."""
+    return jnp.exp2(g * -LOG2E)
 
 
 def decays_of_chunk(w: Any, constants_smem: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(g - m) log2(e)`, and vectors over channels: `exp(m)` and `exp(gL - m)`."""
+    """`g - m`, and vectors over channels: `exp(m)` and `exp(gL - m)`."""
     g, sums = products(
         [(constants_smem.at[:TILE], w)],
         [(transposed(w), transposed(constants_smem.at[TILE:]))],  # [channels, 8]
@@ -118,7 +127,7 @@ def decays_of_chunk(w: Any, constants_smem: Any) -> tuple[jax.Array, jax.Array, 
     column = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=LAYOUT)
     first = jnp.max(jnp.where(column < 4, sums, -jnp.inf), axis=1)
     second = jnp.max(jnp.where(column >= 4, sums, -jnp.inf), axis=1)
-    return g * LOG2E, jnp.exp2(first * LOG2E), jnp.exp2(second * LOG2E)
+    return g, jnp.exp2(first * LOG2E), jnp.exp2(second * LOG2E)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     constants,
     decays_of_chunk,
     load_masks,
+    since_token,
     state_tile_of,
+    until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     Place,
     divide,
@@ -41,7 +43,7 @@ from pallas_kernels.wkv7.mosaic_gpu.tiles import (
 )
 from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
-_DECAY, _SOLVE, _CARRY, _OUTPUT = range(4)  # the warpgroups
+_CARRY, _OUTPUT = 2, 3  # the warpgroups, after two that prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +117,15 @@ def outputs(
     """Outputs, final states, and what the backward needs of the walk.
 
     A walk is over the chunks of one row, head and block of values; there is one block of the grid
-    for each multiprocessor, which makes one walk after another without a pause between them. Its
-    four warpgroups work on the chunks in turn, which lie in slots of shared memory:
+    for each multiprocessor, which makes one walk after another without a pause between them. Of its
+    four warpgroups two prepare chunks in turn, the others do the rest for all of them. Chunks lie
+    in slots of shared memory:
 
-        global memory -> DECAY -(a, k)-> SOLVE -> CARRY -> OUTPUT -> global memory
-              ^            +---(b, r)-------------^--------^  |
-              +-------------- the slot is free again ---------+
+        global memory -> PREPARE -> CARRY -> OUTPUT -> global memory
+              ^           +------(r, k, b)----^  |
+              +------ the slot is free again ----+
 
-        DECAY:    a^, k^, then b^, r^
-        SOLVE:    W1 = X a^,  U0 = X (A_ak V)
+        PREPARE:  a^, k^, b^, r^;  W1 = X a^,  U0 = X (A_ak V)
         CARRY:    U = U0 + W1 S^,  S' = (S^ + k^^T V + b^^T U) exp(gL - m), the only chain
         OUTPUT:   A_rk V, A_rb meanwhile; o = r^ S^ + A_rk V + A_rb U
 
@@ -216,7 +218,7 @@ def _walk(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, constants_gmem, *rest,
         r_smem, w_smem, k_smem, v_smem, a_smem, b_smem, x_smem, A_smem, low_smem, leaving_smem,
         o_smem, factors_smem, constants_smem,
-        constants_loaded, loaded_first, loaded, decayed_first, decayed, solved, carried,
+        constants_loaded, loaded_first, loaded, decayed, solved, carried,
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
@@ -227,32 +229,35 @@ def _walk(
         own_walks = walks.own()
         steps = walks.steps(own_walks)
 
+        def loading(step):
+            """The barriers of a slot are two, since a warpgroup that waits must do so each time."""
+            return jax.lax.rem(step, jnp.int32(2 * slots))
+
         def fetch(step):
             (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
             (row, head, part), piece = walks.place(walk)
             chunk = walks.first_chunk(piece) + i
+            first, then = (x.at[loading(step)] for x in (loaded_first, loaded))
 
             def copy(gmem, smem, barrier):
                 for j in range(blocks):
                     source = chunk_of(gmem, row, chunk, head, j)
-                    plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier.at[slot])
-
-            for gmem, smem in ((w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem)):
-                copy(gmem, smem, loaded_first)
-            X = x_gmem.at[row, head, chunk]
-            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier)
 
             def copy_values(source):
-                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], then)
 
+            for gmem, smem in ((w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem)):
+                copy(gmem, smem, first)
+            copy(b_gmem, b_smem, then)
             if outputs:
+                copy(r_gmem, r_smem, then)
                 copy_values(chunk_of(v_gmem, row, chunk, head, part))
-                copy(r_gmem, r_smem, loaded)
             else:
                 own = part < V // TILE
                 pl.when(own)(lambda: copy_values(chunk_of(v_gmem, row, chunk, head, part)))
                 pl.when(~own)(lambda: copy_values(zeros_gmem[0]))
-            copy(b_gmem, b_smem, loaded)
+            plgpu.copy_gmem_to_smem(x_gmem.at[row, head, chunk], x_smem.at[slot], then)
 
         def tiles_of(slot):
             def at(tiles):
@@ -269,42 +274,39 @@ def _walk(
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
 
-        def decay(walk, i, _):
-            slot = walks.slot(walk, i)
-            plgpu.barrier_wait(loaded_first.at[slot])
+        def prepare(turn, _):
+            step = 2 * turn + warpgroup
+            (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
+            (row, _, _), piece = walks.place(walk)
+            masks = load_masks(bounds_gmem, row, walks.first_chunk(piece) + i)
             r, t = tiles_of(slot)
+            plgpu.barrier_wait(loaded_first.at[loading(step)])
             for j in range(blocks):
                 a, w, k, b = t.x[j], t.low[j], t.y[j], t.z[j]
-                g, t.before[j][...], t.after[j][...] = decays_of_chunk(w, constants_smem)
-                a[...], w[...] = halves_of(load32(a) * before_token(g, w))
-                from_token = jnp.exp2(-g)
-                k[...] = narrow(load32(k) * from_token)
-                if j == blocks - 1:
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(decayed_first.at[slot])
+                of_w, of_a, of_k = load(w), load(a), load(k)
+                g, before, after = decays_of_chunk(w, constants_smem)
+                high, low = halves_of(widen(of_a) * before_token(g, of_w))
+                since = since_token(g)
+                of_k = narrow(widen(of_k) * since)
+                store((a, high), (w, low), (k, of_k))
+                t.before[j][...], t.after[j][...] = before, after
                 if j == 0:
-                    plgpu.barrier_wait(loaded.at[slot])
-                b[...] = narrow(load32(b) * from_token)
+                    plgpu.barrier_wait(loaded.at[loading(step)])
+                values = [(b, narrow(load32(b) * since))]
                 if outputs:
-                    r[j][...] = narrow(load32(r[j]) * (jnp.exp2(g) * plan.scale))
-            plgpu.commit_smem()
+                    of_r = load32(r[j]) * (until_token(g) * plan.scale)
+                    values.append((r[j], narrow(of_r)))
+                store(*values)
             plgpu.barrier_arrive(decayed.at[slot])
-
-        def solve_chunk(walk, i, _):
-            slot, ((row, _, _), piece) = walks.slot(walk, i), walks.place(walk)
-            plgpu.barrier_wait(decayed_first.at[slot])
-            plgpu.barrier_wait(loaded.at[slot])
-            _, t = tiles_of(slot)
-            masks = load_masks(bounds_gmem, row, walks.first_chunk(piece) + i)
+            lower = functools.partial(masks.lower, strictly=True)
             selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
-            solve(t, t.X, functools.partial(masks.lower, strictly=True), A_smem, selections)
+            solve(t, load(t.X), lower, A_smem.at[warpgroup], selections)
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(walk, i, state):
             slot, (place, piece) = walks.slot(walk, i), walks.place(walk)
             chunk = walks.first_chunk(piece) + i
             plgpu.barrier_wait(solved.at[slot])
-            plgpu.barrier_wait(decayed.at[slot])
             if transfers:
                 state = entering_state(state, initial_gmem, transfers_gmem[0], place, chunk)
             masks = load_masks(bounds_gmem, place[0], chunk)
@@ -330,6 +332,7 @@ def _walk(
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
+            r = [load(x) for x in r]
             A_rk, A_rb = products(
                 [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
                 [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
@@ -337,7 +340,7 @@ def _walk(
             A_rk, A_rb = masks.lower(narrow(A_rk), narrow(A_rb))
             (o,) = products([(A_rk, t.Y)])
             plgpu.barrier_wait(carried.at[slot])
-            reads = [masks.entered(load(x)) if bounds else x for x in r]
+            reads = [masks.entered(x) for x in r]
             of_state = [(x, transposed(s)) for x, s in zip(reads, t.low, strict=True)]
             if save:
                 entries_gmem, u_gmem = saved_gmem
@@ -349,8 +352,7 @@ def _walk(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # so that the slot has been read before it is written
             fetch_next(walk, i)
-            o_smem[...] = narrow(o)
-            plgpu.commit_smem()
+            store((o_smem, narrow(o)))
             plgpu.copy_smem_to_gmem(o_smem, chunk_of(o_gmem, row, chunk, head, part))
 
         def for_each_walk(work):
@@ -360,14 +362,11 @@ def _walk(
             length = walks.length(walks.place(walk)[1])
             return jax.lax.fori_loop(0, length, functools.partial(work, walk), carried)
 
-        @pl.when(warpgroup == _DECAY)
+        @pl.when(warpgroup < _CARRY)
         def _():
             plgpu.barrier_wait(constants_loaded)
-            for_each_walk(functools.partial(for_each_chunk, decay))
-
-        @pl.when(warpgroup == _SOLVE)
-        def _():
-            for_each_walk(functools.partial(for_each_chunk, solve_chunk))
+            turns = jax.lax.div(steps + 1 - warpgroup, jnp.int32(2))
+            jax.lax.fori_loop(0, turns, prepare, None)
 
         @pl.when(warpgroup == _CARRY)
         def _():
@@ -409,16 +408,15 @@ def _walk(
             r_smem=[tiles_smem(slots)] * blocks if outputs else [],
             v_smem=tiles_smem(slots),
             x_smem=tiles_smem(slots),
-            A_smem=[tiles_smem()] * 2,
+            A_smem=tiles_smem(2),
             low_smem=[tiles_smem()] * blocks,
             leaving_smem=tiles_smem() if bounds else None,
             o_smem=tiles_smem() if outputs else None,
             factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
             constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
             constants_loaded=plgpu.Barrier(),
-            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
-            loaded=plgpu.Barrier(num_arrivals=(1 + outputs) * blocks + 2, num_barriers=slots),
-            decayed_first=barrier,
+            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=2 * slots),
+            loaded=plgpu.Barrier(num_arrivals=(1 + outputs) * blocks + 2, num_barriers=2 * slots),
             decayed=barrier,
             solved=barrier,
             carried=barrier,

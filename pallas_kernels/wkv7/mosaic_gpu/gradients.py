@@ -16,10 +16,12 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     constants,
     decays_from_middle,
     load_masks,
+    since_token,
     state_tile_of,
+    until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     load,
     load32,
@@ -146,8 +148,7 @@ def input_gradients(
         def write(smem, gradient, gmem):
             """Writes a tile to global memory through one of two, in turn."""
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            smem[...] = narrow(gradient)
-            plgpu.commit_smem()
+            store((smem, narrow(gradient)))
             plgpu.copy_smem_to_gmem(smem, gmem)
 
         def sums(mask, terms, start):
@@ -171,9 +172,8 @@ def input_gradients(
             slot, t = slot_of(step), tiles_at(step)
             plgpu.barrier_wait(inputs_loaded.at[slot])
             g = decays_from_middle(t.w, constants_smem)
-            t.r[...] = narrow(load32(t.r) * (jnp.exp2(g) * plan.scale))
-            t.a[...] = narrow(load32(t.a) * before_token(g, t.w))
-            plgpu.commit_smem()
+            of_r = narrow(load32(t.r) * (until_token(g) * plan.scale))
+            store((t.r, of_r), (t.a, narrow(load32(t.a) * before_token(g, load(t.w)))))
             plgpu.barrier_arrive(decayed)
 
             t = tiles_at(step)
@@ -190,8 +190,8 @@ def input_gradients(
 
             t = tiles_at(step)
             g = decays_from_middle(t.w, constants_smem)  # registers are too few to keep it
-            write(t.rows, dr * (jnp.exp2(g) * plan.scale), of_input(dr_gmem))
-            write(rows_smem, da * before_token(g, t.w), of_input(da_gmem))
+            write(t.rows, dr * (until_token(g) * plan.scale), of_input(dr_gmem))
+            write(rows_smem, da * before_token(g, load(t.w)), of_input(da_gmem))
             exclusive = load32(t.a) * da
             inclusive = load32(t.r) * dr + exclusive
 
@@ -199,8 +199,7 @@ def input_gradients(
             state, V, U = masks().passing(load32(t.s)), t.v, t.u
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             if bounds:
-                t.rows[...], t.s[...] = masks().leaving(load(V)), masks().leaving(load(U))
-                plgpu.commit_smem()
+                store((t.rows, masks().leaving(load(V))), (t.s, masks().leaving(load(U))))
                 V, U = t.rows, t.s
             (state,) = products([(transposed(V), t.k), (transposed(U), t.b)], start=[state])
             of_state = state * load32(t.ds)
@@ -213,10 +212,9 @@ def input_gradients(
         def decay_columns(step):
             t = tiles_at(step)
             plgpu.barrier_wait(inputs_loaded.at[slot_of(step)])
-            from_token = jnp.exp2(-decays_from_middle(t.w, constants_smem))
-            t.k[...] = narrow(load32(t.k) * from_token)
-            t.b[...] = narrow(load32(t.b) * from_token)
-            plgpu.commit_smem()
+            since = since_token(decays_from_middle(t.w, constants_smem))
+            k, b = (narrow(load32(x) * since) for x in (t.k, t.b))
+            store((t.k, k), (t.b, b))
             plgpu.barrier_arrive(decayed)
 
         def columns(step, _):
@@ -236,9 +234,9 @@ def input_gradients(
             )
 
             t = tiles_at(step)
-            from_token = jnp.exp2(-decays_from_middle(t.w, constants_smem))
-            write(columns_smem.at[0], dk * from_token, of_input(dk_gmem))
-            write(columns_smem.at[1], db * from_token, of_input(db_gmem))
+            since = since_token(decays_from_middle(t.w, constants_smem))
+            write(columns_smem.at[0], dk * since, of_input(dk_gmem))
+            write(columns_smem.at[1], db * since, of_input(db_gmem))
             inclusive = load32(t.k) * dk + load32(t.b) * db
 
             t = tiles_at(step)

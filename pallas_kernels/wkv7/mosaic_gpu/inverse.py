@@ -14,14 +14,17 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     constants,
     decays_from_middle,
     load_masks,
+    since_token,
 )
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     halves_of,
+    load,
     load32,
     products,
     row_and_column,
+    split,
     tiles_smem,
     transposed,
 )
@@ -93,10 +96,10 @@ def inverses(
             w, a, b = ([tile.at[slot] for tile in x] for x in (w_smem, a_smem, b_smem))
             a_halves, b_high, b_low = [], b, w
             for j in range(blocks):
+                of_w, of_a, of_b = load(w[j]), load32(a[j]), load32(b[j])
                 g = decays_from_middle(w[j], constants_smem.at[:TILE])
-                a_halves.append(halves_of(load32(a[j]) * before_token(g, w[j])))
-                b_high[j][...], b_low[j][...] = halves_of(load32(b[j]) * jnp.exp2(-g))
-            plgpu.commit_smem()
+                a_halves.append(halves_of(of_a * before_token(g, of_w)))
+                split(of_b * since_token(g), b_high[j], b_low[j])
             (A,) = products(
                 [
                     (x, transposed(y[j]))
@@ -109,23 +112,19 @@ def inverses(
 
             first, second, X_smem = w[0], a[0], b[0]
             D, N = invert_diagonal(A_high)
-            first[...], second[...], X_smem[...] = D, A_high, N
-            plgpu.commit_smem()
+            store((first, D), (second, A_high), (X_smem, N))
             N2, Y = products([(N, X_smem)], [(N, first)], start=[None, widen(D)])
-            first[...], X_smem[...] = A_low, narrow(Y)
-            plgpu.commit_smem()
+            store((first, A_low), (X_smem, narrow(Y)))
             (X,) = products([(narrow(N2), X_smem)], start=[Y])
             X = narrow(X)
-            X_smem[...] = X
-            plgpu.commit_smem()
+            store((X_smem, X))
             row, column = row_and_column()
             of_identity = jnp.where(row == column, 1.0, 0.0) - widen(X)
             (error,) = products([(X, second), (X, first)], start=[of_identity])
             (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
             rounding = narrow(widen(narrow(X_exact)) - X_exact)
             (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-            X_smem[...] = narrow(X_shaped)
-            plgpu.commit_smem()
+            store((X_smem, narrow(X_shaped)))
             row, chunk, head = place
             plgpu.copy_smem_to_gmem(X_smem, x_gmem.at[row, head, chunk])
             if stages == 1:

@@ -21,6 +21,10 @@ from pallas_kernels.hopper import TILE, is_interpreted
 
 LAYOUT = plgpu.Layout.WGMMA
 
+SWIZZLE = 128
+TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(SWIZZLE))
+"""How tiles lie in shared memory, for tensor cores."""
+
 TILE16 = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=LAYOUT)
 TILE32 = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.float32, layout=LAYOUT)
 """Types of tiles in registers."""
@@ -38,6 +42,29 @@ def narrow(x: jax.Array) -> jax.Array:
     if is_interpreted():
         return x.astype(jnp.bfloat16)
     return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=TILE16)(_narrow)(x)
+
+
+def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two tiles of bfloat16 that together hold twice the digits of x, for a sum of two products."""
+    if is_interpreted():
+        high = x.astype(jnp.bfloat16)
+        return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(TILE16,) * 2)(_halves_of)(x)
+
+
+def store(*pairs: tuple[Any, jax.Array]) -> None:
+    """Writes tiles of 16 bits to tiles of shared memory, ready for tensor cores.
+
+    All other threads of the warpgroup have read them before; none goes on before all are written.
+    """
+    refs, tiles = zip(*pairs, strict=True)
+    if is_interpreted():
+        for ref, tile in pairs:
+            ref[...] = tile
+        plgpu.commit_smem()
+    else:
+        types = (plgpu.RefType(TRANSFORMS),) * len(pairs), (LAYOUT,) * len(pairs)
+        plgpu.inline_mgpu(arg_types=types)(_store)(refs, tiles)
 
 
 def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tuple[jax.Array, ...]:
@@ -128,6 +155,28 @@ def _narrow(_: Any, x: Any) -> Any:
         return narrow_to_bits(*(llvm.extractelement(pair, position=integer(i)) for i in (0, 1)))
 
     return like(x, [narrow_pair(pair) for pair in x.registers.flat], ir.BF16Type.get())
+
+
+def _halves_of(_: Any, x: Any) -> list[Any]:
+    halves = [], []
+    for pair in x.registers.flat:
+        numbers = [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
+        high = narrow_to_bits(*numbers)
+        # LLVM would fuse the subtraction with what x is a product of, and negate beforehand.
+        rest = [
+            utils.inline_ptx("sub.rn.f32 $0, $1, $2;", exact, rounded, result_types=exact.type)
+            for exact, rounded in zip(numbers, widen_bits(high), strict=True)
+        ]
+        for half, bits in zip(halves, (high, narrow_to_bits(*rest)), strict=True):
+            half.append(bits)
+    return [like(x, half, ir.BF16Type.get()) for half in halves]
+
+
+def _store(_: Any, refs: Sequence[Any], tiles: Sequence[Any]) -> None:
+    utils.warpgroup_barrier()
+    for ref, tile in zip(refs, tiles, strict=True):
+        tile.store_tiled(ref, swizzle=SWIZZLE)
+    utils.commit_shared()
 
 
 def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:

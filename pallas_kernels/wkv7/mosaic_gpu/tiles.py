@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE, is_interpreted
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, narrow, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TRANSFORMS, halves_of, store, widen
 
 ROWS = LAYOUT.reduce(1)
 """Layout of a vector with one entry for each row of a tile."""
@@ -25,7 +25,7 @@ def tiles_smem(*counts: int, dtype: Any = jnp.bfloat16, rows: int = TILE) -> Any
     return plgpu.SMEM(
         (*counts, rows, TILE),
         dtype,
-        transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128)),
+        transforms=TRANSFORMS,
     )
 
 
@@ -89,16 +89,9 @@ def keep(mask: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
-def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two tiles of 16 bits that together hold twice the digits of x, for a sum of two products."""
-    high = narrow(x)
-    return high, narrow(x - widen(high))
-
-
 def split(x: jax.Array, high: Any, low: Any) -> tuple[Any, Any]:
     """`halves_of`, written to shared memory, ready for tensor cores."""
-    high[...], low[...] = halves_of(x)
-    plgpu.commit_smem()
+    store(*zip((high, low), halves_of(x), strict=True))
     return high, low
 
 

@@ -23,7 +23,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow
+from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.state import State
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
@@ -32,6 +32,7 @@ from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     load32,
     load_columns,
     products,
+    split,
     spread_columns,
     transposed,
 )
@@ -42,7 +43,7 @@ class Chunk(NamedTuple):
 
     Attributes:
       x: x, its larger half; then R.
-      low: the smaller half of x; then S^.
+      low: the smaller half of x; then, of the first, that of A; then S^.
       y: as above.
       z: likewise.
       Y: likewise.
@@ -65,7 +66,7 @@ def solve(
     chunk: Chunk,
     X: Operand,
     mask: Callable[..., tuple[jax.Array, ...]],
-    A_smem: Sequence[Any],
+    A_smem: Any,
     selections: Sequence[tuple[Callable[[jax.Array], Any], Sequence[Any]]],
 ) -> None:
     """Computes R and U0.
@@ -74,24 +75,29 @@ def solve(
       chunk: is overwritten.
       X: its X, or that transposed.
       mask: of tiles like A.
-      A_smem: two tiles for A.
+      A_smem: a tile for the larger half of A.
       selections: which rows of which tiles meet the states, unless all do.
     """
-    halves = [*chunk.x, *chunk.low]
-    (A,) = products([(x, transposed(y)) for x, y in zip(halves, [*chunk.y, *chunk.y], strict=True)])
-    for select, tiles in selections:
-        for tile in tiles:
-            tile[...] = select(load(tile))
-    A_smem[0][...], A_smem[1][...] = mask(*halves_of(A))
-    plgpu.commit_smem()
-    of_A, *R = products(
-        [(X, half) for half in A_smem],
-        *([(X, high), (X, low)] for high, low in zip(chunk.x, chunk.low, strict=True)),
-    )
-    (U0,) = products([(narrow(of_A), chunk.Y)])
-    for tile, value in zip((*chunk.x, chunk.X), (*R, U0), strict=True):
-        tile[...] = narrow(value)
-    plgpu.commit_smem()
+    x_tiles = list(zip(chunk.x, chunk.low, strict=True))
+    for_A = [
+        (half, transposed(y)) for halves, y in zip(x_tiles, chunk.y, strict=True) for half in halves
+    ]
+    for_R = [[(X, half) for half in halves] for halves in x_tiles]
+    if selections:
+        (A,) = products(for_A)
+        for select, tiles in selections:
+            for tile in tiles:
+                tile[...] = select(load(tile))
+        plgpu.commit_smem()
+        R = products(*for_R)
+    else:
+        A, *R = products(for_A, *for_R)
+    A_tiles = A_smem, chunk.low[0]
+    values = *mask(*halves_of(A)), *map(narrow, R)
+    store(*zip((*A_tiles, *chunk.x), values, strict=True))
+    (XA,) = products([(X, half) for half in A_tiles])
+    (U0,) = products([(narrow(XA), chunk.Y)])
+    store((chunk.X, narrow(U0)))
 
 
 def advance(
@@ -112,23 +118,23 @@ def advance(
         where the smaller half of S^ was.
     """
     read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
+    U0, R_tiles = load32(chunk.X), [load(x) for x in chunk.x]
     for high, low, s in zip(chunk.low, low_smem, read, strict=True):
-        high[...], low[...] = halves_of(s)
-    U0 = load32(chunk.X)
-    plgpu.commit_smem()
+        split(s, high, low)
     (U,) = products(
         [
             (R, transposed(half))
-            for R, *halves in zip(chunk.x, chunk.low, low_smem, strict=True)
+            for R, *halves in zip(R_tiles, chunk.low, low_smem, strict=True)
             for half in halves
         ],
         start=[U0],
     )
     U = narrow(U)
-    chunk.X[...] = U
+    values = [(chunk.X, U)]
     if leaving_smem is not None:
-        low_smem[0][...], leaving_smem[...] = masks.leaving(load(chunk.Y)), masks.leaving(U)
-    plgpu.commit_smem()
+        values.append((low_smem[0], masks.leaving(load(chunk.Y))))
+        values.append((leaving_smem, masks.leaving(U)))
+    store(*values)
     Y, U = (chunk.Y, chunk.X) if leaving_smem is None else (low_smem[0], leaving_smem)
     Y, U = transposed(Y), transposed(U)
     new = products(
