@@ -19,7 +19,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     entered_state_backward,
     grid_place,
@@ -27,7 +27,7 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     load_state,
     store_state,
 )
-from pallas_kernels.wkv7.mosaic_gpu.tiles import halves_of, load, load32, tiles_smem, transposed
+from pallas_kernels.wkv7.mosaic_gpu.tiles import load, load32, tiles_smem, transposed
 from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
 _CARRY, _STORE = 2, 3  # the warpgroups, after two that prepare

@@ -22,7 +22,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     Place,
     divide,
@@ -34,7 +34,6 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     zero_state,
 )
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    halves_of,
     load,
     load32,
     products,
@@ -300,7 +299,7 @@ def _walk(
             plgpu.barrier_arrive(decayed.at[slot])
             lower = functools.partial(masks.lower, strictly=True)
             selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
-            solve(t, load(t.X), lower, A_smem.at[warpgroup], selections)
+            solve(t, t.X, lower, A_smem.at[warpgroup], selections)
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(walk, i, state):
@@ -332,7 +331,6 @@ def _walk(
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
-            r = [load(x) for x in r]
             A_rk, A_rb = products(
                 [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
                 [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
@@ -340,7 +338,7 @@ def _walk(
             A_rk, A_rb = masks.lower(narrow(A_rk), narrow(A_rb))
             (o,) = products([(A_rk, t.Y)])
             plgpu.barrier_wait(carried.at[slot])
-            reads = [masks.entered(x) for x in r]
+            reads = [masks.entered(load(x)) if bounds else x for x in r]
             of_state = [(x, transposed(s)) for x, s in zip(reads, t.low, strict=True)]
             if save:
                 entries_gmem, u_gmem = saved_gmem

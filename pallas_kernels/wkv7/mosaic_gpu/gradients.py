@@ -178,14 +178,15 @@ def input_gradients(
 
             t = tiles_at(step)
             plgpu.barrier_wait(others_loaded.at[slot])
-            found = products(*([(x, transposed(y))] for x in (t.do, t.dw) for y in (t.v, t.u)))
+            do, dw = load(t.do), load(t.dw)
+            found = products(*([(x, transposed(y))] for x in (do, dw) for y in (t.v, t.u)))
             dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)
             dA_rk, dA_rb = masks().lower(dA_rk, dA_rb)
             dA_ak, dA_ab = masks().lower(dA_ak, dA_ab, strictly=True)
             plgpu.barrier_wait(decayed)
             dr, da = products(
-                [(masks().entered(t.do), t.s), (dA_rk, t.k), (dA_rb, t.b)],
-                [(masks().entered(t.dw), t.s), (dA_ak, t.k), (dA_ab, t.b)],
+                [(masks().entered(do), t.s), (dA_rk, t.k), (dA_rb, t.b)],
+                [(masks().entered(dw), t.s), (dA_ak, t.k), (dA_ab, t.b)],
             )
 
             t = tiles_at(step)
@@ -223,14 +224,15 @@ def input_gradients(
             pl.when(step + 1 < count)(lambda: fetch(step + 1))
             plgpu.barrier_wait(others_loaded.at[slot_of(step)])
             t = tiles_at(step)
-            found = products(*([(x, transposed(y))] for y in (t.do, t.dw) for x in (t.v, t.u)))
+            v, u = load(t.v), load(t.u)
+            found = products(*([(x, transposed(y))] for y in (t.do, t.dw) for x in (v, u)))
             dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)  # transposed
             dA_rk, dA_rb = masks().upper(dA_rk, dA_rb)
             dA_ak, dA_ab = masks().upper(dA_ak, dA_ab, strictly=True)
             plgpu.barrier_wait(decayed)
             dk, db = products(
-                [(masks().leaving(t.v), t.ds), (dA_rk, t.r), (dA_ak, t.a)],
-                [(masks().leaving(t.u), t.ds), (dA_rb, t.r), (dA_ab, t.a)],
+                [(masks().leaving(v), t.ds), (dA_rk, t.r), (dA_ak, t.a)],
+                [(masks().leaving(u), t.ds), (dA_rb, t.r), (dA_ab, t.a)],
             )
 
             t = tiles_at(step)
@@ -240,10 +242,11 @@ def input_gradients(
             inclusive = load32(t.k) * dk + load32(t.b) * db
 
             t = tiles_at(step)
-            A_rk, A_ak = products([(t.k, transposed(t.r))], [(t.k, transposed(t.a))])
+            k = load(t.k)
+            A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])
             (A_rk,) = masks().upper(narrow(A_rk))
             (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
-            (dv,) = products([(masks().leaving(t.k), transposed(t.ds)), (A_rk, t.do), (A_ak, t.dw)])
+            (dv,) = products([(masks().leaving(k), transposed(t.ds)), (A_rk, t.do), (A_ak, t.dw)])
             write(columns_smem.at[0], dv, dv_gmem)
 
             # Of the next chunk, so that ROWS need not wait for it.

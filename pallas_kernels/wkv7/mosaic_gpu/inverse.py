@@ -17,9 +17,8 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     since_token,
 )
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    halves_of,
     load,
     load32,
     products,

@@ -158,7 +158,7 @@ def _narrow(_: Any, x: Any) -> Any:
 
 
 def _halves_of(_: Any, x: Any) -> list[Any]:
-    halves = [], []
+    halves: tuple[list[Any], list[Any]] = [], []
     for pair in x.registers.flat:
         numbers = [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
         high = narrow_to_bits(*numbers)

@@ -23,11 +23,10 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks
-from pallas_kernels.wkv7.mosaic_gpu.registers import narrow, store
+from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.state import State
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
-    halves_of,
     load,
     load32,
     load_columns,
@@ -89,7 +88,7 @@ def solve(
             for tile in tiles:
                 tile[...] = select(load(tile))
         plgpu.commit_smem()
-        R = products(*for_R)
+        R = list(products(*for_R))
     else:
         A, *R = products(for_A, *for_R)
     A_tiles = A_smem, chunk.low[0]
@@ -118,13 +117,13 @@ def advance(
         where the smaller half of S^ was.
     """
     read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
-    U0, R_tiles = load32(chunk.X), [load(x) for x in chunk.x]
+    U0 = load32(chunk.X)
     for high, low, s in zip(chunk.low, low_smem, read, strict=True):
         split(s, high, low)
     (U,) = products(
         [
             (R, transposed(half))
-            for R, *halves in zip(R_tiles, chunk.low, low_smem, strict=True)
+            for R, *halves in zip(chunk.x, chunk.low, low_smem, strict=True)
             for half in halves
         ],
         start=[U0],
