@@ -134,6 +134,7 @@ def test_long_sequences(tokens, implementation):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_16_bit_inputs_lose_only_their_own_rounding(implementation, dtype):
     case = Case((1, 130, 2, 64, 64))
     rounded = {
@@ -158,6 +159,7 @@ def test_16_bit_inputs_lose_only_their_own_rounding(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_float64(implementation):
     case = Case((1, 70, 1, 32, 32))
     with jax.enable_x64():
@@ -166,6 +168,7 @@ def test_float64(implementation):
         assert_matches(results, case, 1e-13, 1e-12)  # measured: 3e-16 and 2.4e-15
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_log_decay_may_have_a_dtype_of_its_own():
     case = Case((1, 20, 1, 16, 16))
     inputs = make_inputs(case)
@@ -178,6 +181,7 @@ def test_log_decay_may_have_a_dtype_of_its_own():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_pieces_with_carried_state_equal_the_whole(implementation):
     case = Case((1, 100, 1, 32, 16))
     function = IMPLEMENTATIONS[implementation]
@@ -192,6 +196,7 @@ def test_pieces_with_carried_state_equal_the_whole(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_padding_may_hold_anything(implementation):
     case = Case((1, 40, 1, 16, 16), lengths=(((0, 3), (1, 20), (0, 7), (1, 10)),))
     inputs = make_inputs(case)
@@ -206,6 +211,7 @@ def test_padding_may_hold_anything(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("quick_to_compile")
 def test_gradients_do_not_leak_across_segments(implementation):
     lengths = (((1, 30), (2, 1), (3, 20), (0, 2), (4, 17)),)
     case = Case((1, 70, 1, 16, 16), lengths=lengths)
@@ -288,6 +294,7 @@ def test_shard_map(implementation, segmented):
     )
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_kk_and_alpha_instead_of_a_and_b():
     case = Case((2, 20, 1, 16, 16))
     arrays = {n: jnp.asarray(make_inputs(case)[n], jnp.float32) for n in NAMES}
@@ -309,6 +316,7 @@ def test_kk_and_alpha_instead_of_a_and_b():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.usefixtures("quick_to_compile")
 def test_reverse_reads_from_the_end(implementation):
     ids = np.array([[0] * 3 + [1] * 10 + [2] * 7])
     case = Case((1, 20, 1, 16, 16))

@@ -145,6 +145,10 @@ def input_gradients(
             ):
                 plgpu.copy_gmem_to_smem(source, smem, others_loaded.at[slot])
 
+        def operand(tile):
+            """A first operand of several products, in registers unless masks need those."""
+            return tile if bounds else load(tile)
+
         def write(smem, gradient, gmem):
             """Writes a tile to global memory through one of two, in turn."""
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -178,7 +182,7 @@ def input_gradients(
 
             t = tiles_at(step)
             plgpu.barrier_wait(others_loaded.at[slot])
-            do, dw = load(t.do), load(t.dw)
+            do, dw = operand(t.do), operand(t.dw)
             found = products(*([(x, transposed(y))] for x in (do, dw) for y in (t.v, t.u)))
             dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)
             dA_rk, dA_rb = masks().lower(dA_rk, dA_rb)
@@ -224,7 +228,7 @@ def input_gradients(
             pl.when(step + 1 < count)(lambda: fetch(step + 1))
             plgpu.barrier_wait(others_loaded.at[slot_of(step)])
             t = tiles_at(step)
-            v, u = load(t.v), load(t.u)
+            v, u = operand(t.v), operand(t.u)
             found = products(*([(x, transposed(y))] for y in (t.do, t.dw) for x in (v, u)))
             dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)  # transposed
             dA_rk, dA_rb = masks().upper(dA_rk, dA_rb)
@@ -242,7 +246,7 @@ def input_gradients(
             inclusive = load32(t.k) * dk + load32(t.b) * db
 
             t = tiles_at(step)
-            k = load(t.k)
+            k = operand(t.k)
             A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])
             (A_rk,) = masks().upper(narrow(A_rk))
             (A_ak,) = masks().upper(narrow(A_ak), strictly=True)

@@ -82,17 +82,18 @@ def solve(
         (half, transposed(y)) for halves, y in zip(x_tiles, chunk.y, strict=True) for half in halves
     ]
     for_R = [[(X, half) for half in halves] for halves in x_tiles]
-    if selections:
+    if selections or len(for_R) > 1:
         (A,) = products(for_A)
         for select, tiles in selections:
             for tile in tiles:
                 tile[...] = select(load(tile))
         plgpu.commit_smem()
-        R = list(products(*for_R))
+        R = [narrow(*products(pairs)) for pairs in for_R]
     else:
-        A, *R = products(for_A, *for_R)
+        A, *exact = products(for_A, *for_R)
+        R = [narrow(x) for x in exact]
     A_tiles = A_smem, chunk.low[0]
-    values = *mask(*halves_of(A)), *map(narrow, R)
+    values = *mask(*halves_of(A)), *R
     store(*zip((*A_tiles, *chunk.x), values, strict=True))
     (XA,) = products([(X, half) for half in A_tiles])
     (U0,) = products([(narrow(XA), chunk.Y)])
