@@ -58,7 +58,6 @@ class _Walks:
       pieces: into how many a row's chunks are divided.
       walked_pieces: in how many of them there are walks.
       chunks: of a row.
-      slots: in shared memory.
     """
 
     block: jax.Array
@@ -69,7 +68,6 @@ class _Walks:
     pieces: int
     walked_pieces: int
     chunks: int
-    slots: int
 
     def own(self) -> jax.Array:
         """How many are this block's."""
@@ -97,9 +95,15 @@ class _Walks:
         """The chunks of all walks of this block; if there are pieces, it has one walk."""
         return own * self.chunks if self.pieces == 1 else self.length(self.place(jnp.int32(0))[1])
 
-    def slot(self, walk: jax.Array, i: jax.Array) -> jax.Array:
-        """Where the i-th chunk of a walk lies in shared memory."""
-        return jax.lax.rem(walk * self.chunks + i, jnp.int32(self.slots))
+    def chunk_at(self, step: jax.Array) -> tuple[Place, jax.Array]:
+        """Where a step of `steps` takes place, and which chunk of the row it is about."""
+        walk, i = divide(step, self.chunks)
+        place, piece = self.place(walk)
+        return place, self.first_chunk(piece) + i
+
+    def step(self, walk: jax.Array, i: jax.Array) -> jax.Array:
+        """The i-th chunk of a walk."""
+        return walk * self.chunks + i
 
 
 def outputs(
@@ -224,18 +228,19 @@ def _walk(
         zeros_gmem, rest = rest[: len(zeros)], rest[len(zeros) :]
         final_gmem, *outputs_gmem = rest
         warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        walks = _Walks(block, workers, count, H, parts, pieces, walked_pieces, chunks, slots)
+        walks = _Walks(block, workers, count, H, parts, pieces, walked_pieces, chunks)
         own_walks = walks.own()
         steps = walks.steps(own_walks)
+
+        def slot_of(step):
+            return jax.lax.rem(step, jnp.int32(slots))
 
         def loading(step):
             """The barriers of a slot are two, since a warpgroup that waits must do so each time."""
             return jax.lax.rem(step, jnp.int32(2 * slots))
 
         def fetch(step):
-            (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
-            (row, head, part), piece = walks.place(walk)
-            chunk = walks.first_chunk(piece) + i
+            ((row, head, part), chunk), slot = walks.chunk_at(step), slot_of(step)
             first, then = (x.at[loading(step)] for x in (loaded_first, loaded))
 
             def copy(gmem, smem, barrier):
@@ -275,9 +280,8 @@ def _walk(
 
         def prepare(turn, _):
             step = 2 * turn + warpgroup
-            (walk, i), slot = divide(step, chunks), jax.lax.rem(step, jnp.int32(slots))
-            (row, _, _), piece = walks.place(walk)
-            masks = load_masks(bounds_gmem, row, walks.first_chunk(piece) + i)
+            ((row, _, _), chunk), slot = walks.chunk_at(step), slot_of(step)
+            masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
             plgpu.barrier_wait(loaded_first.at[loading(step)])
             for j in range(blocks):
@@ -303,7 +307,7 @@ def _walk(
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(walk, i, state):
-            slot, (place, piece) = walks.slot(walk, i), walks.place(walk)
+            slot, (place, piece) = slot_of(walks.step(walk, i)), walks.place(walk)
             chunk = walks.first_chunk(piece) + i
             plgpu.barrier_wait(solved.at[slot])
             if transfers:
@@ -316,16 +320,16 @@ def _walk(
             return state
 
         def fetch_next(walk, i):
-            step = walk * chunks + i + slots
+            step = walks.step(walk, i) + slots
             pl.when(step < steps)(lambda: fetch(step))
 
         def release(walk, i, _):
-            plgpu.barrier_wait(carried.at[walks.slot(walk, i)])
+            plgpu.barrier_wait(carried.at[slot_of(walks.step(walk, i))])
             plgpu.commit_smem()
             fetch_next(walk, i)
 
         def output(walk, i, _):
-            slot, ((row, head, part), piece) = walks.slot(walk, i), walks.place(walk)
+            slot, ((row, head, part), piece) = slot_of(walks.step(walk, i)), walks.place(walk)
             o_gmem, *saved_gmem = outputs_gmem
             chunk = walks.first_chunk(piece) + i
             plgpu.barrier_wait(decayed.at[slot])
