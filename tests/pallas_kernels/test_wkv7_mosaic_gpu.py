@@ -255,7 +255,9 @@ def kernels_for_cuda(function, *arguments) -> int:
 def test_compiles_for_cuda(what, kind, K, V, dtype, T):
     arguments = shapes(kind, K, V, dtype, T)
     kernels = kernels_for_cuda(functools.partial(what, in_chunks), arguments)
-    assert kernels == (2 if what is forward else 4) + (T == 65536)  # in pieces
+    in_pieces = T == 65536
+    inverses = in_pieces or (K, V) != (64, 64)  # in a kernel of their own
+    assert kernels == (1 if what is forward else 3) + inverses + in_pieces
 
 
 def test_scan_over_checkpointed_layers_compiles_for_cuda():
@@ -271,7 +273,7 @@ def test_scan_over_checkpointed_layers_compiles_for_cuda():
         n: x if n == "v" else jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
         for n, x in arguments.items()
     }
-    assert kernels_for_cuda(jax.grad(loss), layers) == 6  # two of them again in the backward
+    assert kernels_for_cuda(jax.grad(loss), layers) == 4  # one of them again in the backward
 
 
 @pytest.mark.parametrize("kind", ["plain", "per segment"])
@@ -288,7 +290,7 @@ def test_shard_map_compiles_for_cuda(kind):
         in_specs=(specs,),
         out_specs={n: spec for n, spec in specs.items() if n != "segment_ids"},
     )
-    assert kernels_for_cuda(sharded, arguments) == 4
+    assert kernels_for_cuda(sharded, arguments) == 3
 
 
 @on_cpu
@@ -444,7 +446,7 @@ def test_bits_are_the_same_in_twenty_runs():
 def test_none_takes_the_kernels():
     arrays = arrays_of(bfloat16_case((2, 200, 4, 64, 64)))
     chosen = functools.partial(wkv7, min_log_decay=RWKV7_BOUND)
-    assert kernels_for_cuda(lambda arrays: chosen(**arrays), arrays) == 2
+    assert kernels_for_cuda(lambda arrays: chosen(**arrays), arrays) == 1
     jax.tree.map(np.testing.assert_array_equal, chosen(**arrays), on_gpu(**arrays))
 
 

@@ -4,19 +4,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
 from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    LAYOUT,
+    PART,
+    Part,
     halves_of,
     keep_triangle,
+    load,
     narrow,
     store,
+    store_exp2_of_row,
+    store_parts,
     widen,
+    with_diagonal,
 )
-from pallas_kernels.wkv7.mosaic_gpu.tiles import load, tiles_smem
+from pallas_kernels.wkv7.mosaic_gpu.tiles import products, tiles_smem, transposed
 from tests.helpers import relative_rms
 
 on_each_device = pytest.mark.parametrize(
@@ -37,7 +45,8 @@ def apply(function, x, count: int, interpret: bool) -> list[np.ndarray]:
 
     def body(x_gmem, *rest):
         *results_gmem, tile = rest
-        for result, gmem in zip(function(load(x_gmem)), results_gmem, strict=True):
+        x = plgpu.load(x_gmem, layout=LAYOUT, optimized=False)
+        for result, gmem in zip(function(x), results_gmem, strict=True):
             store((tile, result))
             plgpu.copy_smem_to_gmem(tile, gmem)
             plgpu.wait_smem_to_gmem(0)
@@ -50,6 +59,33 @@ def apply(function, x, count: int, interpret: bool) -> list[np.ndarray]:
         scratch_types=[tiles_smem()],
     )
     return [np.asarray(x, np.float64) for x in kernel(x)]
+
+
+def in_shared_memory(function, tiles, interpret: bool) -> np.ndarray:
+    """Calls a function of tiles `[n, 64, 64]` bfloat16 in shared memory, which returns one."""
+
+    def body(tiles_gmem, result_gmem, smem, result_smem, loaded):
+        plgpu.copy_gmem_to_smem(tiles_gmem, smem, loaded)
+        plgpu.barrier_wait(loaded)
+        store((result_smem, function(*(smem.at[i] for i in range(len(tiles))))))
+        plgpu.copy_smem_to_gmem(result_smem, result_gmem)
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = Plan(interpret=interpret).kernel(
+        body,
+        name="shared_memory",
+        out_type=jax.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16),
+        grid={"block": 1},
+        scratch_types=[tiles_smem(len(tiles)), tiles_smem(), plgpu.Barrier()],
+    )
+    return np.asarray(kernel(tiles), np.float64)
+
+
+def numbered_tiles(count: int) -> jax.Array:
+    """Small integers, of which also sums of products are exact in bfloat16."""
+    x = np.random.default_rng(0).integers(-1, 2, (count, TILE, TILE))
+    x[:, :, ::3] = 0  # asymmetric, and sums stay below 256
+    return jnp.asarray(x, jnp.bfloat16)
 
 
 @on_each_device
@@ -81,6 +117,85 @@ def test_triangles(lower, strictly, interpret):
     expected = triangle(np.asarray(x, np.float64), (-1 if lower else 1) * strictly)
     np.testing.assert_array_equal(kept[0], expected)
     np.testing.assert_array_equal(kept[1], -expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("negated", [False, True])
+def test_diagonals(negated, interpret):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(TILE, TILE)), jnp.bfloat16)
+    (replaced,) = apply(lambda x: [with_diagonal(x, 2.0, negated=negated)], x, 1, interpret)
+    expected = np.asarray(-x if negated else x, np.float64)
+    np.fill_diagonal(expected, 2)
+    np.testing.assert_array_equal(replaced, expected)
+
+
+@on_each_device
+def test_tiles_are_loaded_and_stored_whole_and_in_parts(interpret):
+    tiles = numbered_tiles(2).at[0].set(jnp.arange(TILE * TILE).reshape(TILE, TILE) % 251)
+
+    def change(x, y):
+        store((y, load(x)))  # whole
+        part = jnp.int32(1)
+        plgpu.commit_smem()
+        store_parts(part, (y, narrow(widen(load(Part(x, part))) * 0.5)))
+        plgpu.commit_smem()
+        return load(y)
+
+    expected = np.asarray(tiles[0], np.float64)
+    expected[:, PART:] *= 0.5
+    expected = np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64)
+    np.testing.assert_array_equal(in_shared_memory(change, tiles, interpret), expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("first", ["shared", "transposed", "registers"])
+@pytest.mark.parametrize("second", ["shared", "transposed", "part"])
+def test_sums_of_products(first, second, interpret):
+    tiles = numbered_tiles(4)
+
+    def multiply(x, y, z, result):
+        x = {"shared": x, "transposed": transposed(x), "registers": load(x)}[first]
+        if second == "part":
+            for i in range(TILE // PART):
+                index = jnp.int32(i)
+                begin = widen(load(Part(z, index)))
+                (part,) = products([(x, Part(y, index))], start=[begin])
+                store_parts(index, (result, narrow(part)))
+            plgpu.commit_smem()
+            return load(result)
+        y = transposed(y) if second == "transposed" else y
+        # The second of two sums, of two products, that starts from something.
+        return narrow(products([(x, z)], [(x, y), (load(z), y)], start=[None, widen(load(z))])[1])
+
+    x, y, z, _ = np.asarray(tiles, np.float64)
+    x = x.T if first == "transposed" else x
+    y = y.T if second == "transposed" else y
+    expected = z + (x if second == "part" else x + z) @ y
+    assert np.abs(expected).max() < 256
+    np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
+
+
+@on_each_device
+@pytest.mark.parametrize("row", [0, 25, 63])
+def test_rows_are_stored_as_powers_of_two(row, interpret):
+    powers = jnp.asarray(np.random.default_rng(0).integers(-8, 9, (TILE, TILE)), jnp.float32)
+
+    def body(x_gmem, result_gmem, vector):
+        for i in range(TILE // PART):
+            x = plgpu.load(x_gmem.at[:, pl.ds(i * PART, PART)], layout=LAYOUT, optimized=False)
+            store_exp2_of_row(vector, x, row, jnp.int32(i))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(vector, result_gmem)
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = Plan(interpret=interpret).kernel(
+        body,
+        name="rows",
+        out_type=jax.ShapeDtypeStruct((TILE,), jnp.float32),
+        grid={"block": 1},
+        scratch_types=[plgpu.SMEM((TILE,), jnp.float32)],
+    )
+    np.testing.assert_allclose(kernel(powers), 2.0 ** np.asarray(powers[row]), rtol=1e-6)
 
 
 def blocks_of_16(x: np.ndarray) -> np.ndarray:

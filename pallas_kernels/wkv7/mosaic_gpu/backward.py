@@ -1,4 +1,4 @@
-"""Kernel 3 of 4: gradients of the states, in one walk over the chunks from last to first."""
+"""Gradients of the states, in one walk over the chunks from last to first."""
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +7,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
-    CONSTANTS_ROWS,
     Plan,
     before_token,
     chunk_of,
-    constants,
-    decays_of_chunk,
+    decays_from_middle,
+    for_each_part,
     load_masks,
+    prefix_sums,
     since_token,
     state_tile_of,
+    store_decays_of_chunk,
     until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import Part, halves_of, narrow, store, store_parts
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     entered_state_backward,
     grid_place,
@@ -27,7 +28,7 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     load_state,
     store_state,
 )
-from pallas_kernels.wkv7.mosaic_gpu.tiles import load, load32, tiles_smem, transposed
+from pallas_kernels.wkv7.mosaic_gpu.tiles import anew, load32, tiles_smem, transposed
 from pallas_kernels.wkv7.mosaic_gpu.walk import Chunk, advance, solve
 
 _CARRY, _STORE = 2, 3  # the warpgroups, after two that prepare
@@ -46,8 +47,8 @@ def state_gradients(
 
     Four warpgroups; chunks travel through slots of shared memory as in `forward`:
 
-        PREPARE:  b^, r^, a^,  X^T b^,  X^T (A_rb^T dO)
-        CARRY:    dW = X^T dU = X^T (A_rb^T dO) + (X^T b^) dS^,
+        PREPARE:  b^, r^, a^,  X^T b^,  X^T A_rb^T
+        CARRY:    dW = X^T dU = (X^T A_rb^T) dO + (X^T b^) dS^,
                   dS = (dS^ + r^^T dO + a^^T dW) exp(m), the only chain
         STORE:    dS^ and dW to global memory
 
@@ -74,10 +75,10 @@ def state_gradients(
     slots = plan.slots(4 * blocks + 2, others=2 + blocks, most=3)
 
     def body(
-        r_gmem, w_gmem, a_gmem, b_gmem, x_gmem, do_gmem, d_final_gmem, constants_gmem, *rest,
+        r_gmem, w_gmem, a_gmem, b_gmem, x_gmem, do_gmem, d_final_gmem, sums_gmem, *rest,
         r_smem, w_smem, a_smem, b_smem, x_smem, do_smem, A_smem, low_smem,
-        factors_smem, constants_smem,
-        constants_loaded, loaded_first, loaded, solved, carried,
+        factors_smem, sums_smem,
+        sums_loaded, loaded, solved, carried,
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
@@ -97,19 +98,20 @@ def state_gradients(
 
         def fetch(step):
             slot, chunk = slot_of(step), chunk_at(step)
-            first, then = (x.at[loading(step)] for x in (loaded_first, loaded))
+            barrier = loaded.at[loading(step)]
 
-            def copy(gmem, smem, barrier):
+            def copy(gmem, smem):
                 for j in range(blocks):
                     source = chunk_of(gmem, row, chunk, head, j)
                     plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier)
 
-            for gmem, smem in ((w_gmem, w_smem), (b_gmem, b_smem), (r_gmem, r_smem)):
-                copy(gmem, smem, first)
-            copy(a_gmem, a_smem, then)
+            for gmem, smem in (
+                (w_gmem, w_smem), (b_gmem, b_smem), (r_gmem, r_smem), (a_gmem, a_smem)
+            ):  # fmt: skip
+                copy(gmem, smem)
             X, do = x_gmem.at[row, head, chunk], chunk_of(do_gmem, row, chunk, head, part)
-            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], then)
-            plgpu.copy_gmem_to_smem(do, do_smem.at[slot], then)
+            plgpu.copy_gmem_to_smem(X, x_smem.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(do, do_smem.at[slot], barrier)
 
         def tiles_of(slot):
             def at(tiles):
@@ -122,6 +124,7 @@ def state_gradients(
                 z=at(a_smem),
                 Y=do_smem.at[slot],
                 X=x_smem.at[slot],
+                U=w_smem[0].at[slot],
                 before=[factors.at[slot, 0] for factors in factors_smem],
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
@@ -130,21 +133,24 @@ def state_gradients(
             step = 2 * turn + warpgroup
             slot = slot_of(step)
             t, masks = tiles_of(slot), load_masks(bounds_gmem, row, chunk_at(step))
-            plgpu.barrier_wait(loaded_first.at[loading(step)])
+            plgpu.barrier_wait(loaded.at[loading(step)])
             for j in range(blocks):
-                b, w, r, a = t.x[j], t.low[j], t.y[j], t.z[j]
-                of_w, of_b, of_r = load(w), load(b), load(r)
-                g, after, before = decays_of_chunk(w, constants_smem)
-                high, low = halves_of(widen(of_b) * since_token(g))
-                of_r = narrow(widen(of_r) * (until_token(g) * plan.scale))
-                until_before = before_token(g, of_w)
-                store((b, high), (w, low), (r, of_r))
-                t.after[j][...], t.before[j][...] = after, before
-                if j == 0:
-                    plgpu.barrier_wait(loaded.at[loading(step)])
-                store((a, masks.entered(narrow(load32(a) * until_before))))
+
+                def decay(number, j=j):
+                    t = tiles_of(anew(slot))
+                    w, b, r, a = (Part(x[j], number) for x in (t.low, t.x, t.y, t.z))
+                    g = decays_from_middle(w, sums_smem)
+                    store_decays_of_chunk(w, g, t.after[j], t.before[j])
+                    high, low = halves_of(load32(b) * since_token(g))
+                    of_r = narrow(load32(r) * (until_token(g) * plan.scale))
+                    of_a = masks.entered(narrow(load32(a) * before_token(g, w)))
+                    values = ((t.x[j], high), (t.low[j], low), (t.y[j], of_r), (t.z[j], of_a))
+                    store_parts(number, *values)
+
+                for_each_part(decay)
             selections = [(masks.leaving, [*t.x, *t.low]), (masks.entered, t.y)] if bounds else []
-            solve(t, transposed(t.X), masks.upper, A_smem.at[warpgroup], selections)
+            A_tiles = A_smem.at[warpgroup], t.x[0]
+            store((t.X, solve(t, transposed(t.X), masks.upper, selections, A_tiles)))
             plgpu.barrier_arrive(solved.at[slot])
 
         def carry(step, d_state):
@@ -155,7 +161,8 @@ def state_gradients(
                     d_state, d_final_gmem, transfers_gmem[1], place, chunk
                 )
             masks = load_masks(bounds_gmem, row, chunk)
-            d_state = advance(tiles_of(slot), d_state, masks, low_smem)
+            t = tiles_of(slot)
+            d_state = advance(t, d_state, masks, low_smem, t.X)
             plgpu.barrier_arrive(carried.at[slot])
             if transfers:
                 d_state = entered_state_backward(
@@ -169,15 +176,15 @@ def state_gradients(
             t = tiles_of(slot)
             for j in range(blocks):
                 exit_ = state_tile_of(exits_gmem, row, head, chunk, part, j)
-                plgpu.copy_smem_to_gmem(t.low[j], exit_)
-            plgpu.copy_smem_to_gmem(t.X, values_tile_of(dw_gmem, row, head, chunk, part))
+                plgpu.copy_smem_to_gmem(t.x[j], exit_)
+            plgpu.copy_smem_to_gmem(t.U, values_tile_of(dw_gmem, row, head, chunk, part))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # so that the slot has been read before it is written
             pl.when(step + slots < chunks)(lambda: fetch(step + slots))
 
         @pl.when(warpgroup < _CARRY)
         def _():
-            plgpu.barrier_wait(constants_loaded)
+            plgpu.barrier_wait(sums_loaded)
             turns = jax.lax.div(chunks + 1 - warpgroup, jnp.int32(2))
             jax.lax.fori_loop(0, turns, prepare, None)
 
@@ -192,7 +199,7 @@ def state_gradients(
 
         @pl.when(warpgroup == _STORE)
         def _():
-            plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
+            plgpu.copy_gmem_to_smem(sums_gmem, sums_smem, sums_loaded)
             for step in range(min(slots, chunks)):
                 fetch(jnp.int32(step))
             jax.lax.fori_loop(0, chunks, write_out, None)
@@ -217,12 +224,11 @@ def state_gradients(
             A_smem=tiles_smem(2),
             low_smem=[tiles_smem()] * blocks,
             factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
-            constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
-            constants_loaded=plgpu.Barrier(),
-            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=2 * slots),
-            loaded=plgpu.Barrier(num_arrivals=blocks + 2, num_barriers=2 * slots),
+            sums_smem=tiles_smem(),
+            sums_loaded=plgpu.Barrier(),
+            loaded=plgpu.Barrier(num_arrivals=4 * blocks + 2, num_barriers=2 * slots),
             solved=barrier,
             carried=barrier,
         ),
     )
-    return kernel(*inputs, X, do, d_final, constants(), *bounds, *transfers)
+    return kernel(*inputs, X, do, d_final, prefix_sums(), *bounds, *transfers)

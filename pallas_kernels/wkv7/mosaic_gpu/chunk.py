@@ -13,7 +13,7 @@ wrote, gL the sum over the whole chunk.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,23 +23,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE, Target
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, keep_triangle, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    PART,
+    Part,
+    keep_triangle,
+    load,
+    store_exp2_of_row,
+)
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
+    anew,
     choose,
     keep,
-    load,
+    load32,
     load_rows,
     products,
     row_and_column,
     spread_rows,
-    transposed,
 )
 
 LOG2E = math.log2(math.e)
 
-_SHARED_MEMORY_ROWS = 1790
-"""Rows of tiles that a block can have on an H100 or H200, beside 3 KiB of vectors and barriers."""
+_SHARED_MEMORY_TILES = 28
+"""Tiles that a block can have on an H100 or H200, beside 3 KiB of vectors and barriers."""
 
 MIDDLE = TILE // 2 - 1
 
@@ -59,13 +65,12 @@ class Plan(Target):
         return -(-T // TILE)
 
     def slots(self, tiles: int, *, others: int, most: int) -> int:
-        """How many slots of so many tiles shared memory has room for beside `others` and constants.
+        """How many slots of so many tiles there is room for beside `others` and that of constants.
 
         Raises:
           NotImplementedError: if not even one.
         """
-        rows = _SHARED_MEMORY_ROWS - CONSTANTS_ROWS - others * TILE
-        slots = min(most, rows // (tiles * TILE))
+        slots = min(most, (_SHARED_MEMORY_TILES - 1 - others) // tiles)
         if slots == 0:
             raise NotImplementedError(f"mosaic_gpu needs {tiles + others} tiles of shared memory")
         return slots
@@ -86,48 +91,54 @@ def values_tile_of(gmem: Any, row: Any, head: Any, chunk: Any, part: Any) -> Any
     return gmem.at[row, head, chunk, :, pl.ds(part * TILE, TILE)]
 
 
-CONSTANTS_ROWS = TILE + 8
+def prefix_sums() -> np.ndarray:
+    """`[64, 64]` bfloat16 to sum log decays with, from the middle of a chunk."""
+    return (np.tri(TILE) - (np.arange(TILE) <= MIDDLE)).astype(jnp.bfloat16)
 
 
-def constants() -> np.ndarray:
-    """`[72, 64]` bfloat16 to sum log decays with: `prefix_sums` and below it `halves`."""
-    token = np.arange(TILE)
-    prefix_sums = np.tri(TILE) - (token <= MIDDLE)
-    halves = np.repeat(np.eye(2), (4, 4), axis=0).repeat(TILE // 2, axis=1)
-    return np.concatenate([prefix_sums, halves]).astype(jnp.bfloat16)
-
-
-def decays_from_middle(w: Any, prefix_sums: Any) -> jax.Array:
-    """`g - m` of a tile of log decays; prefix_sums is the upper part of `constants`."""
-    (g,) = products([(prefix_sums, w)])
-    return g
+def decays_from_middle(w: Any, sums_smem: Any) -> jax.Array:
+    """`(g - m) log2(e)` of a tile of log decays; `sums_smem` holds `prefix_sums`."""
+    (g,) = products([(sums_smem, w)])
+    return g * LOG2E
 
 
 def until_token(g: jax.Array) -> jax.Array:
     """The decay up to a token and with its own, of `decays_from_middle`: what goes with r."""
-    return jnp.exp2(g * LOG2E)
+    return jnp.exp2(g)
 
 
-def before_token(g: jax.Array, w: jax.Array) -> jax.Array:
-    """The same without the token's own, for log decays w in registers: what goes with a."""
-    return jnp.exp2((g - widen(w)) * LOG2E)
+def before_token(g: jax.Array, w: Any) -> jax.Array:
+    """The same without the token's own, for a tile of log decays: what goes with a."""
+    return jnp.exp2(g - load32(w) * LOG2E)
 
 
 def since_token(g: jax.Array) -> jax.Array:
     """The reverse of `until_token`: what goes with k and b."""
-    return jnp.exp2(g * -LOG2E)
+    return jnp.exp2(-g)
 
 
-def decays_of_chunk(w: Any, constants_smem: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`g - m`, and vectors over channels: `exp(m)` and `exp(gL - m)`."""
-    g, sums = products(
-        [(constants_smem.at[:TILE], w)],
-        [(transposed(w), transposed(constants_smem.at[TILE:]))],  # [channels, 8]
-    )
-    column = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=LAYOUT)
-    first = jnp.max(jnp.where(column < 4, sums, -jnp.inf), axis=1)
-    second = jnp.max(jnp.where(column >= 4, sums, -jnp.inf), axis=1)
-    return g, jnp.exp2(first * LOG2E), jnp.exp2(second * LOG2E)
+def store_decays_of_chunk(w: Part, g: jax.Array, until_middle: Any, from_middle: Any) -> None:
+    """Writes `exp(m)` and `exp(gL - m)` to vectors over channels in shared memory.
+
+    They are read after the next barrier.
+
+    Args:
+      w: log decays of some channels.
+      g: their `decays_from_middle`.
+      until_middle: for the first, `[64]` float32.
+      from_middle: for the second.
+    """
+    store_exp2_of_row(until_middle, load32(w) * LOG2E - g, 0, w.number)
+    store_exp2_of_row(from_middle, g, TILE - 1, w.number)
+
+
+def for_each_part(body: Callable[[jax.Array], None]) -> None:
+    """Calls a function for both parts of the columns of tiles, and waits for all threads.
+
+    One after the other, by the same instructions: for whole tiles registers would not suffice.
+    """
+    jax.lax.fori_loop(0, anew(TILE // PART), lambda number, _: body(number), None)
+    plgpu.commit_smem()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +173,10 @@ class Masks:
 
     def entered(self, x: Operand) -> Operand:
         """The rows of x whose tokens read the state that entered the chunk, the others zero."""
-        return x if self.start is None else keep(spread_rows(self.start) < 0, _loaded(x))
+        if self.start is None:
+            return x
+        x = _loaded(x)
+        return keep(spread_rows(self.start, x.shape[1]) < 0, x)
 
     def leaving(self, x: Operand) -> Operand:
         """The rows of x whose tokens are read from the state that leaves, the others zero."""

@@ -1,4 +1,4 @@
-"""Kernel 2 of 4: outputs and states, in one walk over the chunks of each row and head."""
+"""Outputs and states, in one walk over the chunks of each row and head."""
 
 import dataclasses
 import functools
@@ -10,19 +10,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
-    CONSTANTS_ROWS,
     Plan,
     before_token,
     chunk_of,
-    constants,
-    decays_of_chunk,
+    decays_from_middle,
+    for_each_part,
     load_masks,
+    prefix_sums,
     since_token,
     state_tile_of,
+    store_decays_of_chunk,
     until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.inverse import invert
+from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    Part,
+    halves_of,
+    load,
+    narrow,
+    store,
+    store_parts,
+)
 from pallas_kernels.wkv7.mosaic_gpu.state import (
     Place,
     divide,
@@ -34,7 +43,7 @@ from pallas_kernels.wkv7.mosaic_gpu.state import (
     zero_state,
 )
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    load,
+    anew,
     load32,
     products,
     tiles_smem,
@@ -109,7 +118,7 @@ class _Walks:
 def outputs(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
-    X: jax.Array,
+    X: jax.Array | None,
     initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
@@ -128,30 +137,33 @@ def outputs(
               ^           +------(r, k, b)----^  |
               +------ the slot is free again ----+
 
-        PREPARE:  a^, k^, b^, r^;  W1 = X a^,  U0 = X (A_ak V)
-        CARRY:    U = U0 + W1 S^,  S' = (S^ + k^^T V + b^^T U) exp(gL - m), the only chain
-        OUTPUT:   A_rk V, A_rb meanwhile; o = r^ S^ + A_rk V + A_rb U
+        PREPARE:  a^, k^, b^, r^;  X, unless it is given
+        CARRY:    X a^, X A_ak;  U = (X A_ak) V + (X a^) S^,
+                  S' = (S^ + k^^T V + b^^T U) exp(gL - m), the only chain
+        OUTPUT:   A_rk, A_rb meanwhile; o = r^ S^ + A_rk V + A_rb U
 
     There is room for three slots, so what counts is how soon a slot is free again: whoever needs
-    little of a chunk begins when that is there.
+    little of a chunk begins when that is there. What is busiest is shared memory; so X and r^, the
+    first operands of several products, are read to registers once.
 
     Args:
       plan: how to compile.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
-      X: of `inverses`.
+      X: of `inverses`; None to find it here, which a single block of keys, and one of values, have
+        room for.
       initial_state: `[B, N, H, V, K]` float32; if there are pieces, N is their number. None for
         zeros, if N is 1.
       bounds: `start` and `end` of `Masks`, each `[B, T]` int32; or nothing.
       transfers: which of the N states a chunk starts from and which it ends, each `[B, chunks]`
         int32, N for none; or nothing if N is 1.
-      save: whether to return the last two results.
+      save: whether to return the results for the backward.
       pieces: into how many the chunks of a row are divided, each with its own state. If more than
         one, there is a multiprocessor for each walk.
 
     Returns:
       o `[B, T, H, V]` bfloat16; the final states `[B, N, H, V, K]` float32; the states that enter
       the chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]`
-      bfloat16.
+      bfloat16; X, if it was found here.
     """
     return _walk(plan, inputs, X, initial_state, bounds, transfers, save=save, pieces=pieces)
 
@@ -189,7 +201,7 @@ def transitions(
 def _walk(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
-    X: jax.Array,
+    X: jax.Array | None,
     initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
@@ -203,9 +215,10 @@ def _walk(
     B, T, H, K = r.shape
     V = v.shape[-1]
     chunks, blocks = plan.chunks(T), K // TILE
+    inverting = X is None
     slots = plan.slots(
         (4 + outputs) * blocks + 2,
-        others=2 + outputs + blocks + bool(bounds),
+        others=4 * inverting + outputs + blocks,
         most=3 + (not outputs),
     )
     states = (B, 1, H, V, K) if initial_state is None else initial_state.shape
@@ -218,10 +231,10 @@ def _walk(
     zeros = () if outputs else (jnp.zeros((TILE, TILE), jnp.bfloat16),)
 
     def body(
-        r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, constants_gmem, *rest,
-        r_smem, w_smem, k_smem, v_smem, a_smem, b_smem, x_smem, A_smem, low_smem, leaving_smem,
-        o_smem, factors_smem, constants_smem,
-        constants_loaded, loaded_first, loaded, decayed, solved, carried,
+        r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, x_gmem, initial_gmem, sums_gmem, *rest,
+        r_smem, w_smem, k_smem, v_smem, a_smem, b_smem, x_smem, scratch_smem, low_smem, o_smem,
+        factors_smem, sums_smem,
+        sums_loaded, loaded, decayed, prepared, carried,
     ):  # fmt: skip
         bounds_gmem, rest = rest[: len(bounds)], rest[len(bounds) :]
         transfers_gmem, rest = rest[: len(transfers)], rest[len(transfers) :]
@@ -241,27 +254,29 @@ def _walk(
 
         def fetch(step):
             ((row, head, part), chunk), slot = walks.chunk_at(step), slot_of(step)
-            first, then = (x.at[loading(step)] for x in (loaded_first, loaded))
+            barrier = loaded.at[loading(step)]
 
-            def copy(gmem, smem, barrier):
+            def copy(gmem, smem):
                 for j in range(blocks):
                     source = chunk_of(gmem, row, chunk, head, j)
                     plgpu.copy_gmem_to_smem(source, smem[j].at[slot], barrier)
 
             def copy_values(source):
-                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], then)
+                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], barrier)
 
-            for gmem, smem in ((w_gmem, w_smem), (a_gmem, a_smem), (k_gmem, k_smem)):
-                copy(gmem, smem, first)
-            copy(b_gmem, b_smem, then)
+            for gmem, smem in (
+                (w_gmem, w_smem), (b_gmem, b_smem), (k_gmem, k_smem), (a_gmem, a_smem)
+            ):  # fmt: skip
+                copy(gmem, smem)
             if outputs:
-                copy(r_gmem, r_smem, then)
+                copy(r_gmem, r_smem)
                 copy_values(chunk_of(v_gmem, row, chunk, head, part))
             else:
                 own = part < V // TILE
                 pl.when(own)(lambda: copy_values(chunk_of(v_gmem, row, chunk, head, part)))
                 pl.when(~own)(lambda: copy_values(zeros_gmem[0]))
-            plgpu.copy_gmem_to_smem(x_gmem.at[row, head, chunk], x_smem.at[slot], then)
+            if not inverting:
+                plgpu.copy_gmem_to_smem(x_gmem.at[row, head, chunk], x_smem.at[slot], barrier)
 
         def tiles_of(slot):
             def at(tiles):
@@ -274,6 +289,7 @@ def _walk(
                 z=at(b_smem),
                 Y=v_smem.at[slot],
                 X=x_smem.at[slot],
+                U=w_smem[0].at[slot],
                 before=[factors.at[slot, 0] for factors in factors_smem],
                 after=[factors.at[slot, 1] for factors in factors_smem],
             )
@@ -282,38 +298,54 @@ def _walk(
             step = 2 * turn + warpgroup
             ((row, _, _), chunk), slot = walks.chunk_at(step), slot_of(step)
             masks = load_masks(bounds_gmem, row, chunk)
-            r, t = tiles_of(slot)
-            plgpu.barrier_wait(loaded_first.at[loading(step)])
+            plgpu.barrier_wait(loaded.at[loading(step)])
             for j in range(blocks):
-                a, w, k, b = t.x[j], t.low[j], t.y[j], t.z[j]
-                of_w, of_a, of_k = load(w), load(a), load(k)
-                g, before, after = decays_of_chunk(w, constants_smem)
-                high, low = halves_of(widen(of_a) * before_token(g, of_w))
-                since = since_token(g)
-                of_k = narrow(widen(of_k) * since)
-                store((a, high), (w, low), (k, of_k))
-                t.before[j][...], t.after[j][...] = before, after
-                if j == 0:
-                    plgpu.barrier_wait(loaded.at[loading(step)])
-                values = [(b, narrow(load32(b) * since))]
-                if outputs:
-                    of_r = load32(r[j]) * (until_token(g) * plan.scale)
-                    values.append((r[j], narrow(of_r)))
-                store(*values)
+
+                def decay(number, j=j):
+                    r, t = tiles_of(anew(slot))
+                    w, a, k, b = (Part(x[j], number) for x in (t.low, t.x, t.y, t.z))
+                    g = decays_from_middle(w, sums_smem)
+                    store_decays_of_chunk(w, g, t.before[j], t.after[j])
+                    since = since_token(g)
+                    of_b = halves_of(load32(b) * since)
+                    of_k = narrow(load32(k) * since)
+                    high, low = halves_of(load32(a) * before_token(g, w))
+                    values = [(t.x[j], high), (t.low[j], low), (t.y[j], of_k), (t.z[j], of_b[0])]
+                    if inverting:
+                        values.append((scratch_smem[0].at[anew(warpgroup)], of_b[1]))
+                    if outputs:
+                        of_r = load32(Part(r[j], number)) * (until_token(g) * plan.scale)
+                        values.append((r[j], narrow(of_r)))
+                    store_parts(number, *values)
+
+                for_each_part(decay)
             plgpu.barrier_arrive(decayed.at[slot])
-            lower = functools.partial(masks.lower, strictly=True)
-            selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
-            solve(t, t.X, lower, A_smem.at[warpgroup], selections)
-            plgpu.barrier_arrive(solved.at[slot])
+            if inverting:
+                _, t = tiles_of(anew(slot))
+                (a,), (a_low,), (b,) = t.x, t.low, t.z
+                b_low, second = (x.at[anew(warpgroup)] for x in scratch_smem)
+                pairs = ((a, b), (a_low, b), (a, b_low))
+                (A,) = products([(x, transposed(y)) for x, y in pairs])
+                A_high, A_low = masks.lower(*halves_of(A), strictly=True)
+                invert(A_high, A_low, b_low, second, t.X)
+            plgpu.barrier_arrive(prepared.at[slot])
+
+        def lows():
+            return [tile.at[anew(0)] for tile in low_smem]
 
         def carry(walk, i, state):
             slot, (place, piece) = slot_of(walks.step(walk, i)), walks.place(walk)
             chunk = walks.first_chunk(piece) + i
-            plgpu.barrier_wait(solved.at[slot])
+            masks = load_masks(bounds_gmem, place[0], chunk)
+            lower = functools.partial(masks.lower, strictly=True)
+            _, t = tiles_of(anew(slot))
+            selections = [(masks.entered, [*t.x, *t.low])] if bounds else []
+            plgpu.barrier_wait(prepared.at[slot])
+            XA = solve(t, load(t.X), lower, selections, (t.x[0], lows()[0]))
+            _, t = tiles_of(anew(slot))
             if transfers:
                 state = entering_state(state, initial_gmem, transfers_gmem[0], place, chunk)
-            masks = load_masks(bounds_gmem, place[0], chunk)
-            state = advance(tiles_of(slot)[1], state, masks, low_smem, leaving_smem)
+            state = advance(t, state, masks, lows(), XA, selecting=bool(bounds))
             plgpu.barrier_arrive(carried.at[slot])
             if transfers:
                 leaving_state(state, final_gmem, transfers_gmem[1], place, chunk)
@@ -335,22 +367,24 @@ def _walk(
             plgpu.barrier_wait(decayed.at[slot])
             masks = load_masks(bounds_gmem, row, chunk)
             r, t = tiles_of(slot)
+            r = [load(x) for x in r]
             A_rk, A_rb = products(
                 [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
                 [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
             )
             A_rk, A_rb = masks.lower(narrow(A_rk), narrow(A_rb))
-            (o,) = products([(A_rk, t.Y)])
             plgpu.barrier_wait(carried.at[slot])
-            reads = [masks.entered(load(x)) if bounds else x for x in r]
-            of_state = [(x, transposed(s)) for x, s in zip(reads, t.low, strict=True)]
+            reads = [masks.entered(x) for x in r]
+            of_state = [(x, transposed(s)) for x, s in zip(reads, t.x, strict=True)]
             if save:
-                entries_gmem, u_gmem = saved_gmem
+                entries_gmem, u_gmem, *x_gmems = saved_gmem
                 for j in range(blocks):
                     entry = state_tile_of(entries_gmem, row, head, chunk, part, j)
-                    plgpu.copy_smem_to_gmem(t.low[j], entry)
-                plgpu.copy_smem_to_gmem(t.X, values_tile_of(u_gmem, row, head, chunk, part))
-            (o,) = products([*of_state, (A_rb, t.X)], start=[o])
+                    plgpu.copy_smem_to_gmem(t.x[j], entry)
+                plgpu.copy_smem_to_gmem(t.U, values_tile_of(u_gmem, row, head, chunk, part))
+                for gmem in x_gmems:
+                    plgpu.copy_smem_to_gmem(t.X, gmem.at[row, head, chunk])
+            (o,) = products([(A_rk, t.Y), (A_rb, t.U), *of_state])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # so that the slot has been read before it is written
             fetch_next(walk, i)
@@ -366,7 +400,7 @@ def _walk(
 
         @pl.when(warpgroup < _CARRY)
         def _():
-            plgpu.barrier_wait(constants_loaded)
+            plgpu.barrier_wait(sums_loaded)
             turns = jax.lax.div(steps + 1 - warpgroup, jnp.int32(2))
             jax.lax.fori_loop(0, turns, prepare, None)
 
@@ -386,9 +420,9 @@ def _walk(
 
         @pl.when(warpgroup == _OUTPUT)
         def _():
-            plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
-            for step in range(slots):
-                pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
+            plgpu.copy_gmem_to_smem(sums_gmem, sums_smem, sums_loaded)
+            first_steps = jnp.minimum(slots, steps)
+            jax.lax.fori_loop(0, first_steps, lambda step, _: fetch(step), None)
             for_each_walk(functools.partial(for_each_chunk, output if outputs else release))
             plgpu.wait_smem_to_gmem(0)
 
@@ -398,6 +432,8 @@ def _walk(
     if save:
         types.append(jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16))
         types.append(jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16))
+        if inverting:
+            types.append(jax.ShapeDtypeStruct((B, H, chunks, TILE, TILE), jnp.bfloat16))
     barrier = plgpu.Barrier(num_barriers=slots)
     kernel = plan.kernel(
         body,
@@ -410,20 +446,20 @@ def _walk(
             r_smem=[tiles_smem(slots)] * blocks if outputs else [],
             v_smem=tiles_smem(slots),
             x_smem=tiles_smem(slots),
-            A_smem=tiles_smem(2),
-            low_smem=[tiles_smem()] * blocks,
-            leaving_smem=tiles_smem() if bounds else None,
+            scratch_smem=[tiles_smem(2)] * 2 if inverting else [],
+            low_smem=[tiles_smem(1)] * blocks,
             o_smem=tiles_smem() if outputs else None,
             factors_smem=[plgpu.SMEM((slots, 2, TILE), jnp.float32)] * blocks,
-            constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
-            constants_loaded=plgpu.Barrier(),
-            loaded_first=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=2 * slots),
-            loaded=plgpu.Barrier(num_arrivals=(1 + outputs) * blocks + 2, num_barriers=2 * slots),
+            sums_smem=tiles_smem(),
+            sums_loaded=plgpu.Barrier(),
+            loaded=plgpu.Barrier(
+                num_arrivals=(4 + outputs) * blocks + 2 - inverting, num_barriers=2 * slots
+            ),
             decayed=barrier,
-            solved=barrier,
+            prepared=barrier,
             carried=barrier,
         ),
     )
-    operands = (*inputs, X, initial_state, constants(), *bounds, *transfers, *zeros)
+    operands = (*inputs, X, initial_state, prefix_sums(), *bounds, *transfers, *zeros)
     final, *others = kernel(*operands)
     return (others[0], final, *others[1:]) if outputs else (final,)

@@ -1,4 +1,4 @@
-"""Kernel 4 of 4: gradients of the inputs, each chunk in a block of its own."""
+"""Gradients of the inputs, each chunk in a block of its own."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,17 +13,16 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
     Plan,
     before_token,
     chunk_of,
-    constants,
     decays_from_middle,
     load_masks,
+    prefix_sums,
     since_token,
     state_tile_of,
     until_token,
     values_tile_of,
 )
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, narrow, store
+from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, load, narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    load,
     load32,
     products,
     split,
@@ -102,9 +101,9 @@ def input_gradients(
 
     def body(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, do_gmem, s_gmem, u_gmem, ds_gmem, dw_gmem,
-        constants_gmem, *rest,
-        tiles_smem, rows_smem, columns_smem, constants_smem,
-        constants_loaded, inputs_loaded, others_loaded, decayed, summed,
+        sums_gmem, *rest,
+        tiles_smem, rows_smem, columns_smem, sums_smem,
+        sums_loaded, inputs_loaded, others_loaded, decayed, summed,
     ):  # fmt: skip
         bounds_gmem, gradients_gmem = rest[: len(bounds)], rest[len(bounds) :]
         dr_gmem, d_log_decay_gmem, dk_gmem, dv_gmem, da_gmem, db_gmem = gradients_gmem
@@ -175,9 +174,9 @@ def input_gradients(
             of_input, _, masks = context(step)
             slot, t = slot_of(step), tiles_at(step)
             plgpu.barrier_wait(inputs_loaded.at[slot])
-            g = decays_from_middle(t.w, constants_smem)
+            g = decays_from_middle(t.w, sums_smem)
             of_r = narrow(load32(t.r) * (until_token(g) * plan.scale))
-            store((t.r, of_r), (t.a, narrow(load32(t.a) * before_token(g, load(t.w)))))
+            store((t.r, of_r), (t.a, narrow(load32(t.a) * before_token(g, t.w))))
             plgpu.barrier_arrive(decayed)
 
             t = tiles_at(step)
@@ -194,9 +193,9 @@ def input_gradients(
             )
 
             t = tiles_at(step)
-            g = decays_from_middle(t.w, constants_smem)  # registers are too few to keep it
+            g = decays_from_middle(t.w, sums_smem)  # registers are too few to keep it
             write(t.rows, dr * (until_token(g) * plan.scale), of_input(dr_gmem))
-            write(rows_smem, da * before_token(g, load(t.w)), of_input(da_gmem))
+            write(rows_smem, da * before_token(g, t.w), of_input(da_gmem))
             exclusive = load32(t.a) * da
             inclusive = load32(t.r) * dr + exclusive
 
@@ -217,7 +216,7 @@ def input_gradients(
         def decay_columns(step):
             t = tiles_at(step)
             plgpu.barrier_wait(inputs_loaded.at[slot_of(step)])
-            since = since_token(decays_from_middle(t.w, constants_smem))
+            since = since_token(decays_from_middle(t.w, sums_smem))
             k, b = (narrow(load32(x) * since) for x in (t.k, t.b))
             store((t.k, k), (t.b, b))
             plgpu.barrier_arrive(decayed)
@@ -240,7 +239,7 @@ def input_gradients(
             )
 
             t = tiles_at(step)
-            since = since_token(decays_from_middle(t.w, constants_smem))
+            since = since_token(decays_from_middle(t.w, sums_smem))
             write(columns_smem.at[0], dk * since, of_input(dk_gmem))
             write(columns_smem.at[1], db * since, of_input(db_gmem))
             inclusive = load32(t.k) * dk + load32(t.b) * db
@@ -263,16 +262,15 @@ def input_gradients(
 
         @pl.when(warpgroup == _ROWS)
         def _():
-            plgpu.barrier_wait(constants_loaded)
+            plgpu.barrier_wait(sums_loaded)
             jax.lax.fori_loop(0, count, rows, None)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == _COLUMNS)
         def _():
-            source = constants_gmem.at[pl.ds(0, TILE)]
-            plgpu.copy_gmem_to_smem(source, constants_smem, constants_loaded)
+            plgpu.copy_gmem_to_smem(sums_gmem, sums_smem, sums_loaded)
             fetch(jnp.int32(0))
-            plgpu.barrier_wait(constants_loaded)
+            plgpu.barrier_wait(sums_loaded)
             decay_columns(jnp.int32(0))
             jax.lax.fori_loop(0, count, columns, None)
             plgpu.wait_smem_to_gmem(0)
@@ -291,8 +289,8 @@ def input_gradients(
             "tiles_smem": Tiles(*[tiles_smem(_SLOTS)] * len(Tiles._fields)),
             "rows_smem": tiles_smem(),
             "columns_smem": tiles_smem(2),
-            "constants_smem": tiles_smem(),
-            "constants_loaded": plgpu.Barrier(),
+            "sums_smem": tiles_smem(),
+            "sums_loaded": plgpu.Barrier(),
             "inputs_loaded": plgpu.Barrier(num_arrivals=5, num_barriers=_SLOTS),
             "others_loaded": plgpu.Barrier(num_arrivals=6, num_barriers=_SLOTS),
             "decayed": plgpu.Barrier(num_arrivals=2),
@@ -303,5 +301,5 @@ def input_gradients(
     def sum_parts(x):
         return x[0] if len(x) == 1 else jnp.sum(x.astype(jnp.float32), axis=0).astype(x.dtype)
 
-    gradients = kernel(*inputs, do, entries, U, exits, dW, constants(), *bounds)
+    gradients = kernel(*inputs, do, entries, U, exits, dW, prefix_sums(), *bounds)
     return tuple(map(sum_parts, gradients))

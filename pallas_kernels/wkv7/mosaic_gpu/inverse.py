@@ -1,4 +1,6 @@
-"""Kernel 1 of 4: the triangular inverse of every chunk."""
+"""The triangular inverse of every chunk: within other kernels, or by one of its own."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,28 +9,65 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import (
-    CONSTANTS_ROWS,
     Plan,
     before_token,
     chunk_of,
-    constants,
     decays_from_middle,
     load_masks,
+    prefix_sums,
     since_token,
 )
 from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    halves_of,
+    narrow,
+    store,
+    widen,
+    with_diagonal,
+)
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
-    load,
     load32,
     products,
-    row_and_column,
     split,
     tiles_smem,
     transposed,
 )
 
 _WARPGROUPS = 4
+
+
+def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem: Any) -> None:
+    """Writes `(I - A)^-1` to X_smem.
+
+    The inverses of blocks of 4 rows, then 16, then all 64 come from those before by `Y + N^2 Y`, as
+    `diagonal` explains: each warp does the first two in its registers, all of them together the
+    last. So far operands have 16 bits. A step of Newton's method with an A of twice the digits,
+    `X <- X + (I - X (I - A)) X`, removes what that has lost.
+
+    The result is rounded to 16 bits in such a way that the errors E are those of a product with
+    `I + E`: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have in
+    common; errors of each entry by itself would not, and add up where tokens repeat.
+
+    Args:
+      A_high: `[64, 64]` bfloat16 in registers, strictly lower triangular: the larger half of A.
+      A_low: likewise, the smaller half.
+      first: a tile for intermediate results.
+      second: another one.
+      X_smem: a third one, for the result.
+    """
+    D, N = invert_diagonal(A_high)
+    store((first, D), (second, A_high), (X_smem, N))
+    N2, Y = products([(N, X_smem)], [(with_diagonal(N, 1), first)])
+    store((first, A_low), (X_smem, narrow(Y)))
+    (X,) = products([(narrow(N2), X_smem)], start=[Y])
+    X = narrow(X)
+    store((X_smem, X))
+    of_identity = with_diagonal(X, 0, negated=True)  # minus X, whose diagonal is one
+    (error,) = products([(X, second), (X, first)], start=[widen(of_identity)])
+    (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
+    rounding = narrow(widen(narrow(X_exact)) - X_exact)
+    (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
+    store((X_smem, narrow(X_shaped)))
 
 
 def inverses(
@@ -42,15 +81,6 @@ def inverses(
 
         A_ab[i, j] = sum_c a[i, c] exp(sum of log_decay over j < t < i) b[j, c]    for j < i
 
-    The inverses of blocks of 4 rows, then 16, then all 64 come from those before by `Y + N^2 Y`, as
-    `diagonal` explains: each warp does the first two in its registers, all of them together the
-    last. So far operands have 16 bits. A step of Newton's method with an A of twice the digits,
-    `X <- X + (I - X (I - A)) X`, removes what that has lost.
-
-    The result is rounded to 16 bits in such a way that the errors E are those of a product with
-    `I + E`: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have in
-    common; errors of each entry by itself would not, and add up where tokens repeat.
-
     One block per multiprocessor; each of its warpgroups takes every n-th chunk, and loads the next
     while it works on one.
     """
@@ -61,8 +91,8 @@ def inverses(
     stages = plan.slots(3 * blocks * _WARPGROUPS, others=0, most=2)
 
     def body(
-        w_gmem, a_gmem, b_gmem, constants_gmem, *rest,
-        w_smem, a_smem, b_smem, constants_smem, constants_loaded, loaded,
+        w_gmem, a_gmem, b_gmem, sums_gmem, *rest,
+        w_smem, a_smem, b_smem, sums_smem, sums_loaded, loaded,
     ):  # fmt: skip
         *bounds_gmem, x_gmem = rest
         warpgroup = jax.lax.axis_index("warpgroup")
@@ -85,7 +115,7 @@ def inverses(
                     source = chunk_of(gmem, row, chunk, head, j)
                     plgpu.copy_gmem_to_smem(source, smem[j].at[slot], loaded.at[slot])
 
-        def invert(step, _):
+        def invert_chunk(step, _):
             slot = slot_of(step)
             plgpu.barrier_wait(loaded.at[slot])
             if stages > 1:
@@ -95,9 +125,9 @@ def inverses(
             w, a, b = ([tile.at[slot] for tile in x] for x in (w_smem, a_smem, b_smem))
             a_halves, b_high, b_low = [], b, w
             for j in range(blocks):
-                of_w, of_a, of_b = load(w[j]), load32(a[j]), load32(b[j])
-                g = decays_from_middle(w[j], constants_smem.at[:TILE])
-                a_halves.append(halves_of(of_a * before_token(g, of_w)))
+                of_a, of_b = load32(a[j]), load32(b[j])
+                g = decays_from_middle(w[j], sums_smem)
+                a_halves.append(halves_of(of_a * before_token(g, w[j])))
                 split(of_b * since_token(g), b_high[j], b_low[j])
             (A,) = products(
                 [
@@ -109,21 +139,8 @@ def inverses(
             masks = load_masks(bounds_gmem, *place[:2])
             A_high, A_low = masks.lower(*halves_of(A), strictly=True)
 
-            first, second, X_smem = w[0], a[0], b[0]
-            D, N = invert_diagonal(A_high)
-            store((first, D), (second, A_high), (X_smem, N))
-            N2, Y = products([(N, X_smem)], [(N, first)], start=[None, widen(D)])
-            store((first, A_low), (X_smem, narrow(Y)))
-            (X,) = products([(narrow(N2), X_smem)], start=[Y])
-            X = narrow(X)
-            store((X_smem, X))
-            row, column = row_and_column()
-            of_identity = jnp.where(row == column, 1.0, 0.0) - widen(X)
-            (error,) = products([(X, second), (X, first)], start=[of_identity])
-            (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
-            rounding = narrow(widen(narrow(X_exact)) - X_exact)
-            (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-            store((X_smem, narrow(X_shaped)))
+            X_smem = b[0]
+            invert(A_high, A_low, w[0], a[0], X_smem)
             row, chunk, head = place
             plgpu.copy_smem_to_gmem(X_smem, x_gmem.at[row, head, chunk])
             if stages == 1:
@@ -134,10 +151,10 @@ def inverses(
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.copy_gmem_to_smem(constants_gmem, constants_smem, constants_loaded)
+            plgpu.copy_gmem_to_smem(sums_gmem, sums_smem, sums_loaded)
 
-        plgpu.barrier_wait(constants_loaded)
-        jax.lax.fori_loop(0, count, invert, None)
+        plgpu.barrier_wait(sums_loaded)
+        jax.lax.fori_loop(0, count, invert_chunk, None)
         plgpu.wait_smem_to_gmem(0)
 
     slots = stages * _WARPGROUPS
@@ -149,9 +166,9 @@ def inverses(
         warpgroups=_WARPGROUPS,
         scratch_types=dict(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "wab"},
-            constants_smem=tiles_smem(rows=CONSTANTS_ROWS),
-            constants_loaded=plgpu.Barrier(),
+            sums_smem=tiles_smem(),
+            sums_loaded=plgpu.Barrier(),
             loaded=plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=slots),
         ),
     )
-    return kernel(log_decay, a, b, constants(), *bounds)
+    return kernel(log_decay, a, b, prefix_sums(), *bounds)

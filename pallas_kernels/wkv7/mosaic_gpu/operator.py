@@ -1,11 +1,12 @@
 """WKV7 on Hopper GPUs: which calls are served, segments, and the gradient.
 
-    inverses -> outputs                                      in the forward
-                state_gradients -> input_gradients           in the backward
+    outputs                                in the forward
+    state_gradients -> input_gradients     in the backward
 
-The first and the last kernel work on all chunks at once, the two in between walk over the chunks of
-each row and head; few long rows are divided into `pieces` in the forward. `chunk` explains what the
-kernels share.
+The first two kernels walk over the chunks of each row and head, the last one works on all chunks at
+once. Few long rows are divided into `pieces` in the forward; then, and where there is more than one
+block of keys or values, `inverses` does what can be done for all chunks at once before. `chunk`
+explains what the kernels share.
 """
 
 import dataclasses
@@ -21,7 +22,6 @@ from pallas_kernels.wkv7.common import prepare
 from pallas_kernels.wkv7.mosaic_gpu.backward import state_gradients
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.gradients import input_gradients
-from pallas_kernels.wkv7.mosaic_gpu.inverse import inverses
 from pallas_kernels.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.wkv7.segments import align_segments, aligned_length
 
@@ -66,16 +66,12 @@ def _chunked(
     transfers: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, V]` and final states, like `initial`, `[B, N, H, V, K]`."""
-    _, log_decay, _, _, a, b = inputs
-    X = inverses(plan, log_decay, a, b, bounds)
-    o, final = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=False)
+    o, final = outputs_in_pieces(plan, inputs, initial, bounds, transfers, save=False)
     return o, final
 
 
 def _chunked_forward(plan, inputs, initial, bounds, transfers):
-    _, log_decay, _, _, a, b = inputs
-    X = inverses(plan, log_decay, a, b, bounds)
-    o, final, entries, U = outputs_in_pieces(plan, inputs, X, initial, bounds, transfers, save=True)
+    o, final, entries, U, X = outputs_in_pieces(plan, inputs, initial, bounds, transfers, save=True)
     return (o, final), Residuals(inputs, X, entries, U, bounds, transfers, initial is None)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.wkv7.mosaic_gpu.forward import outputs, transitions
+from pallas_kernels.wkv7.mosaic_gpu.inverse import inverses
 
 _MOST = 8
 """Each piece adds a step to the chain of states."""
@@ -48,18 +49,28 @@ def number_of_pieces(plan: Plan, rows: int, K: int, V: int, chunks: int) -> int:
 def outputs_in_pieces(
     plan: Plan,
     inputs: tuple[jax.Array, ...],
-    X: jax.Array,
     initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
     save: bool,
 ) -> tuple[jax.Array, ...]:
-    """As `outputs`, for rows of any number and length."""
+    """As `outputs`, for rows of any number and length.
+
+    Returns:
+      What it returns, and X too if the rest is to be saved.
+    """
     B, T, H, K = inputs[0].shape
-    pieces = number_of_pieces(plan, B * H, K, inputs[3].shape[-1], plan.chunks(T))
-    if transfers or pieces == 1:
-        return outputs(plan, inputs, X, initial_state, bounds, transfers, save=save)
+    V = inputs[3].shape[-1]
+    pieces = number_of_pieces(plan, B * H, K, V, plan.chunks(T))
+    in_pieces = pieces > 1 and not transfers
+    if K == V == TILE and not in_pieces:
+        return outputs(plan, inputs, None, initial_state, bounds, transfers, save=save)
+    _, log_decay, _, _, a, b = inputs
+    X = inverses(plan, log_decay, a, b, bounds)
+    given = (X,) if save else ()
+    if not in_pieces:
+        return *outputs(plan, inputs, X, initial_state, bounds, transfers, save=save), *given
     N, P = transitions(plan, inputs, X, bounds, pieces)
     states = [jnp.zeros_like(N[:, 0]) if initial_state is None else initial_state[:, 0]]
     for i in range(pieces - 1):
@@ -67,7 +78,7 @@ def outputs_in_pieces(
         states.append(passed + N[:, i])
     begins = jnp.stack(states, axis=1)
     o, final, *saved = outputs(plan, inputs, X, begins, bounds, (), save=save, pieces=pieces)
-    return o, final[:, -1:], *saved
+    return o, final[:, -1:], *saved, *given
 
 
 __all__ = ["number_of_pieces", "outputs_in_pieces"]

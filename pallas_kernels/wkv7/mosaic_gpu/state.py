@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE
 from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT
-from pallas_kernels.wkv7.mosaic_gpu.tiles import choose, load
+from pallas_kernels.wkv7.mosaic_gpu.tiles import choose
 
 type State = tuple[jax.Array, ...]
 """Float32 tiles `[64 of V, 64 of K]` in registers, one for each block of K."""
@@ -44,7 +44,10 @@ def zero_state(blocks: int) -> State:
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
     """One of the states `[B, N, H, V, K]`, all of its channels."""
     # In shard_map the type of what is loaded varies over the mesh, that of what is computed not.
-    return tuple(1.0 * load(tile) for tile in _tiles(states_gmem, segment, place))
+    return tuple(
+        1.0 * plgpu.load(tile, layout=LAYOUT, optimized=False)
+        for tile in _tiles(states_gmem, segment, place)
+    )
 
 
 def store_state(state: State, states_gmem: Any, segment: jax.Array, place: Place) -> None:

@@ -5,11 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import TILE, is_interpreted
-from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, TRANSFORMS, halves_of, store, widen
+from pallas_kernels.wkv7.mosaic_gpu.multiply import Transposed, multiply
+from pallas_kernels.wkv7.mosaic_gpu.registers import (
+    LAYOUT,
+    TRANSFORMS,
+    Part,
+    halves_of,
+    load,
+    store,
+    widen,
+)
 
 ROWS = LAYOUT.reduce(1)
 """Layout of a vector with one entry for each row of a tile."""
@@ -17,26 +25,25 @@ COLUMNS = LAYOUT.reduce(0)
 """Layout of a vector with one entry for each column of a tile."""
 
 type Operand = Any
-"""A tile in shared memory (or its transpose), or a 16-bit tile in registers."""
+"""A tile in shared memory or its `transposed`, or a 16-bit tile in registers."""
 
 
-def tiles_smem(*counts: int, dtype: Any = jnp.bfloat16, rows: int = TILE) -> Any:
-    """Shared memory for `[*counts, rows, 64]`, laid out for tensor cores."""
-    return plgpu.SMEM(
-        (*counts, rows, TILE),
-        dtype,
-        transforms=TRANSFORMS,
-    )
+def tiles_smem(*counts: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for `[*counts, 64, 64]`, laid out for tensor cores."""
+    return plgpu.SMEM((*counts, TILE, TILE), dtype, transforms=TRANSFORMS)
 
 
-def load(ref: Any) -> jax.Array:
-    """A tile from shared or global memory in registers."""
-    return plgpu.load(ref, layout=LAYOUT, optimized=False)
+def anew(index: jax.Array | int) -> jax.Array:
+    """An index of tiles: LLVM must find the addresses of those anew, and cannot keep them.
+
+    Kept from use to use, those of all tiles would take more registers than there are.
+    """
+    return jax.lax.optimization_barrier(jnp.int32(index))
 
 
-def load32(ref: Any) -> jax.Array:
-    """A tile of bfloat16 in float32."""
-    return widen(load(ref))
+def load32(x: Any) -> jax.Array:
+    """A tile of bfloat16, or a part of one, in float32."""
+    return widen(load(x))
 
 
 def load_rows(ref: Any) -> jax.Array:
@@ -49,9 +56,9 @@ def load_columns(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=COLUMNS, optimized=False)
 
 
-def spread_rows(vector: jax.Array) -> jax.Array:
+def spread_rows(vector: jax.Array, columns: int = TILE) -> jax.Array:
     """A tile whose rows each repeat one entry of a vector from `load_rows`."""
-    return jax.lax.broadcast_in_dim(vector, (TILE, TILE), [0])
+    return jax.lax.broadcast_in_dim(vector, (TILE, columns), [0])
 
 
 def spread_columns(vector: jax.Array) -> jax.Array:
@@ -59,9 +66,9 @@ def spread_columns(vector: jax.Array) -> jax.Array:
     return jax.lax.broadcast_in_dim(vector, (TILE, TILE), [1])
 
 
-def transposed(ref: Any) -> Any:
+def transposed(ref: Any) -> Transposed:
     """The transpose of a tile in shared memory, as an operand of a product."""
-    return ref.transpose((1, 0))
+    return Transposed(ref)
 
 
 def row_and_column() -> tuple[jax.Array, jax.Array]:
@@ -71,11 +78,6 @@ def row_and_column() -> tuple[jax.Array, jax.Array]:
     # would take too many, or in memory.
     row = spread_rows(jax.lax.optimization_barrier(row))
     return row, plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=LAYOUT)
-
-
-def zeros(rows: int = TILE, columns: int = TILE) -> jax.Array:
-    """A float32 tile of zeros in registers."""
-    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), LAYOUT)
 
 
 def choose(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -104,18 +106,17 @@ def products(
       *sums: pairs (x, y); y lies in shared memory.
       start: what each sum starts from; None is zero.
     """
-    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
     start = [None] * len(sums) if start is None else start
-    start = tuple(zeros(*s) if x is None else x for s, x in zip(shapes, start, strict=True))
-    if is_interpreted():
-        return tuple(
-            sum((jnp.dot(x[...], y[...], preferred_element_type=jnp.float32) for x, y in pairs), s)
-            for pairs, s in zip(sums, start, strict=True)
-        )
+    if not is_interpreted():
+        return multiply(sums, start)
 
-    def accumulate(accumulators):
-        for accumulator, pairs in zip(accumulators, sums, strict=True):
-            for x, y in pairs:
-                plgpu.wgmma(accumulator, x, y)
+    def value(operand):
+        if isinstance(operand, Part):
+            return load(operand)
+        return operand.tile[...].T if isinstance(operand, Transposed) else operand[...]
 
-    return pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in start))
+    def sum_of(pairs, start):
+        terms = [jnp.dot(value(x), value(y), preferred_element_type=jnp.float32) for x, y in pairs]
+        return sum(terms) if start is None else sum(terms, start)
+
+    return tuple(sum_of(*x) for x in zip(sums, start, strict=True))

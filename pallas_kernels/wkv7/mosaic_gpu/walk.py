@@ -2,8 +2,8 @@
 
 Both have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
 
-    A  = mask(x y^T)    R = X x    U0 = X A Y        `solve`, of the chunk alone
-    S^ = S before       U = U0 + R S^^T              `advance`, with the state
+    A  = mask(x y^T)    R = X x    XA = X A              `solve`, of the chunk alone
+    S^ = S before       U = XA Y + R S^^T                `advance`, with the state
     S' = (S^ + Y^T y + U^T z) after
 
 where `before` and `after` are a factor for each channel, and
@@ -23,15 +23,12 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wkv7.mosaic_gpu.chunk import Masks
-from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, narrow, store
+from pallas_kernels.wkv7.mosaic_gpu.registers import halves_of, load, narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.state import State
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
     Operand,
-    load,
-    load32,
     load_columns,
     products,
-    split,
     spread_columns,
     transposed,
 )
@@ -41,12 +38,13 @@ class Chunk(NamedTuple):
     """Tiles of a chunk in shared memory; lists have one for each 64 channels.
 
     Attributes:
-      x: x, its larger half; then R.
-      low: the smaller half of x; then, of the first, that of A; then S^.
+      x: x, its larger half; then S^.
+      low: the smaller half of x; then R; then, of the first, U.
       y: as above.
       z: likewise.
       Y: likewise.
-      X: likewise; then U0, then U.
+      X: likewise.
+      U: where U will be: the first of low.
       before: vectors `[64]`.
       after: likewise.
     """
@@ -57,6 +55,7 @@ class Chunk(NamedTuple):
     z: Sequence[Any]
     Y: Any
     X: Any
+    U: Any
     before: Sequence[Any]
     after: Sequence[Any]
 
@@ -65,17 +64,17 @@ def solve(
     chunk: Chunk,
     X: Operand,
     mask: Callable[..., tuple[jax.Array, ...]],
-    A_smem: Any,
     selections: Sequence[tuple[Callable[[jax.Array], Any], Sequence[Any]]],
-) -> None:
-    """Computes R and U0.
+    A_smem: tuple[Any, Any],
+) -> jax.Array:
+    """Computes R, and returns XA, bfloat16 in registers.
 
     Args:
-      chunk: is overwritten.
-      X: its X, or that transposed.
+      chunk: its tiles.
+      X: its X, in registers, or that transposed.
       mask: of tiles like A.
-      A_smem: a tile for the larger half of A.
       selections: which rows of which tiles meet the states, unless all do.
+      A_smem: tiles for the halves of A, of which one may be of x.
     """
     x_tiles = list(zip(chunk.x, chunk.low, strict=True))
     for_A = [
@@ -92,12 +91,9 @@ def solve(
     else:
         A, *exact = products(for_A, *for_R)
         R = [narrow(x) for x in exact]
-    A_tiles = A_smem, chunk.low[0]
-    values = *mask(*halves_of(A)), *R
-    store(*zip((*A_tiles, *chunk.x), values, strict=True))
-    (XA,) = products([(X, half) for half in A_tiles])
-    (U0,) = products([(narrow(XA), chunk.Y)])
-    store((chunk.X, narrow(U0)))
+    store(*zip((*chunk.low, *A_smem), (*R, *mask(*halves_of(A))), strict=True))
+    (XA,) = products([(X, half) for half in A_smem])
+    return narrow(XA)
 
 
 def advance(
@@ -105,7 +101,9 @@ def advance(
     state: State,
     masks: Masks,
     low_smem: Sequence[Any],
-    leaving_smem: Any | None = None,
+    XA: Operand,
+    *,
+    selecting: bool = False,
 ) -> State:
     """The next state.
 
@@ -114,31 +112,42 @@ def advance(
       state: S.
       masks: tell whether S passes the chunk.
       low_smem: tiles for the smaller half of S^.
-      leaving_smem: a tile for the rows of U that change S', unless all do; those of Y are then put
-        where the smaller half of S^ was.
+      XA: of `solve`.
+      selecting: whether only the rows of Y and U change S' that `masks.leaving` keeps.
     """
     read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
-    U0 = load32(chunk.X)
-    for high, low, s in zip(chunk.low, low_smem, read, strict=True):
-        split(s, high, low)
+    state_tiles = list(zip(chunk.x, low_smem, strict=True))
+    store(
+        *(
+            pair
+            for tiles, s in zip(state_tiles, read, strict=True)
+            for pair in zip(tiles, halves_of(s), strict=True)
+        )
+    )
     (U,) = products(
         [
-            (R, transposed(half))
-            for R, *halves in zip(chunk.x, chunk.low, low_smem, strict=True)
-            for half in halves
-        ],
-        start=[U0],
+            (XA, chunk.Y),
+            *(
+                (R, transposed(half))
+                for R, halves in zip(chunk.low, state_tiles, strict=True)
+                for half in halves
+            ),
+        ]
     )
     U = narrow(U)
-    values = [(chunk.X, U)]
-    if leaving_smem is not None:
-        values.append((low_smem[0], masks.leaving(load(chunk.Y))))
-        values.append((leaving_smem, masks.leaving(U)))
-    store(*values)
-    Y, U = (chunk.Y, chunk.X) if leaving_smem is None else (low_smem[0], leaving_smem)
-    Y, U = transposed(Y), transposed(U)
+    if selecting:
+        Y = low_smem[0]
+        store((Y, masks.leaving(load(chunk.Y))), (chunk.U, masks.leaving(U)))
+    else:
+        Y = chunk.Y
+        store((chunk.U, U))
     new = products(
-        *([(Y, y), (U, z)] for y, z in zip(chunk.y, chunk.z, strict=True)),
+        *(
+            [(transposed(Y), y), (transposed(chunk.U), z)]
+            for y, z in zip(chunk.y, chunk.z, strict=True)
+        ),
         start=[masks.passing(s) for s in read],
     )
+    if selecting:
+        store((chunk.U, U))
     return tuple(s * spread_columns(load_columns(x)) for s, x in zip(new, chunk.after, strict=True))
