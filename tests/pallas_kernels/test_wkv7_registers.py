@@ -81,7 +81,7 @@ def in_shared_memory(function, tiles, interpret: bool) -> np.ndarray:
     return np.asarray(kernel(tiles), np.float64)
 
 
-def numbered_tiles(count: int) -> jax.Array:
+def small_integers(count: int) -> jax.Array:
     """Small integers, of which also sums of products are exact in bfloat16."""
     x = np.random.default_rng(0).integers(-1, 2, (count, TILE, TILE))
     x[:, :, ::3] = 0  # asymmetric, and sums stay below 256
@@ -131,7 +131,7 @@ def test_diagonals(negated, interpret):
 
 @on_each_device
 def test_tiles_are_loaded_and_stored_whole_and_in_parts(interpret):
-    tiles = numbered_tiles(2).at[0].set(jnp.arange(TILE * TILE).reshape(TILE, TILE) % 251)
+    tiles = small_integers(2).at[0].set(jnp.arange(TILE * TILE).reshape(TILE, TILE) % 251)
 
     def change(x, y):
         store((y, load(x)))  # whole
@@ -151,7 +151,7 @@ def test_tiles_are_loaded_and_stored_whole_and_in_parts(interpret):
 @pytest.mark.parametrize("first", ["shared", "transposed", "registers"])
 @pytest.mark.parametrize("second", ["shared", "transposed", "part"])
 def test_sums_of_products(first, second, interpret):
-    tiles = numbered_tiles(4)
+    tiles = small_integers(4)
 
     def multiply(x, y, z, result):
         x = {"shared": x, "transposed": transposed(x), "registers": load(x)}[first]
@@ -164,13 +164,14 @@ def test_sums_of_products(first, second, interpret):
             plgpu.commit_smem()
             return load(result)
         y = transposed(y) if second == "transposed" else y
-        # The second of two sums, of two products, that starts from something.
-        return narrow(products([(x, z)], [(x, y), (load(z), y)], start=[None, widen(load(z))])[1])
+        sums = [(x, z)], [(x, y), (load(z), y)]
+        from_zero, from_z = products(*sums, start=[None, widen(load(z))])
+        return narrow(from_zero + from_z)
 
     x, y, z, _ = np.asarray(tiles, np.float64)
     x = x.T if first == "transposed" else x
     y = y.T if second == "transposed" else y
-    expected = z + (x if second == "part" else x + z) @ y
+    expected = z + x @ y if second == "part" else x @ z + z + (x + z) @ y
     assert np.abs(expected).max() < 256
     np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
 

@@ -23,6 +23,7 @@ from pallas_kernels.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.wkv7.mosaic_gpu.registers import LAYOUT, load, narrow, store
 from pallas_kernels.wkv7.mosaic_gpu.tiles import (
+    anew,
     load32,
     products,
     split,
@@ -115,8 +116,7 @@ def input_gradients(
             return jax.lax.rem(step, jnp.int32(_SLOTS))
 
         def tiles_at(step):
-            """All tiles, found anew: LLVM would keep the address of each from use to use."""
-            slot = jax.lax.optimization_barrier(slot_of(step))
+            slot = anew(slot_of(step))
             return Tiles(*(tile.at[slot] for tile in tiles_smem))
 
         def place_of(step):
