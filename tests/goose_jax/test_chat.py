@@ -33,6 +33,8 @@ CONFIG = RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1, compute_dtype=
 SHORT = ReplySettings(max_new_tokens=8, temperature=0)
 TOLERANCE = 1e-5  # token by token against in parallel, fp32; measured 4.6e-7
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -436,5 +438,7 @@ def test_a_session_on_a_terminal(terminal, model, tokenizer, tmp_path):
     terminal.send("half a line")
     terminal.wait_for("half a line")
     terminal.interrupt(re.escape("[Ctrl-D or /quit ends the session]"))
+    # Before it asks for a line, the terminal takes lines in by itself, and Ctrl-D is no key yet.
+    terminal.wait_for(r"ends the session\]\nUser: ")
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
