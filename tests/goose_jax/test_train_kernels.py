@@ -1,18 +1,70 @@
 """Training through the kernels for Hopper GPUs."""
 
 import dataclasses
+import functools
+import types
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from goose_jax import RWKV7, RWKV7Config
+from goose_jax import RWKV7, RWKV7Config, init_state
 from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, next_token_batch
+from pallas_kernels import cross_entropy
+from pallas_kernels.wkv7.mosaic_gpu import operator
+from tests.goose_jax.official_weights import GOLDEN_CONFIG, golden_model, to_official
+from tests.helpers import relative_rms
 
 CONFIG = RWKV7Config(
     vocab_size=64, hidden_size=256, num_layers=2, head_size=64, compute_dtype="bfloat16"
 )
 RECIPE = OptimizerConfig(total_steps=40, warmup_steps=5, learning_rate=5e-4)
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
+
+
+def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
+    """Of a loss of the golden model with respect to each parameter, by its official name.
+
+    Texts begin with a state: without one the first outputs are tiny, and the norm of each head
+    makes their rounding as large as others' outputs.
+    """
+    config = dataclasses.replace(
+        GOLDEN_CONFIG, implementation=implementation, compute_dtype=compute_dtype
+    )
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (1, 71), np.int32)
+    state = init_state(config, 1)
+    state = dataclasses.replace(state, wkv=rng.normal(size=state.wkv.shape).astype(np.float32))
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        hidden, _ = model.hidden(tokens[:, :-1], state)
+        head = model.head[...].astype(hidden.dtype)
+        return cross_entropy(hidden, head, tokens[:, 1:]).mean()
+
+    return to_official(nnx.state(gradient(golden_model(config))))
+
+
+@pytest.mark.parametrize(
+    "interpreted", [pytest.param(True, marks=on_cpu), pytest.param(False, marks=pytest.mark.gpu)]
+)
+@pytest.mark.usefixtures("quick_to_compile")
+def test_gradients_are_as_exact_as_those_of_xla(interpreted, monkeypatch):
+    if interpreted:
+        gpu = types.SimpleNamespace(core_count=132)
+        monkeypatch.setattr(operator, "hopper_gpu", lambda: gpu)
+        monkeypatch.setattr(operator, "Plan", functools.partial(operator.Plan, interpret=True))
+    exact = gradients("xla", "float32")
+    by_xla, by_kernels = (gradients(name, "bfloat16") for name in ("xla", "mosaic_gpu"))
+    for name, gradient in exact.items():
+        assert by_kernels[name].any() == gradient.any(), name
+        if gradient.any():
+            # Measured, interpreted: at most 1.2 times as large, and at most 2.1e-2.
+            error, of_xla = (relative_rms(x[name], gradient) for x in (by_kernels, by_xla))
+            assert error < 2 * of_xla, (name, error, of_xla)
 
 
 def losses(implementation: str | None) -> np.ndarray:
@@ -33,5 +85,6 @@ def test_the_loss_falls_as_it_does_through_xla(implementation):
     curve, by_xla = losses(implementation), losses("xla")
     assert np.isfinite(curve).all()
     assert curve[-1] < curve[0] - 0.5
-    # Seen on an H200: 5e-3, while the loss falls from 4.3 to 0.03; "xla" twice differs by 4e-3.
-    np.testing.assert_allclose(curve, by_xla, rtol=0, atol=0.02)
+    # Training amplifies rounding: with parameters that differ by 1e-7 at first, XLA's curves on a
+    # CPU differ from each other by 0.011 (median of 276 pairs), and by 0.028 at most.
+    np.testing.assert_allclose(curve, by_xla, rtol=0, atol=0.06)
