@@ -20,6 +20,8 @@ from goose_jax.generation import generate as generate_tokens
 from goose_jax.nn import RWKV7
 from goose_jax.text import ByteTokenizer, TextStop, VocabularyTokenizer
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 CONFIG = RWKV7Config(
     vocab_size=257,
     hidden_size=64,

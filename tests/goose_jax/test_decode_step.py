@@ -18,6 +18,8 @@ from tests.helpers import relative_rms
 
 IMPLEMENTATIONS = ("xla", "reference")
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def read(model, tokens, state, active=None, *, implementation):

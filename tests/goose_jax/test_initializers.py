@@ -14,6 +14,8 @@ from tests.goose_jax.official_weights import to_official
 
 CONFIG = RWKV7Config(vocab_size=300, hidden_size=128, num_layers=3)
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 
 def official_vectors(i, n, C, head_size):
     """The vectors of layer i by official name, in plain Python."""

@@ -51,11 +51,11 @@ CASES = {
     "65 tokens, V 96": Case((2, 65, 1, 32, 96)),
     "200 tokens, K 128": Case((1, 200, 1, 128, 128)),
     "K 256, V 8": Case((1, 70, 1, 256, 8)),
-    "packed": Case((4, 200, 1, 64, 64), lengths=PACKED),
+    "packed": Case((4, 200, 1, 64, 32), lengths=PACKED),
     "packed, mixed decay": Case((4, 200, 1, 64, 32), "mixed", lengths=PACKED),
     "state per segment": Case((2, 136, 1, 64, 32), lengths=PER_SEGMENT, num_segments=6),
     "state per segment, mixed decay": Case(
-        (2, 136, 1, 32, 32), "mixed", lengths=PER_SEGMENT, num_segments=6
+        (2, 136, 1, 64, 32), "mixed", lengths=PER_SEGMENT, num_segments=6
     ),
     "strong decay in later chunks": Case((1, 600, 4, 16, 16), "late"),
     "tiny decay": Case((1, 200, 1, 64, 64), "tiny"),
@@ -132,6 +132,12 @@ def test_long_sequences(tokens, implementation):
     assert_matches(results, case, FORWARD_LIMIT, GRADIENT_LIMIT)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def output_and_gradients(function, arrays, do):
+    o, backward = jax.vjp(lambda x: function(**x)[0], arrays)
+    return o, *backward(do)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.usefixtures("quick_to_compile")
@@ -140,15 +146,12 @@ def test_16_bit_inputs_lose_only_their_own_rounding(implementation, dtype):
     rounded = {
         n: np.asarray(jnp.asarray(x, dtype), np.float32) for n, x in make_inputs(case).items()
     }
-    function = IMPLEMENTATIONS[implementation]
+    do = make_cotangents(case)[0].astype(jnp.bfloat16)
 
     def call(dtype):
         arrays = {n: jnp.asarray(rounded[n], dtype) for n in NAMES}
-        do = make_cotangents(case)[0].astype(jnp.bfloat16).astype(dtype)
-        o, backward = jax.vjp(lambda x: function(**x)[0], arrays)
-        return o, *backward(do)
+        return output_and_gradients(IMPLEMENTATIONS[implementation], arrays, do.astype(dtype))
 
-    call = jax.jit(call, static_argnums=0)
     (o, gradients), (o32, gradients32) = call(dtype), call(jnp.float32)
     limit = 3e-3 if dtype == jnp.bfloat16 else 4e-4  # rounding alone: 1.7e-3 and 2.1e-4
     assert o.dtype == dtype
@@ -367,10 +370,16 @@ def test_speed_and_memory():
     # for 8 times the tokens 8 to 11 times as long. The limits leave room for other machines. What
     # follows the scan pays for giving its memory back: the longest of the others.
     programs = (scan, long, bounded, unbounded)
-    rounds = [[program.seconds() for program in programs] for _ in range(5)]
-    scan_seconds, long_seconds, *short_seconds = np.min(rounds, axis=0)
-    assert max(short_seconds) < scan_seconds / 1.5
-    assert long_seconds < 13 * short_seconds[0]
+    seconds = np.full(len(programs), np.inf)
+    for _ in range(5):  # the least of all rounds is what is least disturbed
+        seconds = np.minimum(seconds, [program.seconds() for program in programs])
+        scan_seconds, long_seconds, *short_seconds = seconds
+        fast = max(short_seconds) < scan_seconds / 1.5
+        linear = long_seconds < 13 * short_seconds[0]
+        if fast and linear:
+            break
+    assert fast, seconds
+    assert linear, seconds
 
 
 def valid_arguments() -> dict:
