@@ -1,0 +1,67 @@
+"""Calls WKV7 and its gradient once, on few tokens, for tools that watch the kernels.
+
+Such as `compute-sanitizer --target-processes application-only --tool racecheck`, followed by
+`python benchmarks/wkv7_once.py --kind packed`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from wkv7 import make_inputs
+
+from pallas_kernels import wkv7
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The call.
+
+    Attributes:
+      kind: "plain"; "packed", two sequences in a row, which meet in the middle of a chunk of 64;
+        "per_segment", the same with a state for each.
+      tokens: of each of two rows; racecheck takes minutes for some hundreds.
+      head_size: K and V.
+      implementation: of `wkv7`.
+    """
+
+    kind: Literal["plain", "packed", "per_segment"] = "plain"
+    tokens: int = 128
+    head_size: int = 64
+    implementation: str = "mosaic_gpu"
+
+
+def main(settings: Settings) -> None:
+    B, T, H, K = 2, settings.tokens, 2, settings.head_size
+    inputs, do = make_inputs((B, T, H, K), "bfloat16")
+    per_segment = settings.kind == "per_segment"
+    states = jnp.ones((B, 2, H, K, K) if per_segment else (B, H, K, K))
+    segment_ids = None
+    if settings.kind != "plain":
+        segment_ids = jnp.broadcast_to(1 + (np.arange(T) >= min(32, T // 2)), (B, T))
+    function = functools.partial(
+        wkv7,
+        segment_ids=segment_ids,
+        num_segments=2 if per_segment else None,
+        min_log_decay=-math.exp(-0.5),
+        implementation=settings.implementation,
+    )
+
+    @jax.jit
+    def forward_and_backward(inputs, states):
+        results, backward = jax.vjp(lambda x, s: function(*x, initial_state=s), inputs, states)
+        return results, backward((do, jnp.ones_like(results[1])))
+
+    results = jax.block_until_ready(forward_and_backward(inputs, states))
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(results)):
+        raise FloatingPointError(f"results are not finite: {settings}")
+    print(f"{settings}: results are finite")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
