@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
@@ -34,6 +35,7 @@ def seconds_to_compile(num_layers):
     return time.process_time() - start
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_gradient():
     shallow, deep = (lower_gradient(n).as_text().count("\n") for n in (6, 24))
     assert deep == shallow  # the same program but for sizes

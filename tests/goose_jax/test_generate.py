@@ -442,5 +442,5 @@ def test_the_decoding_example_runs(capsys):
 
 def test_the_example_of_modules_learns(capsys):
     with jax.numpy_rank_promotion("allow"):  # as in a user's program
-        losses = runpy.run_path(str(ROOT / "examples/modules.py"))["main"](steps=100)
-    assert losses[-1] < losses[0] / 5  # measured 0.024
+        losses = runpy.run_path(str(ROOT / "examples/modules.py"))["main"](steps=60)
+    assert losses[-1] < losses[0] / 5  # measured: a fourteenth
