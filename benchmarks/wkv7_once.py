@@ -6,14 +6,13 @@ Such as `compute-sanitizer --target-processes application-only --tool racecheck`
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from wkv7 import make_inputs
+from wkv7 import BOUND, make_inputs
 
 from pallas_kernels import wkv7
 
@@ -25,7 +24,7 @@ class Settings:
     Attributes:
       kind: "plain"; "packed", two sequences in a row, which meet in the middle of a chunk of 64;
         "per_segment", the same with a state for each.
-      tokens: of each of two rows; racecheck takes minutes for some hundreds.
+      tokens: of each of two rows; racecheck takes long for more.
       head_size: K and V.
       implementation: of `wkv7`.
     """
@@ -48,7 +47,7 @@ def main(settings: Settings) -> None:
         wkv7,
         segment_ids=segment_ids,
         num_segments=2 if per_segment else None,
-        min_log_decay=-math.exp(-0.5),
+        min_log_decay=BOUND,
         implementation=settings.implementation,
     )
 
