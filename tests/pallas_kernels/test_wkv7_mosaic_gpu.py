@@ -409,6 +409,28 @@ def test_transformations_on_the_gpu(transformation):
 
 
 @pytest.mark.gpu
+def test_a_scan_over_layers_calls_each_kernel_once():
+    def layer(arrays, v):
+        o, _ = on_gpu(**arrays | {"v": v})
+        return v + o * o  # needs o now, and in the backward
+
+    def scanned(arrays):
+        return jax.lax.scan(lambda v, _: (layer(arrays, v), None), arrays["v"], length=3)[0]
+
+    def unrolled(arrays):
+        return layer(arrays, layer(arrays, layer(arrays, arrays["v"])))
+
+    arrays = arrays_of(bfloat16_case((2, 200, 4, 64, 64)))
+    of_scan, of_layers = (
+        jax.jit(jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum())).lower(arrays).compile()
+        for f in (scanned, unrolled)
+    )
+    assert of_scan.as_text().count('custom_call_target="mosaic_gpu') == 3
+    for x, y in zip(of_scan(arrays).values(), of_layers(arrays).values(), strict=True):
+        assert relative_rms(x, y) < GRADIENT_LIMIT
+
+
+@pytest.mark.gpu
 def test_float16_on_the_gpu():
     case = Case((2, 1000, 4, 64, 64), dtype="float16")
     results = run(on_gpu, case, jnp.float16)

@@ -72,6 +72,10 @@ def _chunked(
 
 def _chunked_forward(plan, inputs, initial, bounds, transfers):
     o, final, entries, U, X = outputs_in_pieces(plan, inputs, initial, bounds, transfers, save=True)
+    # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
+    # into the stacks of all layers. If o went there too, it would call the kernel again for the
+    # o that the rest of the layer reads.
+    o = jax.lax.optimization_barrier(o)
     return (o, final), Residuals(inputs, X, entries, U, bounds, transfers, initial is None)
 
 
