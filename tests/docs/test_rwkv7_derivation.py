@@ -11,6 +11,8 @@ from pallas_kernels import wkv7
 from tests.docs import document, measurements, scenarios
 from tests.docs.scenarios import scenario
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 
 @pytest.mark.parametrize("name", scenarios.BUILDERS)
 def test_blocks_compute_what_the_definitions_give(name):

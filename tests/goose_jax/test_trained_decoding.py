@@ -21,6 +21,8 @@ from goose_jax import (
 )
 from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, random_batch
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 TEXT = np.frombuffer((Path(__file__).parents[2] / "LICENSE").read_bytes(), np.uint8)
 TOKENS = TEXT.astype(np.int32)
 READ = TOKENS[1000:2000]

@@ -16,6 +16,8 @@ from tests.pallas_kernels.operator_checks import (
     shift_by_hand,
 )
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 IMPLEMENTATIONS = ("xla", "reference")
 SEGMENT_IDS = np.array(
     [[1, 1, 2, 2, 2, 3], [0, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [1, 2, 1, 0, 1, 1]], np.int32

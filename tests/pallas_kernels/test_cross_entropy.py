@@ -15,6 +15,8 @@ from tests.pallas_kernels.operator_checks import (
     saved_for_backward,
 )
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 IMPLEMENTATIONS = ("xla", "reference")
 ROWS, LENGTH, CHANNELS, VOCAB = 2, 7, 8, 50
 INPUTS = draw(0, hidden=(ROWS, LENGTH, CHANNELS), weight=(CHANNELS, VOCAB))

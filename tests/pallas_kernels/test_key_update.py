@@ -16,6 +16,8 @@ from tests.pallas_kernels.operator_checks import (
     saved_for_backward,
 )
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 IMPLEMENTATIONS = ("xla", "reference")
 PARAMETERS = ("removal_scale", "replacement_mix")
 SHAPE = (2, 5, 3, 8)

@@ -16,6 +16,8 @@ from tests.pallas_kernels.operator_checks import (
     saved_for_backward,
 )
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 IMPLEMENTATIONS = ("xla", "reference")
 PARAMETERS = ("bonus", "norm_scale", "norm_bias")
 KEYS, VALUES, HEADS = (2, 5, 3, 4), (2, 5, 3, 8), 3

@@ -17,6 +17,8 @@ from tests.pallas_kernels.operator_checks import (
     shift_by_hand,
 )
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 IMPLEMENTATIONS = ("xla", "reference")
 SEGMENT_IDS = np.array(
     [
