@@ -1,13 +1,14 @@
 """The operators of RWKV-7 for JAX."""
 
-from pallas_kernels.channel_mix import channel_mix
-from pallas_kernels.cross_entropy import cross_entropy
-from pallas_kernels.decode_layers import LayerWeights, decode_layers
-from pallas_kernels.key_update import key_update
-from pallas_kernels.output_correction import output_correction
-from pallas_kernels.token_shift import token_shift_mix
-from pallas_kernels.value_residual import value_residual
-from pallas_kernels.wkv7 import wkv7, wkv7_recurrent
+from pallas_kernels.operators.channel_mix import channel_mix
+from pallas_kernels.operators.cross_entropy import cross_entropy
+from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
+from pallas_kernels.operators.key_update import key_update
+from pallas_kernels.operators.output_correction import output_correction
+from pallas_kernels.operators.token_shift import token_shift_mix
+from pallas_kernels.operators.value_residual import value_residual
+from pallas_kernels.operators.wkv7 import wkv7
+from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
 __all__ = [
     "LayerWeights",

@@ -18,8 +18,8 @@ from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
 from goose_jax.state import RWKV7State, check_state
 from pallas_kernels import LayerWeights, decode_layers
-from pallas_kernels.decode_layers.weights import MATRICES
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.decode_layers.weights import MATRICES
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]

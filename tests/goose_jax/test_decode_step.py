@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config, init_state
-from pallas_kernels.decode_layers.mosaic_gpu import layers
-from pallas_kernels.wkv7.mosaic_gpu import recurrent
+from pallas_kernels.operators.decode_layers.mosaic_gpu import layers
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
 from tests.helpers import relative_rms
 
@@ -98,7 +98,7 @@ def test_wrong_arguments_are_named():
 def test_none_takes_the_kernels_that_serve(dtype, kernels, monkeypatch):
     config = RWKV7Config(vocab_size=5, hidden_size=256, num_layers=2, compute_dtype=dtype)
     model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
-    for module in (layers, recurrent):
+    for module in (layers, differentiable):
         device = types.SimpleNamespace(core_count=132)
         monkeypatch.setattr(module, "hopper_gpu", lambda device=device: device)
     tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)

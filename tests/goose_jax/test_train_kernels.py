@@ -12,7 +12,7 @@ from flax import nnx
 from goose_jax import RWKV7, RWKV7Config, init_state
 from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, next_token_batch
 from pallas_kernels import cross_entropy
-from pallas_kernels.wkv7.mosaic_gpu import operator
+from pallas_kernels.operators.wkv7.mosaic_gpu import differentiable
 from tests.goose_jax.official_weights import GOLDEN_CONFIG, golden_model, to_official
 from tests.helpers import relative_rms
 
@@ -55,8 +55,10 @@ def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
 def test_gradients_are_as_exact_as_those_of_xla(interpreted, monkeypatch):
     if interpreted:
         gpu = types.SimpleNamespace(core_count=132)
-        monkeypatch.setattr(operator, "hopper_gpu", lambda: gpu)
-        monkeypatch.setattr(operator, "Plan", functools.partial(operator.Plan, interpret=True))
+        monkeypatch.setattr(differentiable, "hopper_gpu", lambda: gpu)
+        monkeypatch.setattr(
+            differentiable, "Plan", functools.partial(differentiable.Plan, interpret=True)
+        )
     exact = gradients("xla", "float32")
     by_xla, by_kernels = (gradients(name, "bfloat16") for name in ("xla", "mosaic_gpu"))
     for name, gradient in exact.items():

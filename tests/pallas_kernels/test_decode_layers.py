@@ -20,24 +20,24 @@ from pallas_kernels import (
     value_residual,
     wkv7_recurrent,
 )
-from pallas_kernels.decode_layers.mosaic_gpu import layers
-from pallas_kernels.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
-from pallas_kernels.decode_layers.mosaic_gpu.layers import check_served, run_layers
-from pallas_kernels.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
-from pallas_kernels.decode_layers.mosaic_gpu.projections import (
+from pallas_kernels.hopper.target import Target
+from pallas_kernels.operators.decode_layers.mosaic_gpu import layers
+from pallas_kernels.operators.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
+from pallas_kernels.operators.decode_layers.mosaic_gpu.layers import check_served, run_layers
+from pallas_kernels.operators.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
+from pallas_kernels.operators.decode_layers.mosaic_gpu.projections import (
     Product,
     padded_rows,
     projections,
     split_projection,
     splits_of,
 )
-from pallas_kernels.decode_layers.reference import (
+from pallas_kernels.operators.decode_layers.reference import (
     LOG_DECAY_SCALE,
     decode_layers_reference,
     layer_norm,
 )
-from pallas_kernels.decode_layers.weights import MATRICES
-from pallas_kernels.hopper import Target
+from pallas_kernels.operators.decode_layers.weights import MATRICES
 from tests.helpers import relative_rms
 
 EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}

@@ -14,9 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7, wkv7_recurrent
-from pallas_kernels.wkv7.mosaic_gpu import pieces
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.operator import check_served, wkv7_in_chunks
+from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
 from tests.pallas_kernels.test_wkv7 import assert_matches, run
 from tests.pallas_kernels.wkv7_cases import NAMES, RWKV7_BOUND, Case, make_inputs

@@ -11,9 +11,12 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7_recurrent
-from pallas_kernels.wkv7.mosaic_gpu import recurrent
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.recurrent import check_recurrent_served, wkv7_token_by_token
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
+    check_recurrent_served,
+    wkv7_token_by_token,
+)
 from tests.helpers import relative_rms
 from tests.pallas_kernels.test_wkv7 import assert_matches, run, with_gradients
 from tests.pallas_kernels.test_wkv7_mosaic_gpu import (
@@ -374,7 +377,7 @@ def test_not_served(K, V, dtype, decay_dtype, message):
 
 @pytest.mark.parametrize(("K", "chosen"), [(64, ["wkv7_recurrent_outputs"]), (32, [])])
 def test_none_takes_the_kernels_that_serve(K, chosen, monkeypatch):
-    monkeypatch.setattr(recurrent, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
+    monkeypatch.setattr(differentiable, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
     arguments = arguments_of("plain", K, K, jnp.bfloat16, T=1)
     assert kernels_for_cuda(lambda arguments: wkv7_recurrent(**arguments), arguments) == chosen
 

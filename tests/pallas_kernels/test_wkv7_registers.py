@@ -7,10 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import TILE
-from pallas_kernels.wkv7.mosaic_gpu.chunk import Plan
-from pallas_kernels.wkv7.mosaic_gpu.diagonal import invert_diagonal
-from pallas_kernels.wkv7.mosaic_gpu.registers import (
+from pallas_kernels.hopper.registers import (
     LAYOUT,
     PART,
     Part,
@@ -24,7 +21,10 @@ from pallas_kernels.wkv7.mosaic_gpu.registers import (
     widen,
     with_diagonal,
 )
-from pallas_kernels.wkv7.mosaic_gpu.tiles import products, tiles_smem, transposed
+from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.tiles import products, tiles_smem, transposed
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal import invert_diagonal
 from tests.helpers import relative_rms
 
 on_each_device = pytest.mark.parametrize(

@@ -1,5 +1,0 @@
-"""The channel mix."""
-
-from pallas_kernels.channel_mix.api import channel_mix
-
-__all__ = ["channel_mix"]

@@ -1,5 +1,0 @@
-"""Cross entropy of a language model's head."""
-
-from pallas_kernels.cross_entropy.api import cross_entropy
-
-__all__ = ["cross_entropy"]

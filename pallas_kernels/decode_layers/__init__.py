@@ -1,6 +1,0 @@
-"""One token through all layers."""
-
-from pallas_kernels.decode_layers.api import decode_layers
-from pallas_kernels.decode_layers.weights import LayerWeights
-
-__all__ = ["LayerWeights", "decode_layers"]

@@ -1,0 +1,1 @@
+"""What kernels for Hopper GPUs are built from. Knows no operator."""

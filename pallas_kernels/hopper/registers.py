@@ -1,0 +1,403 @@
+"""Below the level of Pallas: what is done to tiles in registers, two numbers at a time.
+
+LLVM converts and masks numbers of 16 bits one by one, though a register holds two neighbours of a
+row. The interpreter does not know PTX; for it each function has an equal computation.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref
+
+from pallas_kernels.hopper.target import TILE, is_interpreted
+
+LAYOUT = plgpu.Layout.WGMMA
+
+TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+"""How tiles lie in shared memory, for tensor cores."""
+_SMEM = plgpu.RefType(TRANSFORMS)
+
+NUMBER = plgpu.Layout.WG_SPLAT
+"""Layout of a number that all threads have."""
+
+PART = TILE // 2
+
+
+class Part(NamedTuple):
+    """Half of the columns of a tile in shared memory; which, the compiler need not know.
+
+    Attributes:
+      tile: the tile.
+      number: of its first or its second 32 columns, 0 or 1.
+    """
+
+    tile: Any
+    number: jax.Array
+
+
+def in_registers(dtype: Any, columns: int = TILE) -> plgpu.ShapeDtypeStruct:
+    """The type of a tile in registers, or of a part of one."""
+    return plgpu.ShapeDtypeStruct((TILE, columns), dtype, layout=LAYOUT)
+
+
+TILE16, TILE32 = in_registers(jnp.bfloat16), in_registers(jnp.float32)
+
+
+def load(x: Any) -> jax.Array:
+    """A tile of 16 bits, or a part of one, from shared memory.
+
+    No other warpgroup has written it since the last barrier; each warp loads what `store` of the
+    same warp writes.
+    """
+    tile, number = x if isinstance(x, Part) else (x, None)
+    if is_interpreted():
+        return tile[...] if number is None else tile[:, pl.ds(number * PART, PART)]
+    if number is None:
+        inline = plgpu.inline_mgpu(arg_types=(_SMEM,), return_type=in_registers(tile.dtype))
+        return inline(_load)(tile)
+    result = in_registers(tile.dtype, PART)
+    return plgpu.inline_mgpu(arg_types=(_SMEM, NUMBER), return_type=result)(_load)(tile, number)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """A tile of bfloat16 in float32."""
+    if is_interpreted():
+        return x.astype(jnp.float32)
+    result = in_registers(jnp.float32, x.shape[1])
+    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(_widen)(x)
+
+
+def narrow(x: jax.Array) -> jax.Array:
+    """A tile of float32 rounded to bfloat16."""
+    if is_interpreted():
+        return x.astype(jnp.bfloat16)
+    result = in_registers(jnp.bfloat16, x.shape[1])
+    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(_narrow)(x)
+
+
+def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two tiles of bfloat16 that together hold twice the digits of x, for a sum of two products."""
+    if is_interpreted():
+        high = x.astype(jnp.bfloat16)
+        return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    result = in_registers(jnp.bfloat16, x.shape[1])
+    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(result,) * 2)(_halves_of)(x)
+
+
+def store(*pairs: tuple[Any, jax.Array]) -> None:
+    """Writes tiles of 16 bits to tiles of shared memory, ready for tensor cores.
+
+    All other threads of the warpgroup have read them before; none goes on before all are written.
+    """
+    refs, tiles = zip(*pairs, strict=True)
+    if is_interpreted():
+        for ref, tile in pairs:
+            ref[...] = tile
+        plgpu.commit_smem()
+    else:
+        types = (_SMEM,) * len(pairs), (LAYOUT,) * len(pairs)
+        plgpu.inline_mgpu(arg_types=types)(_store)(refs, tiles)
+
+
+def store_parts(number: jax.Array, *pairs: tuple[Any, jax.Array]) -> None:
+    """Writes parts of tiles, as `store`, but threads go on; `plgpu.commit_smem()` waits for all.
+
+    Args:
+      number: as that of `Part`.
+      *pairs: tiles, and what is to be written to parts of them.
+    """
+    refs, parts = zip(*pairs, strict=True)
+    if is_interpreted():
+        for ref, part in pairs:
+            ref[:, pl.ds(number * PART, PART)] = part
+    else:
+        types = (_SMEM,) * len(pairs), (LAYOUT,) * len(pairs), NUMBER
+        plgpu.inline_mgpu(arg_types=types)(_store_parts)(refs, parts, number)
+
+
+def store_exp2_of_row(ref: Any, part: jax.Array, row: int, number: jax.Array) -> None:
+    """Writes 2 to the powers in a row to a part of a vector in shared memory.
+
+    All threads of the warpgroup have read it before; they may read it again after a barrier.
+
+    Args:
+      ref: the vector, `[64]` float32.
+      part: `[64, 32]` float32 in registers.
+      row: which one.
+      number: as that of `Part`.
+    """
+    if is_interpreted():
+        ref[pl.ds(number * PART, PART)] = jnp.exp2(part[row])
+    else:
+        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, NUMBER))
+        inline(functools.partial(_store_exp2_of_row, row=row))(ref, part, number)
+
+
+def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tuple[jax.Array, ...]:
+    """Tiles of bfloat16 with the entries of one triangle, and zeros elsewhere.
+
+    Args:
+      *tiles: for one mask.
+      lower: whether it is the lower triangle, or the upper one.
+      strictly: whether the diagonal is to be zero too.
+    """
+    if is_interpreted():
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
+        mask = (row - column if lower else column - row) >= int(strictly)
+        return tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in tiles)
+    count = len(tiles)
+    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,) * count, return_type=(TILE16,) * count)
+    return inline(functools.partial(_keep_triangle, lower=lower, strictly=strictly))(*tiles)
+
+
+def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.Array:
+    """A tile of bfloat16, or its negation, with another diagonal.
+
+    Args:
+      x: the tile.
+      value: of the diagonal.
+      negated: whether to negate x.
+    """
+    if is_interpreted():
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
+        return jnp.where(row == column, jnp.bfloat16(value), -x if negated else x)
+    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=TILE16)
+    return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
+
+
+# Of what follows, arguments and results are values of MLIR, and arrays of them in each thread. In a
+# tile, thread 32 w + 4 i + j has rows 16 w + i and 16 w + i + 8, and of each 8 columns 2 j and
+# 2 j + 1; its registers are ordered by columns, then rows.
+
+
+def integer(value: int) -> Any:
+    """A constant of 32 bits."""
+    return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def thread_index() -> Any:
+    """The index of a thread in its block."""
+    # Side effects keep LLVM from computing once, and keeping in all registers there are, what
+    # follows from the index.
+    return utils.inline_ptx(
+        "mov.u32 $0, %tid.x;", result_types=integer(0).type, has_side_effects=True
+    )
+
+
+def address_of(ref: Any) -> Any:
+    """Where something lies in shared memory, in bytes."""
+    return llvm.ptrtoint(integer(0).type, utils.memref_ptr(ref))
+
+
+def to_bits(pair: Any) -> Any:
+    """Two numbers of 16 bits as an integer, the first one in its lower half."""
+    return utils.bitcast(pair, integer(0).type)
+
+
+def widen_bits(bits: Any) -> list[Any]:
+    """Two numbers of bfloat16 in float32."""
+    f32 = ir.F32Type.get()
+    first, second = arith.shli(bits, integer(16)), arith.andi(bits, integer(-(1 << 16)))
+    return [utils.bitcast(first, f32), utils.bitcast(second, f32)]
+
+
+def pair_of(first: Any, second: Any) -> Any:
+    """Two numbers as a register of a tile."""
+    undefined = llvm.mlir_undef(ir.VectorType.get((2,), first.type))
+    result = llvm.insertelement(undefined, first, position=integer(0))
+    return llvm.insertelement(result, second, position=integer(1))
+
+
+def narrow_to_bits(first: Any, second: Any) -> Any:
+    """Two numbers of float32, rounded to bfloat16."""
+    convert = "cvt.rn.bf16x2.f32 $0, $1, $2;"
+    return utils.inline_ptx(convert, second, first, result_types=integer(0).type)
+
+
+def tile_of(registers: Sequence[Any], columns: int, dtype: Any) -> Any:
+    """A tile with these registers, each an integer or a pair of numbers."""
+    pair = ir.VectorType.get((2,), dtype)
+    registers = [x if x.type == pair else utils.bitcast(x, pair) for x in registers]
+    layout = mgpu.WGMMA_LAYOUT
+    shape = layout.registers_shape((TILE, columns))
+    return mgpu.FragmentedArray(
+        _registers=np.array(registers, dtype=object).reshape(shape),
+        _layout=layout,
+        _is_signed=None,
+    )
+
+
+def like(array: Any, registers: Sequence[Any], dtype: Any = None) -> Any:
+    """A tile as large as another one, and of its type if that is not given."""
+    return tile_of(registers, array.shape[1], array.mlir_dtype if dtype is None else dtype)
+
+
+def _widen(_: Any, x: Any) -> Any:
+    pairs = [pair_of(*widen_bits(to_bits(pair))) for pair in x.registers.flat]
+    return like(x, pairs, ir.F32Type.get())
+
+
+def _narrow(_: Any, x: Any) -> Any:
+    def narrow_pair(pair):
+        return narrow_to_bits(*(llvm.extractelement(pair, position=integer(i)) for i in (0, 1)))
+
+    return like(x, [narrow_pair(pair) for pair in x.registers.flat], ir.BF16Type.get())
+
+
+def _halves_of(_: Any, x: Any) -> list[Any]:
+    halves: tuple[list[Any], list[Any]] = [], []
+    for pair in x.registers.flat:
+        numbers = [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
+        high = narrow_to_bits(*numbers)
+        # LLVM would fuse the subtraction with what x is a product of, and negate beforehand.
+        rest = [
+            utils.inline_ptx("sub.rn.f32 $0, $1, $2;", exact, rounded, result_types=exact.type)
+            for exact, rounded in zip(numbers, widen_bits(high), strict=True)
+        ]
+        for half, bits in zip(halves, (high, narrow_to_bits(*rest)), strict=True):
+            half.append(bits)
+    return [like(x, half, ir.BF16Type.get()) for half in halves]
+
+
+# Four registers in a row are four quarters, 8 x 8, of a block of 16 x 16: first operands of tensor
+# cores take them so, and so they are loaded and stored, a row of a quarter by each thread.
+
+
+def _addresses(ref: Any, columns: int, number: Any | None) -> list[Any]:
+    """Where a thread's rows of quarters lie, for each 16 columns; `swizzled`, that is, the 16 bytes
+    of 8 columns change places with others of the row, by its number.
+    """
+    thread = thread_index()
+    in_quarter = arith.andi(thread, integer(7))
+    below = arith.andi(arith.shrui(thread, integer(3)), integer(1))
+    right = arith.andi(arith.shrui(thread, integer(4)), integer(1))
+    warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
+    row = arith.addi(arith.shli(warp, integer(4)), arith.shli(below, integer(3)))
+    row = arith.addi(row, in_quarter)
+    place = arith.shli(arith.xori(in_quarter, right), integer(4))
+    address = arith.addi(arith.shli(row, integer(7)), place)
+    if number is not None:
+        place = arith.muli(number.registers.item(), integer(2 * PART))
+        address = arith.xori(address, place)
+    address = arith.addi(address, address_of(ref))
+    return [arith.xori(address, integer(32 * i)) for i in range(columns // 16)]
+
+
+def _load(_: Any, ref: Any, number: Any | None = None) -> Any:
+    columns = TILE if number is None else PART
+    dtype = ir.MemRefType(ref.type).element_type
+    i32 = integer(0).type
+    registers = []
+    for address in _addresses(ref, columns, number):
+        quarters = llvm.inline_asm(
+            llvm.StructType.get_literal([i32] * 4),
+            [address],
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r,~{memory}",
+            has_side_effects=True,
+        )
+        registers += [llvm.extractvalue(i32, quarters, [i]) for i in range(4)]
+    return tile_of(registers, columns, dtype)
+
+
+def _write(ref: Any, tile: Any, number: Any | None = None) -> None:
+    quarters = [to_bits(pair) for pair in tile.registers.flat]
+    for i, address in enumerate(_addresses(ref, tile.shape[1], number)):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [address, *quarters[4 * i : 4 * i + 4]],
+            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+            "r,r,r,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+
+def _store(_: Any, refs: Sequence[Any], tiles: Sequence[Any]) -> None:
+    utils.warpgroup_barrier()
+    for ref, tile in zip(refs, tiles, strict=True):
+        _write(ref, tile)
+    utils.commit_shared()
+
+
+def _store_parts(_: Any, refs: Sequence[Any], parts: Sequence[Any], number: Any) -> None:
+    utils.warpgroup_barrier()
+    for ref, part in zip(refs, parts, strict=True):
+        _write(ref, part, number)
+
+
+def _store_exp2_of_row(_: Any, ref: Any, part: Any, number: Any, row: int) -> None:
+    warp, in_warp = divmod(row, 16)
+    half, in_half = divmod(in_warp, 8)
+    thread = arith.andi(thread_index(), integer(127))
+    holds = arith.cmpi(
+        arith.CmpIPredicate.eq, arith.shrui(thread, integer(2)), integer(8 * warp + in_half)
+    )
+    column = arith.shli(arith.andi(thread, integer(3)), integer(1))
+    column = arith.addi(column, arith.muli(number.registers.item(), integer(PART)))
+    with mgpu.when(holds):
+        for i, pair in enumerate(part.registers.flat[half::2]):
+            for j in range(2):
+                power = llvm.extractelement(pair, position=integer(j))
+                power = utils.inline_ptx(
+                    "ex2.approx.ftz.f32 $0, $1;", power, result_types=power.type
+                )
+                at = arith.index_cast(ir.IndexType.get(), arith.addi(column, integer(8 * i + j)))
+                memref.store(power, ref, [at])
+
+
+def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
+    thread = thread_index()
+    warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
+    row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
+    column = arith.shli(arith.andi(thread, integer(3)), integer(1))
+    equal = arith.CmpIPredicate.eq
+    second = arith.cmpi(equal, row, arith.addi(column, integer(1)))
+    mask = arith.select(second, integer(-(1 << 16)), integer(0))
+    mask = arith.select(arith.cmpi(equal, row, column), integer((1 << 16) - 1), mask)
+    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+    bits = integer(bits << 16 | bits)
+    registers = []
+    for i, pair in enumerate(x.registers.flat):
+        columns, half = divmod(i, 2)
+        register = to_bits(pair)
+        if negated:
+            register = arith.xori(register, integer((1 << 31) | (1 << 15)))
+        if columns % 2 == half:
+            of_warp = arith.cmpi(equal, warp, integer(columns // 2))
+            diagonal = arith.select(of_warp, mask, integer(0))
+            others = arith.xori(diagonal, integer(-1))
+            register = arith.ori(arith.andi(register, others), arith.andi(bits, diagonal))
+        registers.append(register)
+    return like(x, registers)
+
+
+def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:
+    """Shifts ones into the pairs of a row, 16 bits for each column up to the diagonal."""
+    thread = thread_index()
+    row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
+    row = arith.addi(row, arith.andi(arith.shrui(thread, integer(1)), integer(TILE - 16)))
+    column = arith.shli(arith.andi(thread, integer(3)), integer(1))
+    distance = arith.shli(arith.subi(row, column), integer(4))
+    masks = []
+    for i in range(tiles[0].registers.size):
+        columns, half = divmod(i, 2)
+        offset = 8 * half - 8 * columns + int(lower != strictly)
+        shift = arith.maxsi(arith.addi(distance, integer(16 * offset)), integer(0))
+        # PTX defines shifts by 32 bits and more, LLVM does not.
+        from_column = utils.inline_ptx("shl.b32 $0, -1, $1;", shift, result_types=shift.type)
+        masks.append(arith.xori(from_column, integer(-1)) if lower else from_column)
+
+    def masked(x):
+        pairs = zip(x.registers.flat, masks, strict=True)
+        return like(x, [arith.andi(to_bits(pair), mask) for pair, mask in pairs])
+
+    return [masked(x) for x in tiles]

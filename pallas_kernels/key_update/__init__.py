@@ -1,5 +1,0 @@
-"""The keys of the recurrence."""
-
-from pallas_kernels.key_update.api import key_update
-
-__all__ = ["key_update"]

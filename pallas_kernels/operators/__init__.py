@@ -1,0 +1,1 @@
+"""The operators, each a package: `api`, `reference` (the definition) and the implementations."""

@@ -1,0 +1,64 @@
+"""The public channel mix operator."""
+
+from collections.abc import Callable
+
+from pallas_kernels.arrays import vary_alike
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.channel_mix.reference import channel_mix_reference
+from pallas_kernels.operators.channel_mix.xla import channel_mix_xla
+from pallas_kernels.operators.token_shift.api import check_shift
+from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.validation import check_float, check_same_dtype
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[FloatArray, FloatArray]]] = {
+    "xla": channel_mix_xla,
+    "reference": channel_mix_reference,
+}
+
+
+def channel_mix(
+    x: FloatArray,
+    mix: FloatArray,
+    key_weight: FloatArray,
+    value_weight: FloatArray,
+    *,
+    state: FloatArray | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: str | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """The feed-forward network of RWKV-7:
+
+        relu(mixed @ key_weight)^2 @ value_weight      with mixed = x + (shift(x) - x) * mix
+
+    Matrix products take their operands in the dtype of `x` and sum in float32 (float64 for float64
+    inputs); what is between them is computed in that dtype too. Differentiable in all arrays and
+    through both results.
+
+    Args:
+      x: `[B, T, C]`, tokens.
+      mix: `[C]`, as a row of the `mixes` of `token_shift_mix`. It may have a dtype of its own.
+      key_weight: `[C, F]`, in the dtype of `x`, as is the next; F is usually 4 C.
+      value_weight: `[F, C]`.
+      state: `[B, C]`, the token before each row's first one, in the dtype of `x`; None means
+        zeros.
+      segment_ids: `[B, T]` integers, several sequences in a row, as in `token_shift_mix`.
+      implementation: "xla", which keeps its inputs and `relu(mixed @ key_weight)` for the
+        backward; "reference", the definition; or None, which chooses.
+
+    Returns:
+      y: `[B, T, C]`, in the dtype of `x`; zero at padding.
+      new_state: `[B, C]`, the last token of each row that is not padding; `state` if all are.
+
+    Raises:
+      ValueError: for wrong shapes, sizes, segment ids or names, with the argument and its value.
+      TypeError: for wrong dtypes.
+    """
+    sizes: dict[str, int] = {}
+    check_float("x", x, "B T C", sizes)
+    check_float("mix", mix, "C", sizes)
+    check_float("key_weight", key_weight, "C F", sizes)
+    check_float("value_weight", value_weight, "F C", sizes)
+    check_same_dtype(x=x, key_weight=key_weight, value_weight=value_weight)
+    check_shift(x, state, segment_ids, sizes)
+    arrays = vary_alike(x, mix, key_weight, value_weight, state, segment_ids)
+    return dispatch("channel_mix", IMPLEMENTATIONS, implementation, *arrays)

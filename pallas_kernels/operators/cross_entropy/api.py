@@ -1,0 +1,95 @@
+"""The public cross entropy operator."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels.arrays import vary_alike
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.cross_entropy.reference import cross_entropy_reference
+from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
+from pallas_kernels.types import FloatArray
+from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
+
+IMPLEMENTATIONS: dict[str, Callable[..., FloatArray]] = {
+    "xla": cross_entropy_xla,
+    "reference": cross_entropy_reference,
+}
+
+
+def cross_entropy(
+    hidden: FloatArray,
+    weight: FloatArray,
+    targets: jax.Array,
+    *,
+    l2wrap: float = 0.0,
+    chunk_size: int = 1024,
+    implementation: str | None = None,
+) -> FloatArray:
+    """The cross entropy of every token under a language model's head, without its full logits:
+
+        logits = hidden @ weight
+        loss[b, t] = logsumexp(logits[b, t]) - logits[b, t, targets[b, t]]
+
+    Logits are computed for `chunk_size` tokens at a time, in the forward and again in the
+    backward, and summed in float32 (float64 for float64 inputs), as is the gradient of the weight.
+    Differentiable in `hidden` and `weight`.
+
+    Args:
+      hidden: `[B, T, C]`, what the model's head reads.
+      weight: `[C, vocab]`, in the dtype of `hidden`.
+      targets: `[B, T]` integers from 0 to vocab - 1. Tokens that shall not count need one too;
+        leave out their loss (with `jnp.where`, say).
+      l2wrap: >= 0 and known at trace time. The gradient of each loss adds `l2wrap` times a token's
+        largest logit (the first of equals) to the gradient of that logit, which draws large logits
+        towards zero; the loss itself stays as it is. With 1e-4 and the mean over all tokens this
+        is the `L2Wrap` of the official training code.
+      chunk_size: tokens whose logits exist at once, at most, where that allows one of each row;
+        known at trace time. "reference" ignores it.
+      implementation: "xla", which works in chunks and keeps its inputs and the logarithm of each
+        token's sum for the backward; "reference", the definition, with full logits; or None, which
+        chooses.
+
+    Returns:
+      losses: `[B, T]` float32 (float64 for float64 inputs), in nats; nan where a target that
+        could not be checked (under jit, say) is out of range.
+
+    Raises:
+      ValueError: for wrong shapes, sizes, numbers or names, with the argument and its value; for
+        targets out of range where their values are known (not under jit, say).
+      TypeError: for wrong dtypes.
+    """
+    sizes: dict[str, int] = {}
+    check_float("hidden", hidden, "B T C", sizes)
+    check_float("weight", weight, "C vocab", sizes)
+    check_same_dtype(hidden=hidden, weight=weight)
+    _check_targets(targets, sizes)
+    if not isinstance(l2wrap, (int, float)) or not (math.isfinite(l2wrap) and l2wrap >= 0):
+        raise ValueError(f"l2wrap must be a number >= 0 known at trace time, got {l2wrap!r}")
+    check_positive("chunk_size", chunk_size)
+    hidden, weight, targets = vary_alike(hidden, weight, targets)
+    return dispatch(
+        "cross_entropy",
+        IMPLEMENTATIONS,
+        implementation,
+        hidden,
+        weight,
+        targets,
+        float(l2wrap),
+        chunk_size,
+    )
+
+
+def _check_targets(targets: Any, sizes: dict[str, int]) -> None:
+    check_int("targets", targets, "B T", sizes)
+    if isinstance(targets, jax.core.Tracer):
+        return
+    values = np.asarray(targets)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= sizes["vocab"]:
+        raise ValueError(
+            f"targets must be in 0..{sizes['vocab'] - 1}, got values from {low} to {high}"
+        )

@@ -1,0 +1,111 @@
+"""Cross entropy in chunks of tokens, whose logits the backward computes again."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.arrays import accumulation_dtype, contract
+from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of
+from pallas_kernels.types import FloatArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What the backward needs; nothing of the size of the logits.
+
+    Attributes:
+      hidden: `[B, T, C]`; for the logits and the gradient of the weight.
+      weight: `[C, vocab]`; for the logits and the gradient of hidden.
+      targets: `[B, T]`; where the gradient of the logits is less by one.
+      logsumexp: `[B, T]`; makes the logits probabilities at once.
+    """
+
+    hidden: FloatArray
+    weight: FloatArray
+    targets: jax.Array
+    logsumexp: FloatArray
+
+
+def _chunk_length(shape: tuple[int, ...], chunk_size: int) -> int:
+    """Tokens of each row in a chunk: as many as make at most `chunk_size`, evenly spread."""
+    rows, length = shape
+    chunks = math.ceil(length / max(1, chunk_size // rows))
+    return math.ceil(length / chunks)
+
+
+def _split(x: jax.Array, chunk_length: int) -> jax.Array:
+    """`[B, T, ...]` to `[chunks, B, L, ...]`, with zeros at the end of the last chunk.
+
+    Every chunk has tokens of all rows, so that rows may be sharded over devices.
+    """
+    rows, length, *rest = x.shape
+    chunks = math.ceil(length / chunk_length)
+    missing = chunks * chunk_length - length
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * len(rest))
+    return x.reshape(rows, chunks, chunk_length, *rest).swapaxes(0, 1)
+
+
+def _join(x: jax.Array, length: int) -> jax.Array:
+    """Reverses `_split` of `length` tokens."""
+    chunks, rows, chunk_length, *rest = x.shape
+    return x.swapaxes(0, 1).reshape(rows, chunks * chunk_length, *rest)[:, :length]
+
+
+def _forward(
+    hidden: FloatArray, weight: FloatArray, targets: jax.Array, l2wrap: float, chunk_size: int
+) -> tuple[FloatArray, Residuals]:
+    del l2wrap  # enters the gradient only
+
+    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
+        hidden, targets = chunk
+        return None, losses_of(contract("blc,cv->blv", hidden, weight), targets)
+
+    chunk_length = _chunk_length(targets.shape, chunk_size)
+    chunks = _split(hidden, chunk_length), _split(targets, chunk_length)
+    _, results = jax.lax.scan(chunk_losses, None, chunks)
+    losses, logsumexp = (_join(x, targets.shape[1]) for x in results)
+    return losses, Residuals(hidden, weight, targets, logsumexp)
+
+
+def _backward(
+    l2wrap: float, chunk_size: int, residuals: Residuals, dlosses: FloatArray
+) -> tuple[FloatArray, FloatArray, None]:
+    weight = residuals.weight
+    dtype = accumulation_dtype(weight)
+
+    def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, logsumexp, dlosses = chunk  # [B, L, C], then [B, L, 1] each
+        logits = contract("blc,cv->blv", hidden, weight)
+        token = token_of(logits)
+        dlogits = jnp.exp(logits - logsumexp) - (token == targets)  # for dlosses = 1
+        if l2wrap:
+            largest = logits.max(-1, keepdims=True)
+            is_first_largest = token == jnp.argmax(logits, axis=-1, keepdims=True)
+            dlogits += jnp.where(is_first_largest, l2wrap * largest, 0)
+        # dlosses are small where they come from a mean over many tokens: multiplied to the
+        # logits' gradients before these are rounded, they would take float16 ones out of range.
+        dlogits = dlogits.astype(weight.dtype)
+        dhidden = dlosses * contract("blv,cv->blc", dlogits, weight)
+        weighted = (hidden * dlosses).astype(hidden.dtype)
+        return dweight + contract("blc,blv->cv", weighted, dlogits), dhidden.astype(hidden.dtype)
+
+    chunk_length = _chunk_length(dlosses.shape, chunk_size)
+    per_token = residuals.targets, residuals.logsumexp, dlosses
+    chunks = [_split(residuals.hidden, chunk_length)]
+    chunks += [_split(x, chunk_length)[..., None] for x in per_token]
+    # Zeros like the weight vary over the same mesh axes in shard_map, as a scan's carry must.
+    dweight, dhidden = jax.lax.scan(add_chunk, jnp.zeros_like(weight, dtype), tuple(chunks))
+    return _join(dhidden, dlosses.shape[1]), dweight.astype(weight.dtype), None
+
+
+def _losses(
+    hidden: FloatArray, weight: FloatArray, targets: jax.Array, l2wrap: float, chunk_size: int
+) -> FloatArray:
+    return _forward(hidden, weight, targets, l2wrap, chunk_size)[0]
+
+
+cross_entropy_xla = jax.custom_vjp(_losses, nondiff_argnums=(3, 4))
+cross_entropy_xla.defvjp(_forward, _backward)

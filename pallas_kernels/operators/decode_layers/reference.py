@@ -1,0 +1,128 @@
+"""One token through all layers, by the definition."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.arrays import accumulation_dtype
+from pallas_kernels.operators.decode_layers.weights import LayerWeights
+from pallas_kernels.operators.key_update.reference import key_update_reference
+from pallas_kernels.operators.output_correction.reference import (
+    normalize,
+    output_correction_reference,
+)
+from pallas_kernels.operators.value_residual.reference import value_residual_reference
+from pallas_kernels.operators.wkv7.reference import update
+from pallas_kernels.types import FloatArray, Mask
+
+LOG_DECAY_SCALE = -math.exp(-0.5)
+"""RWKV-7's log decay is this times the sigmoid of its logits."""
+
+
+def decode_layers_reference(
+    x: FloatArray,
+    time_shift: FloatArray,
+    wkv: FloatArray,
+    channel_shift: FloatArray,
+    active: Mask | None,
+    weights: LayerWeights,
+    *,
+    norm_eps: float,
+    head_norm_eps: float,
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """The operator of `pallas_kernels.decode_layers`, which documents the arguments."""
+    dtype = x.dtype
+
+    def run_layer(carry, of_layer):
+        x, v_first = carry
+        layer, w, states = of_layer
+        time_shift, wkv, channel_shift = states
+        token = layer_norm(x, w.time_norm_scale, w.time_norm_bias, norm_eps)
+        y, v_first, new_wkv = _time_mix(token, v_first, time_shift, wkv, w, layer, head_norm_eps)
+        x = x + y
+        channel_token = layer_norm(x, w.channel_norm_scale, w.channel_norm_bias, norm_eps)
+        mixed = _mix(channel_token, channel_shift, w.channel_shift_mix)
+        x = x + jnp.square(jax.nn.relu(mixed @ w.channel_key.astype(dtype))) @ (
+            w.channel_value.astype(dtype)
+        )
+        new = (token, new_wkv, channel_token)
+        if active is not None:
+            new = jax.tree.map(functools.partial(_of_active, active), new, states)
+        return (x, v_first), new
+
+    layers = jnp.arange(len(wkv))
+    (x, _), states = jax.lax.scan(
+        run_layer, (x, jnp.zeros_like(x)), (layers, weights, (time_shift, wkv, channel_shift))
+    )
+    return (x, *states)
+
+
+def layer_norm(x: FloatArray, scale: FloatArray, bias: FloatArray, eps: float) -> FloatArray:
+    """The layer norm of `x` `[B, C]`, computed in float32 at least."""
+    normed, _ = normalize(x.astype(accumulation_dtype(x)), eps)
+    return (normed * scale[None] + bias[None]).astype(x.dtype)
+
+
+def _mix(x: FloatArray, before: FloatArray, share: FloatArray) -> FloatArray:
+    dtype = accumulation_dtype(x, share)
+    token = x.astype(dtype)
+    return (token + (before.astype(dtype) - token) * share[None]).astype(x.dtype)
+
+
+def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
+    dtype = accumulation_dtype(x)
+    B, heads = len(x), w.removal_scale.shape
+
+    def in_heads(y):
+        return y.reshape(B, 1, *heads)
+
+    def low_rank(y, activation, down, up):
+        return activation(y @ down.astype(y.dtype)) @ up.astype(y.dtype)
+
+    def logits(y, activation, base, down, up):
+        return low_rank(y, activation, down, up).astype(dtype) + base[None]
+
+    x_r, x_w, x_k, x_v, x_a, x_g = (_mix(x, before, share) for share in w.time_shift_mix)
+    r, k, v = (
+        y @ z.astype(x.dtype) for y, z in ((x_r, w.receptance), (x_k, w.key), (x_v, w.value))
+    )
+    decay_logits = logits(x_w, jnp.tanh, w.decay_base, w.decay_down, w.decay_up)
+    alpha = jax.nn.sigmoid(logits(x_a, _identity, w.alpha_base, w.alpha_down, w.alpha_up))
+    gate = low_rank(x_g, jax.nn.sigmoid, w.gate_down, w.gate_up)
+    v_first = jnp.where(layer == 0, v, v_first)
+    residual_logits = logits(
+        x_v, _identity, w.value_residual_base, w.value_residual_down, w.value_residual_up
+    )
+    v = value_residual_reference(v, v_first, residual_logits)
+    r, log_decay, k, v, alpha, gate = (
+        in_heads(y) for y in (r, LOG_DECAY_SCALE * jax.nn.sigmoid(decay_logits), k, v, alpha, gate)
+    )
+    k, a, b = key_update_reference(k, alpha, w.removal_scale, w.replacement_mix)
+    vectors = (y[:, 0].astype(state.dtype) for y in (r, log_decay, k, v, a, b))
+    state, o = update(state, tuple(vectors))
+    y = output_correction_reference(
+        o[:, None].astype(x.dtype),
+        r,
+        k,
+        v,
+        gate,
+        w.bonus,
+        w.head_norm_scale,
+        w.head_norm_bias,
+        head_norm_eps,
+    )
+    return y.reshape(x.shape) @ w.output.astype(x.dtype), v_first, state
+
+
+def _identity(x: FloatArray) -> FloatArray:
+    return x
+
+
+def _of_active(active: Mask, x: FloatArray, y: FloatArray) -> FloatArray:
+    """Rows of x where active, else of y."""
+    return jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+
+__all__ = ["LOG_DECAY_SCALE", "decode_layers_reference"]

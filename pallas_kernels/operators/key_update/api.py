@@ -1,0 +1,63 @@
+"""The public key update operator."""
+
+from collections.abc import Callable
+
+from pallas_kernels.arrays import vary_alike
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.key_update.reference import key_update_reference
+from pallas_kernels.operators.key_update.xla import key_update_xla
+from pallas_kernels.types import FloatArray
+from pallas_kernels.validation import check_float
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[FloatArray, FloatArray, FloatArray]]] = {
+    "xla": key_update_xla,
+    "reference": key_update_reference,
+}
+
+
+def key_update(
+    k: FloatArray,
+    alpha: FloatArray,
+    removal_scale: FloatArray,
+    replacement_mix: FloatArray,
+    *,
+    implementation: str | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The three keys that `wkv7` takes, from the projected key and the in-context learning rate:
+
+        kk = k * removal_scale / max(norm(k * removal_scale), 1e-12)
+        new_k = k * (1 + (alpha - 1) * replacement_mix)
+        a = -kk
+        b = kk * alpha
+
+    with the Euclidean norm over each head; as in the official training code of RWKV-7, where
+    `removal_scale` is `k_k` and `replacement_mix` is `k_a`. It is computed in float32 (float64 for
+    float64 inputs) and differentiable in all arrays. Where the norm is below 1e-12 the divisor
+    counts as a constant, so that the gradient of a zero key is finite (but large).
+
+    Args:
+      k: `[B, T, H, K]`, projected keys.
+      alpha: `[B, T, H, K]`, in-context learning rates, in (0, 1). It may have a dtype of its own.
+      removal_scale: `[H, K]`, weights of the removal key's channels. It may have a dtype of its
+        own.
+      replacement_mix: `[H, K]`, how much `alpha` scales the replacement key. It may have a dtype
+        of its own.
+      implementation: "xla", which keeps its inputs for the backward and nothing else; "reference",
+        the definition; or None, which chooses.
+
+    Returns:
+      new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`, as are the others.
+      a: `[B, T, H, K]`, minus the removal key.
+      b: `[B, T, H, K]`, the removal key times the learning rate.
+
+    Raises:
+      ValueError: for wrong shapes, sizes or names, with the argument and its value.
+      TypeError: for wrong dtypes.
+    """
+    sizes: dict[str, int] = {}
+    check_float("k", k, "B T H K", sizes)
+    check_float("alpha", alpha, "B T H K", sizes)
+    check_float("removal_scale", removal_scale, "H K", sizes)
+    check_float("replacement_mix", replacement_mix, "H K", sizes)
+    arrays = vary_alike(k, alpha, removal_scale, replacement_mix)
+    return dispatch("key_update", IMPLEMENTATIONS, implementation, *arrays)

@@ -1,0 +1,124 @@
+"""The public WKV7 operator."""
+
+import math
+from typing import Any
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.wkv7.common import Implementation
+from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
+from pallas_kernels.operators.wkv7.reference import wkv7_reference
+from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
+from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.validation import (
+    check_float,
+    check_same_dtype,
+    check_segment_ids,
+)
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "mosaic_gpu": wkv7_mosaic_gpu,
+    "xla": wkv7_xla,
+    "reference": wkv7_reference,
+}
+
+
+def check_inputs(
+    inputs: dict[str, Any],
+    scale: float,
+    initial_state: Any,
+    segment_ids: Any,
+    num_segments: int | None,
+) -> None:
+    """Checks what `wkv7` and `wkv7_recurrent` have in common."""
+    sizes: dict[str, int] = {}
+    for name, value in inputs.items():
+        check_float(name, value, "B T H V" if name == "v" else "B T H K", sizes)
+    check_same_dtype(**{name: x for name, x in inputs.items() if name != "log_decay"})
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number known at trace time, got {scale!r}")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, sizes, num_segments)
+    elif num_segments is not None:
+        raise ValueError(f"{num_segments=} needs segment_ids")
+    if initial_state is not None:
+        if num_segments is not None:
+            sizes["N"] = num_segments
+        axes = "B H K V" if num_segments is None else "B N H K V"
+        check_float("initial_state", initial_state, axes, sizes)
+
+
+def wkv7(
+    r: FloatArray,
+    log_decay: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    a: FloatArray,
+    b: FloatArray,
+    *,
+    scale: float = 1.0,
+    initial_state: FloatArray | None = None,
+    segment_ids: SegmentIds | None = None,
+    num_segments: int | None = None,
+    min_log_decay: float | None = None,
+    implementation: str | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """The WKV operator of RWKV-7, for training and for reading long inputs.
+
+    For every row and head, with a state S of `[K, V]`:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
+        o_t = scale * S_t^T r_t
+
+    as in "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4; `docs/rwkv7.md` derives
+    what is computed here. Differentiable in all arrays, the initial state and through the final
+    state.
+
+    Args:
+      r: `[B, T, H, K]`, receptance. T may be any number >= 1.
+      log_decay: `[B, T, H, K]`, <= 0; a channel's decay is its exponential, -inf clears it. It may
+        have a dtype of its own.
+      k: `[B, T, H, K]`, the key that writes (RWKV-7: the replacement key).
+      v: `[B, T, H, V]`, value.
+      a: `[B, T, H, K]`, reads what is to be removed. RWKV-7: `-kk`, kk the normalised removal key.
+      b: `[B, T, H, K]`, where it is removed. RWKV-7: `kk * alpha`.
+      scale: a factor on the outputs, known at trace time.
+      initial_state: `[B, H, K, V]`, the state before the first token; None means zeros. With
+        `num_segments`, `[B, N, H, K, V]`: one state for each segment.
+      segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, consecutive equal
+        ids are one segment, where the state restarts (see `pallas_kernels.packing`). Without
+        `num_segments` the initial state belongs to the row's first segment, later ones start from
+        zero, and the final state is that after the row's last token.
+      num_segments: N, known at trace time; asks for one initial and one final state per segment.
+        Ids lie in 0..N, the segment with id n has the states `[:, n - 1]`, and each id occurs in
+        at most one run per row; where it does not occur, the final state is the initial one.
+      min_log_decay: the caller's promise that no `log_decay` is below this number (RWKV-7:
+        `-exp(-0.5)`). It lets an implementation use a faster form; None makes no promise.
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: inputs of 16 bits, K of 64 or 128, V
+        a multiple of 64, min_log_decay of at least -1), "xla" (chunked matrix products),
+        "reference" (a scan over tokens), or None, which takes the first of these that can.
+
+    Returns:
+      o: `[B, T, H, V]`, in the dtype of `v`; zero at padding.
+      final_state: `[B, H, K, V]` or `[B, N, H, K, V]`, float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: for wrong shapes, sizes, segment ids or names, with the argument and its value.
+      TypeError: for wrong dtypes. All arrays except log_decay, initial_state and segment_ids
+        share one of bfloat16, float16, float32, float64.
+      NotImplementedError: if a named implementation does not serve these arguments.
+    """
+    inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v, "a": a, "b": b}
+    check_inputs(inputs, scale, initial_state, segment_ids, num_segments)
+    if min_log_decay is not None and not min_log_decay <= 0:
+        raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
+    return dispatch(
+        "wkv7",
+        IMPLEMENTATIONS,
+        implementation,
+        *inputs.values(),
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+        min_log_decay=min_log_decay,
+    )

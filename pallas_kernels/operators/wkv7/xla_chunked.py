@@ -1,0 +1,361 @@
+"""WKV7 in chunks of matrix products, for every backend of XLA.
+
+A chunk of L tokens with entry state S0 is read at once (`docs/rwkv7.md` derives all of it):
+
+    O  = rows_r S0 + A_rk V + A_rb U
+    U  = (I - A_ab)^-1 (rows_a S0 + A_ak V)
+    S1 = onward * (decay * S0 + columns_k^T V + columns_b^T U)
+
+where `A_xy[i, j] = sum_c x[i, c] y[j, c] exp(sum of log decays between j and i)` for j before i.
+The rows are r and a, decayed from the chunk's beginning; the columns are k and b, decayed to its
+end with `onward`. There are two ways to all that decays: a fast one if no decay is strong, and
+one for any decay down to clearing a channel. Without the promise of a bound, each group of chunks
+takes the first if its decays allow it.
+
+The work is laid out as a loop over groups of G chunks. Within a group everything that does not
+need the state is done for all chunks at once, and a short scan carries the state from chunk to
+chunk. The backward keeps the entry state of each chunk and computes the rest again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.operators.wkv7.chunk_products import (
+    Masks,
+    Products,
+    bounded_products,
+    from_chunks,
+    inverse,
+    mask_products,
+    to_chunks,
+    transpose,
+    unbounded_products,
+)
+from pallas_kernels.operators.wkv7.common import (
+    load_state,
+    load_state_backward,
+    never_stored,
+    prepare,
+    store_state,
+    store_state_backward,
+)
+from pallas_kernels.operators.wkv7.segments import Transfers, align_segments, aligned_length
+from pallas_kernels.packing import find_segments
+from pallas_kernels.types import FloatArray, SegmentIds
+
+MAX_CHUNK = {"cpu": 32}
+MAX_CHUNK_ELSEWHERE = 64
+MAX_CHUNK_UNPROMISED = 32
+"""Tokens in a chunk, at most: long ones fill the units of an accelerator, short ones need fewer
+operations; without a promise about the decay, pairs may cost more."""
+
+MIN_CHUNK_BOUNDED = 8
+"""Where a bound asks for fewer tokens in a chunk, it is of no use."""
+
+MATRICES = {"cpu": 32}
+MATRICES_ELSEWHERE = 2048
+"""Chunks times rows times heads that a group works on at least, if there are as many: enough to
+fill an accelerator, few enough to stay in the caches of a CPU."""
+
+UNROLL = 4
+"""Chunks in one step of the scan that carries the state: work of neighbours overlaps."""
+
+MAX_EXPONENT = 40.0
+"""Largest exponent that a factor may carry; masked products of two stay finite in float32."""
+
+
+class Plan(NamedTuple):
+    """How a call is cut up, known at trace time.
+
+    Attributes:
+      chunk: L, a power of two.
+      group: G.
+      scale: factor on the outputs.
+      bounded: whether decays are promised to be weak enough for `bounded_products`.
+    """
+
+    chunk: int
+    group: int
+    scale: float
+    bounded: bool
+
+
+type Boundaries = Masks | Transfers | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What the backward needs.
+
+    Attributes:
+      inputs: r, log_decay, k, v, a, b, `[B, T, H, _]`, as they were given.
+      boundaries: of the segments, if there are any.
+      entries: `[T / (G L), G, B, H, K, V]`, the state entering each chunk.
+    """
+
+    inputs: tuple[jax.Array, ...]
+    boundaries: Boundaries
+    entries: jax.Array
+
+
+def _read(x: jax.Array, group: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:
+    """The tokens of a group, `[B, G, L, H, _]`, of `[B, T, H, _]`."""
+    tokens = plan.group * plan.chunk
+    x = jax.lax.dynamic_slice_in_dim(x, group * tokens, tokens, axis=1)
+    return x.reshape(len(x), plan.group, plan.chunk, *x.shape[2:]).astype(dtype)
+
+
+def _write(x: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
+    """Replaces the tokens of a group: the inverse of `_read`."""
+    B, G, L, *rest = values.shape
+    values = values.astype(x.dtype).reshape(B, G * L, *rest)
+    return jax.lax.dynamic_update_slice_in_dim(x, values, group * G * L, axis=1)
+
+
+def _read_boundaries(boundaries: Boundaries, group: jax.Array, plan: Plan) -> Boundaries:
+    def of_chunks(x):
+        return jax.lax.dynamic_slice_in_dim(x, group * plan.group, plan.group, axis=1)
+
+    return jax.tree.map(of_chunks, boundaries)
+
+
+def _of_chunks(at: Boundaries) -> Transfers | None:
+    """Transfers with the axis of chunks first, `[G, B]`, to be scanned over."""
+    return jax.tree.map(jnp.transpose, at) if isinstance(at, Transfers) else None
+
+
+def _with_products(plan: Plan, log_decay: jax.Array, run: Callable[[Callable], Any]) -> Any:
+    """Runs with `bounded_products` if the log decays of a group allow it."""
+    if plan.bounded:
+        return run(bounded_products)
+    mild = jnp.min(log_decay) >= -MAX_EXPONENT / plan.chunk
+    return jax.lax.cond(mild, lambda: run(bounded_products), lambda: run(unbounded_products))
+
+
+def _forward_chunks(products, v, at, initially_stored, carry):
+    """The chunks of a group. Returns carry, entry states and outputs."""
+    (A_rk, A_rb), (A_ak, A_ab), (r_in, a_in), (k_out, b_out), decay, onward = products
+    X = inverse(A_ab)
+    u_from_state = X @ a_in
+    u_from_v = X @ (A_ak @ v)
+
+    def chunk(carry, x):
+        state, stored = carry
+        u_from_state, u_from_v, k_out, b_out, v, decay, onward, at = x
+        if stored is not None:
+            state = load_state(state, initially_stored, at.load)
+        u = u_from_state @ state + u_from_v
+        after = decay[..., None] * state + transpose(k_out) @ v + transpose(b_out) @ u
+        after = onward[..., None] * after
+        if stored is not None:
+            stored = store_state(stored, at.store, after)
+        return (after, stored), (state, u)
+
+    of_chunks = (u_from_state, u_from_v, k_out, b_out, v, decay, onward, at)
+    carry, (entries, u) = jax.lax.scan(chunk, carry, of_chunks, unroll=UNROLL)
+    return carry, entries, r_in @ entries + A_rk @ v + A_rb @ u
+
+
+def _backward_chunks(products, v, entries, do, at, d_stored, carry):
+    """The chunks of a group, backward. Returns carry and gradients of products and values."""
+    (A_rk, A_rb), (A_ak, A_ab), (r_in, a_in), (k_out, b_out), decay, onward = products
+    X = inverse(A_ab)
+    u_from_state = X @ a_in
+    u = u_from_state @ entries + X @ (A_ak @ v)
+    du_from_o = transpose(A_rb) @ do
+
+    def chunk(carry, x):
+        d_after, d_loaded = carry
+        u_from_state, r_in, b_out, decay, onward, do, du_from_o, at = x
+        if d_loaded is not None:
+            d_after += store_state_backward(d_stored, at.store)
+        d_sum = onward[..., None] * d_after
+        du = du_from_o + b_out @ d_sum
+        d_state = decay[..., None] * d_sum
+        d_state += transpose(r_in) @ do + transpose(u_from_state) @ du
+        if d_loaded is not None:
+            d_state, d_loaded = load_state_backward(d_state, d_loaded, at.load)
+        return (d_state, d_loaded), (d_sum, du)
+
+    of_chunks = (u_from_state, r_in, b_out, decay, onward, do, du_from_o, at)
+    carry, (d_sum, du) = jax.lax.scan(chunk, carry, of_chunks, reverse=True, unroll=UNROLL)
+    dw = transpose(X) @ du  # of a_in S0 + A_ak V
+    dv = transpose(A_rk) @ do + transpose(A_ak) @ dw + k_out @ d_sum
+    d_products = Products(
+        A_r=(do @ transpose(v), do @ transpose(u)),
+        A_a=(dw @ transpose(v), dw @ transpose(u)),
+        rows=(do @ transpose(entries), dw @ transpose(entries)),
+        columns=(v @ transpose(d_sum), u @ transpose(d_sum)),
+        decay=jnp.sum(entries * d_sum, axis=-1),
+        onward=jnp.zeros_like(onward),
+    )
+    return carry, d_products, dv
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    plan: Plan,
+    inputs: tuple[jax.Array, ...],
+    boundaries: Boundaries,
+    stored: jax.Array | None,
+    state: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Outputs `[B, T, H, V]`, the state after the last token, and `stored` with the stores made."""
+    return _chunked_forward(plan, inputs, boundaries, stored, state)[0]
+
+
+def _precision(inputs: tuple[jax.Array, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Full products for float32 inputs; for 16-bit ones what JAX is set to suffices."""
+    if jnp.result_type(*inputs).itemsize >= 4:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def _groups(inputs: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
+    return jnp.arange(inputs[0].shape[1] // (plan.group * plan.chunk))
+
+
+def _chunked_forward(plan, inputs, boundaries, stored, state):
+    dtype, initially_stored = state.dtype, stored
+
+    def group(carry, index):
+        o, *states = carry
+        r, log_decay, k, v, a, b = (_read(x, index, plan, dtype) for x in inputs)
+        at = _read_boundaries(boundaries, index, plan)
+        masks = at if isinstance(at, Masks) else None
+
+        def run(make_products):
+            products, _ = make_products(log_decay, (r, a), (k, b), masks)
+            products = mask_products(products, masks)
+            return _forward_chunks(
+                products, to_chunks(v), _of_chunks(at), initially_stored, tuple(states)
+            )
+
+        states, entries, o_here = _with_products(plan, log_decay, run)
+        return (_write(o, index, plan.scale * from_chunks(o_here)), *states), entries
+
+    with _precision(inputs):
+        carry = (jnp.zeros_like(inputs[3]), state, stored)
+        carry, entries = jax.lax.scan(group, carry, _groups(inputs, plan))
+    return carry, Residuals(inputs, boundaries, entries)
+
+
+def _chunked_backward(plan, residuals, gradients):
+    do, d_state, d_stored = gradients
+    dtype = d_state.dtype
+    inputs, boundaries = residuals.inputs, residuals.boundaries
+
+    def group(carry, x):
+        index, entries = x
+        d_inputs, *d_states = carry
+        r, log_decay, k, v, a, b, do_here = (_read(x, index, plan, dtype) for x in (*inputs, do))
+        at = _read_boundaries(boundaries, index, plan)
+        masks = at if isinstance(at, Masks) else None
+
+        def run(make_products):
+            products, backward = make_products(log_decay, (r, a), (k, b), masks)
+            d_states_before, d_products, dv = _backward_chunks(
+                mask_products(products, masks),
+                to_chunks(v),
+                entries,
+                plan.scale * to_chunks(do_here),
+                _of_chunks(at),
+                d_stored,
+                tuple(d_states),
+            )
+            d_log_decay, (dr, da), (dk, db) = backward(mask_products(d_products, masks))
+            return d_states_before, (dr, d_log_decay, dk, from_chunks(dv), da, db)
+
+        d_states, d_here = _with_products(plan, log_decay, run)
+        d_inputs = tuple(_write(d, index, x) for d, x in zip(d_inputs, d_here, strict=True))
+        return (d_inputs, *d_states), None
+
+    d_loaded = None
+    if d_stored is not None:
+        d_loaded = never_stored(d_stored, boundaries.store.T)
+    with _precision(inputs):
+        carry = (tuple(jnp.zeros_like(x) for x in inputs), d_state, d_loaded)
+        groups = (_groups(inputs, plan), residuals.entries)
+        (d_inputs, d_state, d_loaded), _ = jax.lax.scan(group, carry, groups, reverse=True)
+    return d_inputs, None, d_loaded, d_state
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _plan(
+    T: int,
+    segment_length: int,
+    matrices: int,
+    scale: float,
+    min_log_decay: float | None,
+    num_segments: int = 1,
+) -> tuple[Plan, int]:
+    """How to cut rows of B * H = `matrices` heads, and the length of a row that fits the cut."""
+    backend = jax.default_backend()
+    longest = MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE)
+    if min_log_decay is not None:
+        while longest > 1 and -min_log_decay * longest > MAX_EXPONENT:
+            longest //= 2
+    bounded = min_log_decay is not None and longest >= MIN_CHUNK_BOUNDED
+    if not bounded:
+        longest = min(MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE), MAX_CHUNK_UNPROMISED)
+    chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
+    chunks = aligned_length(T, num_segments, chunk) // chunk
+    wanted = MATRICES.get(backend, MATRICES_ELSEWHERE)
+    group = min(chunks, -(-wanted // matrices))
+    chunks += -chunks % group
+    return Plan(chunk, group, scale, bounded), chunks * chunk
+
+
+def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
+    """Masks for a row that is padded to T tokens."""
+    index = find_segments(segment_ids).index
+    index = jnp.pad(index, ((0, 0), (0, T - index.shape[1])), mode="edge")
+    index = index.reshape(len(index), -1, plan.chunk)
+    entry = jnp.pad(index[:, :-1, -1], ((0, 0), (1, 0)))  # the row's first segment has index 0
+    return Masks(index, entry)
+
+
+def wkv7_xla(
+    r: FloatArray,
+    log_decay: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    a: FloatArray,
+    b: FloatArray,
+    *,
+    scale: float,
+    initial_state: FloatArray | None,
+    segment_ids: SegmentIds | None,
+    num_segments: int | None,
+    min_log_decay: float | None,
+) -> tuple[FloatArray, FloatArray]:
+    """The operator of `pallas_kernels.wkv7`, which documents the arguments, in chunks."""
+    B, T, H, _ = r.shape
+    inputs, initial, segment_ids = prepare(
+        (r, log_decay, k, v, a, b), initial_state, segment_ids, num_segments
+    )
+    if segment_ids is None or num_segments is None:
+        plan, length = _plan(T, T, B * H, scale, min_log_decay)
+        inputs = [jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))) for x in inputs]
+        masks = None if segment_ids is None else _mask_segments(segment_ids, plan, length)
+        o, final, _ = _chunked(plan, tuple(inputs), masks, None, initial)
+        return o[:, :T], final
+    segment_length = -(-T // num_segments)  # on average
+    plan, length = _plan(T, segment_length, B * H, scale, min_log_decay, num_segments)
+    position, transfers = align_segments(segment_ids, num_segments, plan.chunk, length)
+    row = jnp.arange(B)[:, None]
+    empty = [jnp.zeros_like(x, shape=(B, length, *x.shape[2:])) for x in inputs]
+    inputs = [e.at[row, position].set(x, mode="drop") for e, x in zip(empty, inputs, strict=True)]
+    none = jnp.zeros_like(initial[:, 0])
+    o, _, final = _chunked(plan, tuple(inputs), transfers, initial, none)
+    return o.at[row, position].get(mode="fill", fill_value=0), final

@@ -1,0 +1,228 @@
+"""WKV7 token by token on Hopper GPUs: which calls are served, segments, and the gradient.
+
+`recurrence` explains what the two kernels, forward and backward, share. The forward keeps states
+for the backward only where a gradient is asked for.
+
+Without a gradient, a state is written over: a loop over tokens that carries it, or a step to which
+it is donated, moves the state once each way, and no more. Not so in `jax.shard_map`, whose types
+such kernels do not have, in `jax.vmap`, where all calls could be given one state, and for states of
+segments, of which not all are written.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.arrays import vary_alike
+from pallas_kernels.hopper.target import TILE, hopper_gpu
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.backward import recurrent_gradients
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.forward import recurrent_outputs
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
+    KEEP,
+    PADDING,
+    ZERO,
+    Codes,
+    Form,
+)
+from pallas_kernels.packing import find_segments
+from pallas_kernels.types import FloatArray, SegmentIds
+
+MAX_K = 128
+"""Registers and shared memory have room for states of so many keys by 64 values."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What the backward needs.
+
+    Attributes:
+      inputs: as they were given.
+      initial: likewise.
+      codes: likewise.
+      entries: `[B, ceil(T / 8), H, K, V]` float32, the states before every eighth step.
+    """
+
+    inputs: tuple[jax.Array, ...]
+    initial: jax.Array | None
+    codes: Codes
+    entries: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recur(
+    form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs `[B, T, H, V]` and final states `[B, N, H, K, V]`."""
+    if initial is None or codes.leave is not None or jax.typeof(initial).mat.varying:
+        return _outputs_and_states(form, inputs, initial, codes)
+
+    @jax.custom_batching.custom_vmap
+    def in_place(inputs, initial, codes):
+        # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) lets
+        # it read there, and then forgets that the kernel writes its results over the old ones.
+        inputs, initial, codes = jax.lax.optimization_barrier((inputs, initial, codes))
+        reference = jax.new_ref(initial)
+        o, _, _ = recurrent_outputs(form, inputs, reference, codes, save=False)
+        return jax.lax.optimization_barrier((o, jax.freeze(reference)))
+
+    @in_place.def_vmap
+    def _(axis_size, is_mapped, *arguments):
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(is_mapped))
+        function = functools.partial(_outputs_and_states, form)
+        results = jax.vmap(function, axes, axis_size=axis_size)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return in_place(inputs, initial, codes)
+
+
+def _outputs_and_states(
+    form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
+) -> tuple[jax.Array, jax.Array]:
+    o, final, _ = recurrent_outputs(form, inputs, initial, codes, save=False)
+    return o, final
+
+
+def _recur_forward(form, inputs, initial, codes):
+    o, final, entries = recurrent_outputs(form, inputs, initial, codes, save=True)
+    return (o, final), Residuals(inputs, initial, codes, entries)
+
+
+def _recur_backward(form, residuals, gradients):
+    inputs, initial, codes = residuals.inputs, residuals.initial, residuals.codes
+    d_inputs, d_initial = recurrent_gradients(
+        form, inputs, initial, codes, residuals.entries, *gradients
+    )
+    if initial is None:
+        return d_inputs, None, None
+    if codes.leave is not None:  # gradients of states that no step entered were not written
+        entered = _occur(codes.enter, initial.shape[1])
+        d_initial = jnp.where(entered, d_initial, 0)
+    return d_inputs, d_initial, None
+
+
+_recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _occur(codes: jax.Array | None, num_segments: int) -> jax.Array:
+    """`[B, N, 1, 1, 1]`: which of the N states codes `[B, T]` name."""
+    assert codes is not None
+    occur = (codes[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
+    return occur[:, :, None, None, None]
+
+
+def _find_codes(segment_ids: SegmentIds, num_segments: int | None) -> Codes:
+    """The codes of tokens in the order of reading."""
+    segments = find_segments(segment_ids)
+    slot = segment_ids.astype(jnp.int32) - 1
+    if num_segments is None:
+        enter = jnp.where(segments.start & (segments.index > 0), ZERO, KEEP)
+    else:
+        enter = jnp.where(segments.start, slot, KEEP)
+    return Codes(
+        enter=jnp.where(segments.valid, enter, PADDING),
+        leave=None if num_segments is None else jnp.where(segments.end, slot, KEEP),
+    )
+
+
+def wkv7_token_by_token(
+    plan: Plan,
+    inputs: tuple[FloatArray, ...],
+    initial_state: FloatArray | None,
+    segment_ids: SegmentIds | None,
+    num_segments: int | None,
+    *,
+    fused: bool = False,
+    reverse: bool = False,
+) -> tuple[FloatArray, FloatArray]:
+    """The operator, on calls that the kernels serve.
+
+    Args:
+      plan: how to compile, with the factor on the outputs.
+      inputs: r, log_decay, k, v, then a and b, or kk and alpha; these, and the others, as of
+        `pallas_kernels.wkv7_recurrent`.
+      initial_state: see there.
+      segment_ids: see there.
+      num_segments: see there.
+      fused: whether kk and alpha are given.
+      reverse: see there.
+    """
+    form = Form(plan, fused=fused, reverse=reverse)
+    inputs, initial, segment_ids = vary_alike(tuple(inputs), initial_state, segment_ids)
+    if segment_ids is not None and reverse:
+        segment_ids = jnp.flip(segment_ids, 1)
+    codes = Codes() if segment_ids is None else _find_codes(segment_ids, num_segments)
+    if initial is not None:
+        initial = initial.astype(jnp.float32)
+    if num_segments is None:
+        o, final = _recur(form, inputs, None if initial is None else initial[:, None], codes)
+        return o, final[:, 0]
+    (B, _, H, K), V = inputs[0].shape, inputs[3].shape[-1]
+    states = jnp.zeros((B, num_segments, H, K, V), jnp.float32) if initial is None else initial
+    _, states = vary_alike(inputs, states)
+    o, final = _recur(form, inputs, states, codes)
+    return o, jnp.where(_occur(codes.leave, num_segments), final, states)
+
+
+def wkv7_recurrent_mosaic_gpu(
+    r: FloatArray,
+    log_decay: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    *pair: FloatArray,
+    fused: bool,
+    reverse: bool,
+    scale: float,
+    initial_state: FloatArray | None,
+    segment_ids: SegmentIds | None,
+    num_segments: int | None,
+) -> tuple[FloatArray, FloatArray]:
+    """The operator of `pallas_kernels.wkv7_recurrent`, which documents it, on Hopper GPUs.
+
+    Everything between inputs and outputs is float32.
+
+    Args:
+      r: see there, as for all that is not named here.
+      log_decay: see there.
+      k: see there.
+      v: see there.
+      *pair: a and b, or kk and alpha.
+      fused: whether they are kk and alpha.
+      reverse: see there.
+      scale: see there.
+      initial_state: see there.
+      segment_ids: see there.
+      num_segments: see there.
+
+    Raises:
+      NotImplementedError: for other devices, dtypes and head sizes.
+    """
+    device = hopper_gpu()
+    check_recurrent_served(log_decay, k, v)
+    return wkv7_token_by_token(
+        Plan(scale=scale, multiprocessors=device.core_count),
+        (r, log_decay, k, v, *pair),
+        initial_state,
+        segment_ids,
+        num_segments,
+        fused=fused,
+        reverse=reverse,
+    )
+
+
+def check_recurrent_served(log_decay: FloatArray, k: FloatArray, v: FloatArray) -> None:
+    """Raises NotImplementedError for calls that the kernels do not serve on any device."""
+    for name, x in (("k", k), ("log_decay", log_decay)):
+        if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            raise NotImplementedError(
+                f"mosaic_gpu needs inputs of 16 or 32 bits, got {name}.dtype={x.dtype}"
+            )
+    K, V = k.shape[-1], v.shape[-1]
+    if K % TILE or K > MAX_K or V % TILE:
+        raise NotImplementedError(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
+
+
+__all__ = ["check_recurrent_served", "wkv7_recurrent_mosaic_gpu", "wkv7_token_by_token"]

@@ -1,5 +1,0 @@
-"""Token shift and its mixes."""
-
-from pallas_kernels.token_shift.api import token_shift_mix
-
-__all__ = ["token_shift_mix"]

@@ -1,5 +1,0 @@
-"""The value residual."""
-
-from pallas_kernels.value_residual.api import value_residual
-
-__all__ = ["value_residual"]
