@@ -10,6 +10,8 @@ import jax
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive
 
 type Remat = Literal["none", "full", "dots"]
+type Dtype = Literal["float32", "bfloat16", "float16"]
+"""The dtypes that a user can choose for parameters and computation."""
 
 PRESETS = {  # name: (layers, hidden size) of the released models; head size 64
     "0.1B": (12, 768),
@@ -23,6 +25,11 @@ WORLD_VOCAB_SIZE = 65536
 
 _REMAT = ("none", "full", "dots")
 _DERIVED = cast(int, None)  # a default that __post_init__ replaces by a number
+
+
+def default_compute_dtype() -> Dtype:
+    """Returns the dtype that is fastest on this machine: float32 on CPUs, else bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def low_rank(factor: float, hidden_size: int) -> int:

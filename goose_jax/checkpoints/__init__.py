@@ -1,5 +1,6 @@
 """Checkpoints: saving and loading models."""
 
+from goose_jax.checkpoints.model_and_tokenizer import load_model_and_tokenizer
 from goose_jax.checkpoints.native import (
     CheckpointError,
     CheckpointMetadata,
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMetadata",
     "load_checkpoint",
+    "load_model_and_tokenizer",
     "load_optimizer_state",
     "load_pretrained",
     "load_state",

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from goose_jax.checkpoints import huggingface
+from goose_jax.checkpoints import fla_folder
+from goose_jax.checkpoints.config_inference import infer_config
 from goose_jax.checkpoints.conversion import build_model, check_range, split_model
 from goose_jax.checkpoints.key_map import Layout
 from goose_jax.checkpoints.native import (
@@ -18,7 +19,7 @@ from goose_jax.checkpoints.native import (
 )
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth
-from goose_jax.checkpoints.stored import StoredTensor, common_dtype, read_config
+from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
 from goose_jax.config import WORLD_VOCAB_SIZE, RWKV7Config
 from goose_jax.nn import RWKV7
 
@@ -137,7 +138,7 @@ def save_pretrained(
         case "huggingface":
             expected = {"head_norm_eps": config.head_size * config.norm_eps}
             _check_epsilons(config, expected, f"FLA with {config.norm_eps=}")
-            huggingface.write_folder(path, model, metadata, max_shard_bytes=max_shard_bytes)
+            fla_folder.write_folder(path, model, metadata, max_shard_bytes=max_shard_bytes)
         case _:
             raise ValueError(f"{layout=} must be 'pth', 'huggingface' or 'native'")
 
@@ -153,7 +154,7 @@ def checkpoint_kind(path: Path) -> CheckpointKind:
     if path.is_file():
         return "pth"
     is_ours = (path / "checksums.json").is_file() or (path / "checkpoints").is_dir()
-    return "huggingface" if (path / huggingface.CONFIG).is_file() and not is_ours else "native"
+    return "huggingface" if (path / fla_folder.CONFIG).is_file() and not is_ours else "native"
 
 
 def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
@@ -170,17 +171,17 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         found = read_pth(path)
         if isinstance(found, list):
             raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
-        config = read_config(found, "pth", str(path), **(_OFFICIAL_EPS | overrides))
+        config = infer_config(found, "pth", str(path), **(_OFFICIAL_EPS | overrides))
         return ForeignCheckpoint(found, "pth", _with_dtype(config, found), _metadata(config))
-    settings = huggingface.read_settings(path)
-    tensors, layout = huggingface.read_tensors(path)
+    settings = fla_folder.read_settings(path)
+    tensors, layout = fla_folder.read_tensors(path)
     told = {"norm_eps": settings.get("norm_eps", 1e-5)} | overrides
     told["untold_value_rank"] = settings.get("v_low_rank_dim")
-    config = read_config(tensors, layout, str(path), **told)
-    huggingface.check_sizes(path, settings, config)
+    config = infer_config(tensors, layout, str(path), **told)
+    fla_folder.check_sizes(path, settings, config)
     if "head_norm_eps" not in overrides:
         config = dataclasses.replace(config, head_norm_eps=config.head_size * config.norm_eps)
-    metadata = huggingface.read_metadata(path, settings)
+    metadata = fla_folder.read_metadata(path, settings)
     if metadata is None:
         has_tokenizer = (path / "tokenizer.json").exists()  # then no size of vocabulary tells
         metadata = CheckpointMetadata(tokenizer=None) if has_tokenizer else _metadata(config)

@@ -15,7 +15,7 @@ import numpy as np
 from goose_jax.checkpoints.native import CheckpointError
 from goose_jax.checkpoints.pth_pickle import describe_pickle
 from goose_jax.checkpoints.pth_tensor import PickleError, TensorView
-from goose_jax.checkpoints.stored import StoredTensor
+from goose_jax.checkpoints.stored_tensor import StoredTensor
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra
 _ENCRYPTED = 1

@@ -20,7 +20,7 @@ import numpy as np
 from goose_jax.checkpoints.native import CheckpointError
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth, write_pth_list
-from goose_jax.checkpoints.stored import STORED_DTYPES, StoredTensor
+from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.state import RWKV7State, check_state, init_state, state_dtypes
 from pallas_kernels.validation import check_positive

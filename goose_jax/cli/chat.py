@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from goose_jax.cli.chat_session import ChatSession, Ending, ReplySettings
-from goose_jax.cli.loading import Dtype, load_model, load_start
-from goose_jax.cli.saved_chat import load_chat, save_chat
+from goose_jax.chat import ChatSession, Ending, ReplySettings, load_chat, save_chat
+from goose_jax.chat.prompt import clean, think_prefix
+from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.config import Dtype
 from goose_jax.nn import RWKV7
-from goose_jax.text.chat_prompt import clean, think_prefix
+from goose_jax.training import load_initial_state
 
 _HOW_TO_END = "Ctrl-D or /quit ends the session"
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
@@ -53,8 +54,9 @@ def chat(
       ValueError: if an argument is out of range, or a file is damaged or of another model.
       OSError: if a file is not there, or cannot be read.
     """
-    model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
-    session = ChatSession(model, found, settings, load_start(state, model))
+    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    start = None if state is None else load_initial_state(state, model)
+    session = ChatSession(model, found, settings, start)
     if load is not None:
         session.conversation = load_chat(load, model)
     with contextlib.suppress(ImportError):

@@ -10,8 +10,7 @@ from flax import nnx
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
 from goose_jax.cli.inspect_checkpoint import format_bytes
-
-type Dtype = Literal["float32", "bfloat16", "float16"]
+from goose_jax.config import Dtype
 
 
 def convert(

@@ -7,10 +7,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from goose_jax.cli.loading import Dtype, load_model, load_start
+from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.text import StreamingDecoder, TextStop
+from goose_jax.training import load_initial_state
 
 
 def generate(
@@ -72,8 +74,8 @@ def generate(
         penalty_decay=penalty_decay,
     )
     ending = TextStop(stop)
-    model, found = load_model(checkpoint, tokenizer=tokenizer, dtype=dtype)
-    start = load_start(state, model)
+    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    start = None if state is None else load_initial_state(state, model)
     end = found.end_of_document
     tokens = found.encode(prompt) or ([] if end is None else [end])
     if not tokens:

@@ -8,7 +8,7 @@ import tyro
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
 from goose_jax.checkpoints.pretrained import CheckpointKind
-from goose_jax.cli.loading import Dtype
+from goose_jax.config import Dtype
 from goose_jax.training.adapter import check_base, load_adapter
 from goose_jax.training.lora import merge_lora
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
-from goose_jax.cli.loading import Dtype, default_compute_dtype
-from goose_jax.config import RWKV7Config
+from goose_jax.config import Dtype, RWKV7Config, default_compute_dtype
 from goose_jax.training.lora import LoraConfig
 from goose_jax.training.optimizer import OptimizerConfig
 from pallas_kernels.validation import check_positive

@@ -9,11 +9,10 @@ import numpy as np
 from flax import nnx
 
 from goose_jax.checkpoints import load_checkpoint, load_optimizer_state
-from goose_jax.cli.loading import open_tokenizer, tokenizer_name
 from goose_jax.cli.train_settings import TrainSettings, known, option
 from goose_jax.cli.tuning import Full, Tuning, load_base, tuning_of
 from goose_jax.nn import RWKV7
-from goose_jax.text import Tokenizer
+from goose_jax.text import Tokenizer, open_tokenizer, tokenizer_name
 from goose_jax.training.adapter import check_base, load_adapter
 from goose_jax.training.corpus import (
     Document,
@@ -94,8 +93,8 @@ def find_base(settings: TrainSettings, *, resumed: bool) -> tuple[RWKV7 | None, 
     if settings.from_ is None or (resumed and settings.tune == "full"):
         return None, settings
     model, metadata = load_base(settings)
-    name = tokenizer_name(settings.from_, metadata, settings.tokenizer)
-    open_tokenizer(name, model.config)
+    name = tokenizer_name(settings.from_, given=settings.tokenizer, recorded=metadata.tokenizer)
+    open_tokenizer(name, model.config.vocab_size)
     return model, dataclasses.replace(settings, tokenizer=name)
 
 

@@ -14,11 +14,12 @@ from goose_jax.checkpoints import (
     save_checkpoint,
     save_state,
 )
-from goose_jax.cli.loading import default_compute_dtype
+from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.cli.train_settings import TrainSettings, known
+from goose_jax.config import default_compute_dtype
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
-from goose_jax.training.adapter import Adapter, fingerprint, save_adapter
+from goose_jax.training.adapter import Adapter, save_adapter
 from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import Losses, Parameters, full_losses, with_params

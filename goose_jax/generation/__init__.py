@@ -1,13 +1,13 @@
 """Sampling and generating text."""
 
 from goose_jax.generation.continuous_batch import ContinuousBatch, FinishReason, RequestUpdate
-from goose_jax.generation.generate import Generation, generate, prefill
 from goose_jax.generation.sampling import (
     SamplingConfig,
     sample_token,
     stack_sampling,
     token_probabilities,
 )
+from goose_jax.generation.static_batch import Generation, generate, prefill
 
 __all__ = [
     "ContinuousBatch",

@@ -10,13 +10,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from goose_jax.generation.arguments import (
-    Ids,
-    check_ids,
-    check_max_new_tokens,
-    check_prompt,
-    check_seed,
-)
 from goose_jax.generation.decoding import (
     MAX_PIECE,
     NO_TOKEN,
@@ -30,6 +23,13 @@ from goose_jax.generation.decoding import (
     row_settings,
 )
 from goose_jax.generation.sampling import SamplingConfig, check_sampling
+from goose_jax.generation.validation import (
+    Ids,
+    check_ids,
+    check_max_new_tokens,
+    check_prompt,
+    check_seed,
+)
 from goose_jax.nn.model import RWKV7
 from goose_jax.state import RWKV7State, check_state, init_state, join_states, take_rows
 from pallas_kernels.validation import check_positive

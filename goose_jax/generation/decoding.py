@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from goose_jax.config import RWKV7Config
-from goose_jax.generation.arguments import Ids
 from goose_jax.generation.sampling import (
     SamplingConfig,
     count_token,
     sample_token,
     stack_sampling,
 )
+from goose_jax.generation.validation import Ids
 from goose_jax.state import RWKV7State, init_state, state_dtypes
 
 NO_TOKEN = -1

@@ -3,7 +3,6 @@
 from goose_jax.training.adapter import (
     Adapter,
     check_base,
-    fingerprint,
     load_adapter,
     save_adapter,
 )
@@ -23,6 +22,7 @@ from goose_jax.training.data import (
     random_batch,
 )
 from goose_jax.training.evaluation import make_evaluation
+from goose_jax.training.initial_state import load_initial_state
 from goose_jax.training.loop import NonFiniteError, StepReport, StopRequest, train_steps
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
 from goose_jax.training.loss import mean_loss, token_losses
@@ -55,7 +55,6 @@ __all__ = [
     "check_base",
     "encode_documents",
     "evaluation_batches",
-    "fingerprint",
     "full_losses",
     "init_lora",
     "init_train_state",
@@ -63,6 +62,7 @@ __all__ = [
     "init_wkv",
     "learning_rate_schedule",
     "load_adapter",
+    "load_initial_state",
     "lora_losses",
     "make_evaluation",
     "make_train_step",

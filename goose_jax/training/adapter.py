@@ -10,14 +10,13 @@ They are written as a model's own checkpoints are: under a temporary name, never
 """
 
 import dataclasses
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 
+from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import (
     ADAPTER,
     CheckpointError,
@@ -38,7 +37,6 @@ type AdapterKind = Literal["lora", "state"]
 
 _FORMAT = 1
 _CHOICES_OF_THE_MACHINE = ("compute_dtype", "remat", "implementation")
-_UNUSED_IN_FIRST_LAYER = "value_residual_"  # absent from most files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,28 +137,6 @@ def check_base(adapter: Adapter, model: RWKV7, name: Path | str) -> None:
         )
 
 
-def fingerprint(model: RWKV7) -> str:
-    """The CRC-32 of all of a model's parameters, in hex; it does not depend on their file's layout.
-
-    The value residual of the first layer, which is not used and in most files absent, is left out.
-    """
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    value = 0
-    for path, leaf in sorted(_named(params).items()):
-        array = np.ascontiguousarray(leaf)
-        array = array[1:] if path.rpartition(".")[2].startswith(_UNUSED_IN_FIRST_LAYER) else array
-        value = zlib.crc32(f"{path} {array.dtype.name} {array.shape}".encode(), value)
-        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
-    return f"{value:08x}"
-
-
-def _named(params: Parameters) -> dict[str, jax.Array]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-
-
 def _shapes(config: RWKV7Config, lora: LoraConfig | None) -> Parameters:
     if lora is None:
         return jax.eval_shape(lambda: init_wkv(config))
@@ -169,4 +145,4 @@ def _shapes(config: RWKV7Config, lora: LoraConfig | None) -> Parameters:
     return jax.eval_shape(lambda: init_lora(params, lora, jax.random.key(0)))
 
 
-__all__ = ["Adapter", "AdapterKind", "check_base", "fingerprint", "load_adapter", "save_adapter"]
+__all__ = ["Adapter", "AdapterKind", "check_base", "load_adapter", "save_adapter"]

@@ -7,7 +7,7 @@ from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.checkpoints.conversion import build_model, split_params
-from goose_jax.checkpoints.huggingface import read_tensors
+from goose_jax.checkpoints.fla_folder import read_tensors
 from goose_jax.checkpoints.pth import read_pth
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

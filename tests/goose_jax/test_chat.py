@@ -16,15 +16,16 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from goose_jax.chat import ChatSession, Conversation, ReplySettings, load_chat, save_chat
+from goose_jax.chat.prompt import clean, next_turn, think_prefix
+from goose_jax.chat.session import _ReplyWriter
 from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
+from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.cli import chat as chat_module
-from goose_jax.cli.chat_session import ChatSession, Conversation, ReplySettings, _ReplyWriter
-from goose_jax.cli.saved_chat import fingerprint, load_chat, save_chat
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import prefill
 from goose_jax.nn import RWKV7
 from goose_jax.text import ByteTokenizer, get_tokenizer
-from goose_jax.text.chat_prompt import clean, next_turn, think_prefix
 from tests.helpers import relative_rms
 
 # One id for each printable character, so that any reply is read again as the same tokens.
@@ -105,8 +106,8 @@ def test_each_turn_reads_what_is_new(model, tokenizer, monkeypatch):
         read.append(tokenizer.decode(prompts[0]))
         return generate(model, prompts, **settings)
 
-    generate = sys.modules["goose_jax.cli.chat_session"].generate
-    monkeypatch.setattr("goose_jax.cli.chat_session.generate", noted)
+    generate = sys.modules["goose_jax.chat.session"].generate
+    monkeypatch.setattr("goose_jax.chat.session.generate", noted)
     session = ChatSession(model, tokenizer, SHORT)
     text = ""
     for message in ("Hi", "Why?", "So"):

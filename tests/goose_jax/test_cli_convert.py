@@ -99,7 +99,7 @@ def test_inspect_reads_no_weights(tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("goose_jax.checkpoints.huggingface._read_tensor", fail)
+    monkeypatch.setattr("goose_jax.checkpoints.fla_folder._read_tensor", fail)
     monkeypatch.setattr("goose_jax.checkpoints.pth._map", fail)
     assert [inspect(capsys, path).count("3.06 MiB") for path in (OFFICIAL,)] == [2]
     assert "794,112" in inspect(capsys, FLA)

@@ -11,13 +11,12 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pretrained
-from goose_jax.cli.chat_session import ChatSession, ReplySettings
-from goose_jax.cli.loading import load_model, load_start
+from goose_jax.chat import ChatSession, ReplySettings, save_chat
+from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.main import main
-from goose_jax.cli.saved_chat import save_chat
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.text import VocabularyTokenizer
-from goose_jax.training import load_adapter, merge_lora
+from goose_jax.training import load_adapter, load_initial_state, merge_lora
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -178,12 +177,11 @@ def test_what_cannot_be_merged(lora, state, folder, tmp_path, capsys):
 def test_texts_begin_with_a_tuned_state(state, folder, capsys):
     """The file of the official ecosystem, and the run's folder, are the same state."""
     base, words = folder / "base.pth", str(folder / "words.txt")
-    model, tokenizer = load_model(base, tokenizer=words)
+    model, tokenizer = load_model_and_tokenizer(base, tokenizer=words)
     assert model.config.compute_dtype == "float32"  # on a CPU
-    start = load_start(state, model)
+    start = load_initial_state(state, model)
     np.testing.assert_array_equal(start.wkv, load_state(state / "state.pth", model.config).wkv)
     assert np.any(start.wkv)
-    assert load_start(None, model) is None
 
     def write(*arguments):
         main(["generate", str(base), f"--tokenizer={words}", "--max-new-tokens=12", *arguments])

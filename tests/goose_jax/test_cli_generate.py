@@ -8,12 +8,12 @@ from flax import nnx
 
 from goose_jax.checkpoints import (
     CheckpointMetadata,
+    load_model_and_tokenizer,
     load_pretrained,
     save_checkpoint,
     save_pretrained,
 )
 from goose_jax.cli.generate import generate
-from goose_jax.cli.loading import load_model
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
@@ -134,26 +134,26 @@ def test_checkpoints_of_others_are_continued(run, model, foreign):
 def test_a_tokenizer_can_be_given_or_lie_in_the_folder(checkpoint, model, tmp_path):
     file = tmp_path / "rwkv_vocab_test.txt"
     file.write_text("1 'a' 1\n2 'ab' 2\n")
-    assert load_model(checkpoint, tokenizer=str(file))[1].encode("aab") == [1, 2]
+    assert load_model_and_tokenizer(checkpoint, tokenizer=str(file))[1].encode("aab") == [1, 2]
     save_pretrained(model, tmp_path / "folder", "huggingface")
     file.rename(tmp_path / "folder" / file.name)
-    _, tokenizer = load_model(tmp_path / "folder")
+    _, tokenizer = load_model_and_tokenizer(tmp_path / "folder")
     assert isinstance(tokenizer, VocabularyTokenizer)
     assert tokenizer.encode("aab") == [1, 2]
     with pytest.raises(ValueError, match=r"'world' has 65536 ids, .* model's vocabulary is 257"):
-        load_model(checkpoint, tokenizer="world")
+        load_model_and_tokenizer(checkpoint, tokenizer="world")
 
 
 def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
-    config = load_model(checkpoint, dtype="bfloat16")[0].config
+    config = load_model_and_tokenizer(checkpoint, dtype="bfloat16")[0].config
     assert (config.param_dtype, config.compute_dtype) == ("bfloat16", "bfloat16")
-    config = load_model(checkpoint)[0].config
+    config = load_model_and_tokenizer(checkpoint)[0].config
     assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")
 
 
 def test_what_does_not_tell_a_compute_dtype_is_computed_in_what_suits_the_machine(foreign):
     assert load_pretrained(foreign)[0].config.compute_dtype == "bfloat16"
-    config = load_model(foreign, tokenizer="byte")[0].config
+    config = load_model_and_tokenizer(foreign, tokenizer="byte")[0].config
     suitable = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     assert config.compute_dtype == suitable
 

@@ -11,13 +11,13 @@ from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pretrained, save_state
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, load_checkpoint
+from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.training import (
     Adapter,
     LoraConfig,
     OptimizerConfig,
     apply_lora,
     check_base,
-    fingerprint,
     full_losses,
     init_lora,
     init_tuning_state,

@@ -34,7 +34,7 @@ from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
-generate_module = importlib.import_module("goose_jax.generation.generate")
+generate_module = importlib.import_module("goose_jax.generation.static_batch")
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5], [7, 8, 9, 7, 8, 9, 7], list(range(16)), list(range(40, 60))]

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from goose_jax import RWKV7, RWKV7Config, load_pretrained, save_pretrained
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, save_checkpoint
-from goose_jax.checkpoints.huggingface import read_tensors
+from goose_jax.checkpoints.fla_folder import read_tensors
 from goose_jax.checkpoints.key_map import axis_sizes, key_map
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth

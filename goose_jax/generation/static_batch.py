@@ -15,12 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from goose_jax.generation.arguments import (
-    check_ids,
-    check_max_new_tokens,
-    check_prompts,
-    check_seeds,
-)
 from goose_jax.generation.decoding import (
     NO_TOKEN,
     Progress,
@@ -30,6 +24,12 @@ from goose_jax.generation.decoding import (
     row_settings,
 )
 from goose_jax.generation.sampling import SamplingConfig
+from goose_jax.generation.validation import (
+    check_ids,
+    check_max_new_tokens,
+    check_prompts,
+    check_seeds,
+)
 from goose_jax.nn.model import RWKV7
 from goose_jax.state import RWKV7State, check_state, init_state
 from pallas_kernels.validation import check_positive

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from goose_jax.checkpoints.conversion import split_model
 from goose_jax.checkpoints.key_map import Layout
 from goose_jax.checkpoints.native import CheckpointError, CheckpointMetadata
-from goose_jax.checkpoints.stored import StoredTensor
+from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7
 

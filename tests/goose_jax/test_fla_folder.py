@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from goose_jax.checkpoints import (
     CheckpointError,
     CheckpointMetadata,
-    huggingface,
+    fla_folder,
     load_pretrained,
     save_pretrained,
 )
@@ -209,7 +209,7 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch, golden):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(fla_folder, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(golden, tmp_path / "model", "huggingface")
     assert not list(tmp_path.iterdir())

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from goose_jax.chat.prompt import STOPS, next_turn
 from goose_jax.generation import SamplingConfig, generate, prefill
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
 from goose_jax.text import StreamingDecoder, TextStop, Tokenizer
-from goose_jax.text.chat_prompt import STOPS, next_turn
 from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
@@ -70,7 +70,7 @@ class Conversation:
     """What has been said.
 
     Attributes:
-      text: all of it, in the form of `goose_jax.text.chat_prompt`.
+      text: all of it, in the form of `goose_jax.chat.prompt`.
       state: of the model after reading exactly that text, one row; before it begins, None or what
         it begins with.
     """

@@ -1,10 +1,10 @@
-"""Conversations in files.
+"""Saves conversations to files, and loads them.
 
-A file is a safetensors file: the arrays of the state by name (shifts in float32 at least, which
-holds 16-bit values exactly), and as metadata the text and the fingerprint of the model.
+A file is a safetensors file. Its arrays are the fields of the state; the token shifts are stored in
+float32, which holds 16-bit values exactly. Its metadata hold the text, the configuration of the
+model and the fingerprint of its parameters.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,25 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import nnx
 
-from goose_jax.cli.chat_session import Conversation
+from goose_jax.chat.session import Conversation
+from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State, check_state, state_dtypes
 
-_FORMAT = "goose-jax chat 1"
+_PROGRAM = "goose-jax"
+_FORMAT = f"{_PROGRAM} chat 2"
 _ARRAYS = ("time_shift", "wkv", "channel_shift")
-_PER_PARAMETER = 64  # values of each parameter that the fingerprint looks at
-_CHOICES_OF_THE_MACHINE = ("remat", "implementation")
+_CHOICES_OF_THE_MACHINE = ("remat", "implementation")  # they do not change what a state means
 
 
 def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:
-    """Saves a conversation; a file of that name is only replaced if it is a saved one, too.
+    """Saves a conversation. An existing file is replaced only if it is a saved conversation.
+
+    Args:
+      path: the file to write.
+      conversation: the text and the state of one row.
+      model: the model that has read the conversation.
 
     Raises:
-      FileExistsError: if it is something else.
-      OSError: if writing fails; then nothing at `path` has changed.
-      ValueError: if nothing has been said.
+      FileExistsError: if the file exists and is not a saved conversation.
+      OSError: if writing fails; the file at `path` is then unchanged.
+      ValueError: if the conversation is empty.
     """
     if conversation.state is None or not conversation.text:
         raise ValueError("there is nothing to save yet")
@@ -42,13 +47,14 @@ def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:
     metadata = {
         "format": _FORMAT,
         "text": json.dumps(conversation.text),
+        "config": _config_of(model),
         "fingerprint": fingerprint(model),
     }
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
         safetensors.numpy.save_file(arrays, temporary, metadata)
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:  # what the library makes of an OSError
+    except safetensors.SafetensorError as error:  # the library's class for errors of the system
         raise OSError(f"could not save {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,11 +63,15 @@ def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:
 def load_chat(path: Path, model: RWKV7) -> Conversation:
     """Loads a conversation that was saved with the same model.
 
+    Args:
+      path: the file.
+      model: the model that continues the conversation.
+
     Raises:
       OSError: if the file cannot be read.
-      ValueError: if it is no saved conversation, is damaged, or is of another model.
+      ValueError: if the file is damaged, is not a saved conversation, or belongs to another model.
     """
-    with path.open("rb"):  # whose errors name the file
+    with path.open("rb"):  # this error names the file; the error of safetensors may not
         pass
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -70,8 +80,8 @@ def load_chat(path: Path, model: RWKV7) -> Conversation:
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no saved conversation: {error}") from error
     if metadata.get("format") != _FORMAT or arrays.keys() != set(_ARRAYS):
-        raise ValueError(f"{path} is no saved conversation of {_FORMAT.split()[0]}")
-    if metadata["fingerprint"] != fingerprint(model):
+        raise ValueError(f"{path} is no saved conversation of {_PROGRAM} (format {_FORMAT!r})")
+    if (metadata["config"], metadata["fingerprint"]) != (_config_of(model), fingerprint(model)):
         raise ValueError(f"{path} was saved with another model, or another --dtype of it")
     shift_dtype, wkv_dtype = state_dtypes(model.config)
     state = RWKV7State(
@@ -83,25 +93,11 @@ def load_chat(path: Path, model: RWKV7) -> Conversation:
     return Conversation(json.loads(metadata["text"]), state)
 
 
-def fingerprint(model: RWKV7) -> str:
-    """A checksum of the model's configuration and of some values of each parameter, in hex."""
+def _config_of(model: RWKV7) -> str:
     config = model.config.to_dict()
     for name in _CHOICES_OF_THE_MACHINE:
         del config[name]
-    checksum = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    for path, values in jax.tree.leaves_with_path(_some_values(params)):
-        checksum.update(jax.tree_util.keystr(path).encode())
-        checksum.update(np.asarray(values).tobytes())
-    return checksum.hexdigest()
-
-
-@jax.jit
-def _some_values(params: dict) -> dict:
-    def evenly(array: jax.Array) -> jax.Array:
-        return array.reshape(-1)[:: -(-array.size // _PER_PARAMETER)]
-
-    return jax.tree.map(evenly, params)
+    return json.dumps(config, sort_keys=True)
 
 
 def _exact(array: jax.Array) -> np.ndarray:
@@ -109,11 +105,12 @@ def _exact(array: jax.Array) -> np.ndarray:
 
 
 def _is_chat(path: Path) -> bool:
+    """Returns whether a file is a saved conversation of any version."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            return (file.metadata() or {}).get("format") == _FORMAT
+            return (file.metadata() or {}).get("format", "").startswith(f"{_PROGRAM} chat ")
     except (safetensors.SafetensorError, OSError):
         return False
 
 
-__all__ = ["fingerprint", "load_chat", "save_chat"]
+__all__ = ["load_chat", "save_chat"]

@@ -1,20 +1,14 @@
-"""Tensors in a file of another's layout, and the configuration that they tell."""
+"""Infers the configuration of a model from the names and shapes of its tensors."""
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, key_map
 from goose_jax.checkpoints.native import CheckpointError
+from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor
 from goose_jax.config import RWKV7Config
 
-STORED_DTYPES = tuple(
-    np.dtype(dtype) for dtype in (np.float32, jnp.bfloat16, np.float16, np.float64)
-)
 _READ_FROM = {  # the parameter and its axis that tell the size of an axis
     "vocab": ("embedding", 0),
     "C": ("embedding", 1),
@@ -27,22 +21,7 @@ _READ_FROM = {  # the parameter and its axis that tell the size of an axis
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-      shape: its shape there.
-      dtype: its dtype there.
-      read: reads it; the result may be a view of the file.
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-def read_config(
+def infer_config(
     tensors: Mapping[str, StoredTensor],
     layout: Layout,
     source: str,
@@ -79,18 +58,6 @@ def read_config(
         gate_rank=sizes["gate_rank"],
         **(value_rank | settings),
     )
-
-
-def common_dtype(tensors: Mapping[str, StoredTensor], source: str) -> str:
-    """The name of the dtype that all tensors have.
-
-    Raises:
-      CheckpointError: if they have several.
-    """
-    names = sorted({tensor.dtype.name for tensor in tensors.values()})
-    if len(names) > 1:
-        raise CheckpointError(f"{source} holds tensors of {', '.join(names)}; choose one by dtype=")
-    return names[0]
 
 
 def _layer(layout: Layout, name: str) -> str | None:

@@ -1,0 +1,113 @@
+"""Finds a tokenizer by its name, by its file, or by the folder of a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from goose_jax.text.byte_tokenizer import ByteTokenizer
+from goose_jax.text.tokenizer import Tokenizer
+from goose_jax.text.tokenizer_json import HuggingFaceTokenizer
+from goose_jax.text.vocabulary import VocabularyTokenizer, world_tokenizer
+
+_BY_NAME: dict[str, Callable[[], Tokenizer]] = {"byte": ByteTokenizer, "world": world_tokenizer}
+TOKENIZER_NAMES = tuple(_BY_NAME)
+"""The names that `get_tokenizer` knows."""
+
+_IN_FOLDERS = ("tokenizer.json", "rwkv_vocab*.txt")
+_HOW_TO_GIVE_ONE = (
+    "give --tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file"
+)
+
+
+def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """Returns the tokenizer with this name, or the one in this file or folder.
+
+    Args:
+      name_or_path: "byte"; "world", the vocabulary of the official models (needs the extra
+        "world"); the path of a `tokenizer.json` (needs the extra "huggingface"); the path of a
+        vocabulary file with lines `id literal length`; or a folder that holds one of these files.
+
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: if there is no such tokenizer, its file is damaged, or an extra is missing.
+    """
+    if str(name_or_path) in _BY_NAME:
+        return _BY_NAME[str(name_or_path)]()
+    path = Path(name_or_path)
+    if not path.exists():
+        raise ValueError(
+            f"tokenizer {str(name_or_path)!r} is unknown; give one of {list(_BY_NAME)}, "
+            "or the path of a tokenizer.json or a vocabulary file"
+        )
+    file = _file_in(path) if path.is_dir() else path
+    if file.suffix == ".json":
+        return HuggingFaceTokenizer(file)
+    return VocabularyTokenizer.from_file(file)
+
+
+def open_tokenizer(name_or_path: str | Path, vocab_size: int) -> Tokenizer:
+    """Returns a tokenizer for a model, after checking that the model knows all of its ids.
+
+    Args:
+      name_or_path: a name or path that `get_tokenizer` accepts.
+      vocab_size: number of ids in the model's vocabulary.
+
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: if there is no such tokenizer, or it has ids that the model does not have.
+    """
+    tokenizer = get_tokenizer(name_or_path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {str(name_or_path)!r} has {tokenizer.vocab_size} ids, "
+            f"but the model's vocabulary is {vocab_size}"
+        )
+    return tokenizer
+
+
+def tokenizer_name(checkpoint: Path, *, given: str | None, recorded: str | None) -> str:
+    """Returns the name or the absolute path of a checkpoint's tokenizer, for `get_tokenizer`.
+
+    Args:
+      checkpoint: path of the checkpoint. A tokenizer file in its folder is preferred to `recorded`.
+      given: the user's choice, which is preferred to both; None if there is none.
+      recorded: the tokenizer that the checkpoint's metadata name; None if they name none.
+
+    Raises:
+      ValueError: if nothing names a tokenizer, or the folder holds several tokenizer files.
+    """
+    file = find_tokenizer_file(checkpoint) if checkpoint.is_dir() and not given else None
+    chosen = given or file or recorded
+    if chosen is None:
+        raise ValueError(f"{checkpoint} does not tell its tokenizer; {_HOW_TO_GIVE_ONE}")
+    if chosen in TOKENIZER_NAMES or not Path(chosen).exists():
+        return str(chosen)
+    return str(Path(chosen).absolute())
+
+
+def find_tokenizer_file(folder: Path) -> Path | None:
+    """Returns the tokenizer file in a folder, or None if there is none.
+
+    Raises:
+      ValueError: if there are several.
+    """
+    files = sorted(file for pattern in _IN_FOLDERS for file in folder.glob(pattern))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} holds several tokenizers; give the path of one: {names}")
+    return files[0] if files else None
+
+
+def _file_in(folder: Path) -> Path:
+    file = find_tokenizer_file(folder)
+    if file is None:
+        raise ValueError(f"{folder} holds no tokenizer: neither {' nor '.join(_IN_FOLDERS)}")
+    return file
+
+
+__all__ = [
+    "TOKENIZER_NAMES",
+    "find_tokenizer_file",
+    "get_tokenizer",
+    "open_tokenizer",
+    "tokenizer_name",
+]
