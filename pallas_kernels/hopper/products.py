@@ -16,9 +16,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.registers import (
-    LAYOUT,
     NUMBER,
     PART,
+    TILE_LAYOUT,
     TRANSFORMS,
     Part,
     address_of,
@@ -68,10 +68,10 @@ def multiply(sums: Sequence[Sum], start: Sequence[jax.Array | None]) -> tuple[ja
         return _multiply(counts, begins, starts, list(zip(operands, kinds, strict=True)), number)
 
     smem = plgpu.RefType(TRANSFORMS)
-    types = [LAYOUT if kind == "registers" else smem for kind in kinds]
+    types = [TILE_LAYOUT if kind == "registers" else smem for kind in kinds]
     result = in_registers(jnp.float32, PART if numbers else TILE)
     inline = plgpu.inline_mgpu(
-        arg_types=([LAYOUT] * len(starts), types, [NUMBER] * len(numbers)),
+        arg_types=([TILE_LAYOUT] * len(starts), types, [NUMBER] * len(numbers)),
         return_type=(result,) * len(sums),
     )
     return inline(emit)(starts, operands, numbers)

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_kernels.hopper.target import TILE, is_interpreted
 
-LAYOUT = plgpu.Layout.WGMMA
+TILE_LAYOUT = plgpu.Layout.WGMMA
 
 TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 """How tiles lie in shared memory, for tensor cores."""
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 def in_registers(dtype: Any, columns: int = TILE) -> plgpu.ShapeDtypeStruct:
     """The type of a tile in registers, or of a part of one."""
-    return plgpu.ShapeDtypeStruct((TILE, columns), dtype, layout=LAYOUT)
+    return plgpu.ShapeDtypeStruct((TILE, columns), dtype, layout=TILE_LAYOUT)
 
 
 TILE16, TILE32 = in_registers(jnp.bfloat16), in_registers(jnp.float32)
@@ -73,7 +73,7 @@ def widen(x: jax.Array) -> jax.Array:
     if is_interpreted():
         return x.astype(jnp.float32)
     result = in_registers(jnp.float32, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(_widen)(x)
+    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)(_widen)(x)
 
 
 def narrow(x: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ def narrow(x: jax.Array) -> jax.Array:
     if is_interpreted():
         return x.astype(jnp.bfloat16)
     result = in_registers(jnp.bfloat16, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=result)(_narrow)(x)
+    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)(_narrow)(x)
 
 
 def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +90,7 @@ def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         high = x.astype(jnp.bfloat16)
         return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
     result = in_registers(jnp.bfloat16, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(result,) * 2)(_halves_of)(x)
+    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=(result,) * 2)(_halves_of)(x)
 
 
 def store(*pairs: tuple[Any, jax.Array]) -> None:
@@ -104,7 +104,7 @@ def store(*pairs: tuple[Any, jax.Array]) -> None:
             ref[...] = tile
         plgpu.commit_smem()
     else:
-        types = (_SMEM,) * len(pairs), (LAYOUT,) * len(pairs)
+        types = (_SMEM,) * len(pairs), (TILE_LAYOUT,) * len(pairs)
         plgpu.inline_mgpu(arg_types=types)(_store)(refs, tiles)
 
 
@@ -120,7 +120,7 @@ def store_parts(number: jax.Array, *pairs: tuple[Any, jax.Array]) -> None:
         for ref, part in pairs:
             ref[:, pl.ds(number * PART, PART)] = part
     else:
-        types = (_SMEM,) * len(pairs), (LAYOUT,) * len(pairs), NUMBER
+        types = (_SMEM,) * len(pairs), (TILE_LAYOUT,) * len(pairs), NUMBER
         plgpu.inline_mgpu(arg_types=types)(_store_parts)(refs, parts, number)
 
 
@@ -138,7 +138,7 @@ def store_exp2_of_row(ref: Any, part: jax.Array, row: int, number: jax.Array) ->
     if is_interpreted():
         ref[pl.ds(number * PART, PART)] = jnp.exp2(part[row])
     else:
-        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, NUMBER))
+        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE_LAYOUT, NUMBER))
         inline(functools.partial(_store_exp2_of_row, row=row))(ref, part, number)
 
 
@@ -155,7 +155,7 @@ def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tup
         mask = (row - column if lower else column - row) >= int(strictly)
         return tuple(jnp.where(mask, x, jnp.zeros_like(x)) for x in tiles)
     count = len(tiles)
-    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,) * count, return_type=(TILE16,) * count)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * count, return_type=(TILE16,) * count)
     return inline(functools.partial(_keep_triangle, lower=lower, strictly=strictly))(*tiles)
 
 
@@ -170,7 +170,7 @@ def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.A
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
         return jnp.where(row == column, jnp.bfloat16(value), -x if negated else x)
-    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=TILE16)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=TILE16)
     return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
 
 

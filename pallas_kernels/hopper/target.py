@@ -42,6 +42,15 @@ def _interpretation(on: bool) -> Iterator[None]:
         _interpreted.reset(token)
 
 
+def as_computed(x: jax.Array) -> jax.Array:
+    """Copies a loaded value, so that its type is that of computed values.
+
+    In `jax.shard_map` the type of a loaded value varies over the mesh, that of a computed one does
+    not, and the carry of a loop has one type. The compiler removes the copy.
+    """
+    return x * 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What kernels are compiled for.
@@ -99,4 +108,4 @@ class Target:
         return call
 
 
-__all__ = ["TILE", "Target", "hopper_gpu", "is_interpreted"]
+__all__ = ["TILE", "Target", "as_computed", "hopper_gpu", "is_interpreted"]

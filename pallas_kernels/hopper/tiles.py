@@ -1,5 +1,6 @@
 """Device helpers: matrices of 64 x 64, in shared memory or in the registers of a warpgroup."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.products import Transposed, multiply
 from pallas_kernels.hopper.registers import (
-    LAYOUT,
+    TILE_LAYOUT,
     TRANSFORMS,
     Part,
     halves_of,
@@ -19,9 +20,15 @@ from pallas_kernels.hopper.registers import (
 )
 from pallas_kernels.hopper.target import TILE, is_interpreted
 
-ROWS = LAYOUT.reduce(1)
+TILE_BYTES = TILE * TILE * 2
+"""Size of a 16-bit tile in shared memory."""
+
+LOG2E = math.log2(math.e)
+"""`exp(x)` is `exp2(x * LOG2E)`: the hardware has powers of two."""
+
+ROWS = TILE_LAYOUT.reduce(1)
 """Layout of a vector with one entry for each row of a tile."""
-COLUMNS = LAYOUT.reduce(0)
+COLUMNS = TILE_LAYOUT.reduce(0)
 """Layout of a vector with one entry for each column of a tile."""
 
 type Operand = Any
@@ -77,7 +84,7 @@ def row_and_column() -> tuple[jax.Array, jax.Array]:
     # Behind the barrier LLVM cannot compute masks once and keep them in registers, of which they
     # would take too many, or in memory.
     row = spread_rows(jax.lax.optimization_barrier(row))
-    return row, plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=LAYOUT)
+    return row, plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=TILE_LAYOUT)
 
 
 def choose(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

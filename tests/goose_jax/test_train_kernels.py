@@ -57,7 +57,7 @@ def test_gradients_are_as_exact_as_those_of_xla(interpreted, monkeypatch):
         gpu = types.SimpleNamespace(core_count=132)
         monkeypatch.setattr(differentiable, "hopper_gpu", lambda: gpu)
         monkeypatch.setattr(
-            differentiable, "Plan", functools.partial(differentiable.Plan, interpret=True)
+            differentiable, "Target", functools.partial(differentiable.Target, interpret=True)
         )
     exact = gradients("xla", "float32")
     by_xla, by_kernels = (gradients(name, "bfloat16") for name in ("xla", "mosaic_gpu"))

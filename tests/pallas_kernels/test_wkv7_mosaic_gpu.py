@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7, wkv7_recurrent
+from pallas_kernels.hopper.target import Target
 from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
 from tests.pallas_kernels.test_wkv7 import assert_matches, run
@@ -60,9 +60,9 @@ def in_chunks(
     multiprocessors=132,
 ):
     """The operator through the kernels, whatever device there is."""
-    plan = Plan(scale=scale, interpret=interpret, multiprocessors=multiprocessors)
+    target = Target(interpret=interpret, multiprocessors=multiprocessors)
     inputs = (r, log_decay, k, v, a, b)
-    return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
+    return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
 
 
 interpreted = functools.partial(in_chunks, interpret=True)
@@ -129,7 +129,7 @@ def test_interpreted_with_more_walks_than_multiprocessors():
 
 def test_number_of_pieces():
     def number(rows, chunks, K=64, V=64):
-        return pieces.number_of_pieces(Plan(multiprocessors=132), rows, K, V, chunks)
+        return pieces.number_of_pieces(Target(multiprocessors=132), rows, K, V, chunks)
 
     assert number(rows=32, chunks=512) == 3
     assert number(rows=16, chunks=512) == 5
@@ -189,7 +189,7 @@ def test_interpretation_detects_races(capfd):
         def _():
             o_gmem[...] = tile[...]
 
-    kernel = Plan(interpret=True).kernel(
+    kernel = Target(interpret=True).kernel(
         race,
         name="race",
         out_type=jax.ShapeDtypeStruct((64,), jnp.float32),

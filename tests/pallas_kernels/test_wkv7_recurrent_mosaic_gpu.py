@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7_recurrent
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.hopper.target import Target
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
     check_recurrent_served,
@@ -61,11 +61,12 @@ def token_by_token(
     """The operator through the kernels, whatever device there is."""
     pair = (a, b) if kk is None else (kk, alpha)
     return wkv7_token_by_token(
-        Plan(scale=scale, interpret=interpret),
+        Target(interpret=interpret),
         (r, log_decay, k, v, *pair),
         initial_state,
         segment_ids,
         num_segments,
+        scale=scale,
         fused=kk is not None,
         reverse=reverse,
     )

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.registers import (
-    LAYOUT,
     PART,
+    TILE_LAYOUT,
     Part,
     halves_of,
     keep_triangle,
@@ -21,9 +21,8 @@ from pallas_kernels.hopper.registers import (
     widen,
     with_diagonal,
 )
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import products, tiles_smem, transposed
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
 from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal import invert_diagonal
 from tests.helpers import relative_rms
 
@@ -45,13 +44,13 @@ def apply(function, x, count: int, interpret: bool) -> list[np.ndarray]:
 
     def body(x_gmem, *rest):
         *results_gmem, tile = rest
-        x = plgpu.load(x_gmem, layout=LAYOUT, optimized=False)
+        x = plgpu.load(x_gmem, layout=TILE_LAYOUT, optimized=False)
         for result, gmem in zip(function(x), results_gmem, strict=True):
             store((tile, result))
             plgpu.copy_smem_to_gmem(tile, gmem)
             plgpu.wait_smem_to_gmem(0)
 
-    kernel = Plan(interpret=interpret).kernel(
+    kernel = Target(interpret=interpret).kernel(
         body,
         name="registers",
         out_type=(jax.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16),) * count,
@@ -71,7 +70,7 @@ def in_shared_memory(function, tiles, interpret: bool) -> np.ndarray:
         plgpu.copy_smem_to_gmem(result_smem, result_gmem)
         plgpu.wait_smem_to_gmem(0)
 
-    kernel = Plan(interpret=interpret).kernel(
+    kernel = Target(interpret=interpret).kernel(
         body,
         name="shared_memory",
         out_type=jax.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16),
@@ -183,13 +182,13 @@ def test_rows_are_stored_as_powers_of_two(row, interpret):
 
     def body(x_gmem, result_gmem, vector):
         for i in range(TILE // PART):
-            x = plgpu.load(x_gmem.at[:, pl.ds(i * PART, PART)], layout=LAYOUT, optimized=False)
+            x = plgpu.load(x_gmem.at[:, pl.ds(i * PART, PART)], layout=TILE_LAYOUT, optimized=False)
             store_exp2_of_row(vector, x, row, jnp.int32(i))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(vector, result_gmem)
         plgpu.wait_smem_to_gmem(0)
 
-    kernel = Plan(interpret=interpret).kernel(
+    kernel = Target(interpret=interpret).kernel(
         body,
         name="rows",
         out_type=jax.ShapeDtypeStruct((TILE,), jnp.float32),

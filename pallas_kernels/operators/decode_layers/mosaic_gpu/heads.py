@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.operators.decode_layers.mosaic_gpu.rows import if_active, update_in_place
-from pallas_kernels.operators.decode_layers.reference import LOG_DECAY_SCALE
-from pallas_kernels.operators.key_update.reference import MIN_NORM
-from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
+from pallas_kernels.hopper.state_vectors import (
     KEYS,
-    LAYOUT,
+    STATE,
     VALUES,
     along_keys,
     along_values,
     read,
 )
+from pallas_kernels.hopper.target import TILE, Target
+from pallas_kernels.operators.decode_layers.mosaic_gpu.rows import if_active, update_in_place
+from pallas_kernels.operators.decode_layers.reference import LOG_DECAY_SCALE
+from pallas_kernels.operators.key_update.reference import MIN_NORM
 
 
 class Vectors(NamedTuple):
@@ -129,7 +129,7 @@ def heads(
             return load(array) + load(base, layer)
 
         # All loads come before all stores, so that none waits for another one.
-        state = plgpu.load(wkv_gmem.at[layer, row, head], layout=LAYOUT, optimized=False)
+        state = plgpu.load(wkv_gmem.at[layer, row, head], layout=STATE, optimized=False)
         r, k = of_keys(of_token.r), of_keys(of_token.k)
         decay = logits(of_keys, of_token.decay, of_head.decay_base)
         alpha = logits(of_keys, of_token.alpha, of_head.alpha_base)
@@ -185,7 +185,7 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 
 def _repeat(keys: jax.Array) -> jax.Array:
     """A vector over keys for each value."""
-    return plgpu.layout_cast(jax.lax.broadcast_in_dim(keys, (TILE, TILE), [0]), LAYOUT)
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(keys, (TILE, TILE), [0]), STATE)
 
 
 def _sum(keys: jax.Array) -> jax.Array:

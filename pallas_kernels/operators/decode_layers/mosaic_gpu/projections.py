@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.ring import Ring, slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
 
 MAX_ROWS = 128
@@ -132,7 +133,8 @@ def _project(
     inners = [p.x.shape[1] // splits for p in products]
     # Each step costs the same time, in which a step of few activations uses few bytes.
     depth = math.gcd(_MAX_STEP if each <= TILE else TILE, *inners)
-    slots = min(_RING_BYTES // ((each + TILE) * depth * 2), max(inners) // depth)
+    slot_bytes = (each + TILE) * depth * 2
+    ring = Ring(slots_that_fit(slot_bytes, room=_RING_BYTES, most=max(inners) // depth))
 
     def body(
         layer_gmem: Any,
@@ -150,30 +152,26 @@ def _project(
             split = jax.lax.axis_index("split")
 
             def fetch(step):
-                slot = jax.lax.rem(step, jnp.int32(slots))
                 inner = pl.ds((split * steps + step) * depth, depth)
-                for source, target in (
-                    (w_gmem.at[layer, inner, columns], w_smem.at[slot]),
-                    (x_gmem.at[own_rows, inner], x_smem.at[slot]),
-                ):
-                    plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
+                w, x = w_gmem.at[layer, inner, columns], x_gmem.at[own_rows, inner]
+                ring.copy(step, loaded, [(w, w_smem), (x, x_smem)])
 
-            for step in range(min(slots, steps)):
-                fetch(jnp.int32(step))
+            ring.fill(fetch, steps)
 
             def accumulate(accumulator):
                 def step(i, _):
-                    slot = jax.lax.rem(i, jnp.int32(slots))
-                    plgpu.barrier_wait(loaded.at[slot])
+                    slot = ring.slot(i)
+                    plgpu.barrier_wait(ring.loaded(loaded, i))
                     w, x = (smem.at[slot].transpose((1, 0)) for smem in (w_smem, x_smem))
                     plgpu.wgmma(accumulator, w, x)
-                    if steps > slots:
+                    if steps > ring.slots:
                         plgpu.wgmma_wait(1)  # only the product of this step may still read tiles
+                        following = ring.next_step(i - 1)
 
-                        @pl.when((i > 0) & (i - 1 + slots < steps))
+                        @pl.when((i > 0) & (following < steps))
                         def _():
                             plgpu.commit_smem()  # so that all warps have waited
-                            fetch(i - 1 + slots)
+                            fetch(following)
 
                 jax.lax.fori_loop(0, steps, step, None)
                 return accumulator[...]
@@ -207,10 +205,10 @@ def _project(
         out_type=tuple(results),
         grid={"rows": count, "split": splits, "columns": sum(p.blocks for p in products)},
         scratch_types={
-            "x_smem": _tiles_smem(jnp.bfloat16, slots, each, depth),
-            "w_smem": _tiles_smem(jnp.bfloat16, slots, depth, TILE),
+            "x_smem": _tiles_smem(jnp.bfloat16, ring.slots, each, depth),
+            "w_smem": _tiles_smem(jnp.bfloat16, ring.slots, depth, TILE),
             "y_smem": _tiles_smem(dtype, each, TILE),
-            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            "loaded": ring.loaded_type(copies=2),
         },
     )
     return kernel(layer, [p.x for p in products], [p.weights for p in products])

@@ -5,16 +5,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.grid import grid_place
 from pallas_kernels.hopper.registers import Part, halves_of, narrow, store, store_parts
-from pallas_kernels.hopper.target import TILE
-from pallas_kernels.hopper.tiles import anew, load32, tiles_smem, transposed
+from pallas_kernels.hopper.ring import slots_that_fit
+from pallas_kernels.hopper.target import TILE, Target
+from pallas_kernels.hopper.tiles import TILE_BYTES, anew, load32, tiles_smem, transposed
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
-    Plan,
     before_token,
     chunk_of,
     decays_from_middle,
     for_each_part,
     load_masks,
+    number_of_chunks,
     prefix_sums,
     since_token,
     state_tile_of,
@@ -24,7 +26,6 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.state import (
     entered_state_backward,
-    grid_place,
     left_state_backward,
     load_state,
     store_state,
@@ -35,13 +36,15 @@ _CARRY, _STORE = 2, 3  # the warpgroups, after two that prepare
 
 
 def state_gradients(
-    plan: Plan,
+    target: Target,
     inputs: tuple[jax.Array, ...],
     X: jax.Array,
     do: jax.Array,
     d_final: jax.Array,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
+    *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of the states between chunks, of the initial states, and of `W = a^ S^ + A_ak V`.
 
@@ -55,13 +58,14 @@ def state_gradients(
     where `dS^ = dS1 exp(gL - m)`, dS1 the gradient of the state that leaves the chunk.
 
     Args:
-      plan: how to compile.
+      target: what the kernel is compiled for.
       inputs: r, log_decay, a, b, `[B, T, H, K]` bfloat16, T a multiple of 64.
       X: of `inverses`.
       do: `[B, T, H, V]` bfloat16.
       d_final: `[B, N, H, V, K]` float32, gradients of the final states.
       bounds: as for `forward.outputs`.
       transfers: likewise.
+      scale: factor on the outputs.
 
     Returns:
       The exits dS^, `[B, H, chunks, V, K]` bfloat16; dW, `[B, H, chunks, 64, V]` bfloat16; the
@@ -71,8 +75,8 @@ def state_gradients(
     r = inputs[0]
     B, T, H, K = r.shape
     V = do.shape[-1]
-    chunks, blocks = plan.chunks(T), K // TILE
-    slots = plan.slots(4 * blocks + 2, others=2 + blocks, most=3)
+    chunks, blocks = number_of_chunks(T), K // TILE
+    slots = slots_that_fit((4 * blocks + 2) * TILE_BYTES, others=(3 + blocks) * TILE_BYTES, most=3)
 
     def body(
         r_gmem, w_gmem, a_gmem, b_gmem, x_gmem, do_gmem, d_final_gmem, sums_gmem, *rest,
@@ -142,7 +146,7 @@ def state_gradients(
                     g = decays_from_middle(w, sums_smem)
                     store_decays_of_chunk(w, g, t.after[j], t.before[j])
                     high, low = halves_of(load32(b) * since_token(g))
-                    of_r = narrow(load32(r) * (until_token(g) * plan.scale))
+                    of_r = narrow(load32(r) * (until_token(g) * scale))
                     of_a = masks.entered(narrow(load32(a) * before_token(g, w)))
                     values = ((t.x[j], high), (t.low[j], low), (t.y[j], of_r), (t.z[j], of_a))
                     store_parts(number, *values)
@@ -211,11 +215,11 @@ def state_gradients(
         jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
     )
     barrier = plgpu.Barrier(num_barriers=slots)
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="wkv7_state_gradients",
         out_type=types,
-        grid={"part": V // TILE, "head": H, "row": B},
+        grid={"value_block": V // TILE, "head": H, "row": B},
         warpgroups=4,
         scratch_types=dict(
             {f"{name}_smem": [tiles_smem(slots)] * blocks for name in "rwab"},

@@ -12,7 +12,6 @@ wrote, gL the sum over the whole chunk.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,8 +28,9 @@ from pallas_kernels.hopper.registers import (
     load,
     store_exp2_of_row,
 )
-from pallas_kernels.hopper.target import TILE, Target
+from pallas_kernels.hopper.target import TILE
 from pallas_kernels.hopper.tiles import (
+    LOG2E,
     Operand,
     anew,
     choose,
@@ -42,38 +42,12 @@ from pallas_kernels.hopper.tiles import (
     spread_rows,
 )
 
-LOG2E = math.log2(math.e)
-
-_SHARED_MEMORY_TILES = 28
-"""Tiles that a block can have on an H100 or H200, beside 3 KiB of vectors and barriers."""
-
 MIDDLE = TILE // 2 - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan(Target):
-    """How a call is compiled.
-
-    Attributes:
-      scale: factor on the outputs.
-    """
-
-    scale: float = 1.0
-
-    def chunks(self, T: int) -> int:
-        """Number of chunks in a row of T tokens."""
-        return -(-T // TILE)
-
-    def slots(self, tiles: int, *, others: int, most: int) -> int:
-        """How many slots of so many tiles there is room for beside `others` and that of constants.
-
-        Raises:
-          NotImplementedError: if not even one.
-        """
-        slots = min(most, (_SHARED_MEMORY_TILES - 1 - others) // tiles)
-        if slots == 0:
-            raise NotImplementedError(f"mosaic_gpu needs {tiles + others} tiles of shared memory")
-        return slots
+def number_of_chunks(T: int) -> int:
+    """Number of chunks in a row of T tokens; the last one may not be full."""
+    return -(-T // TILE)
 
 
 def chunk_of(gmem: Any, row: Any, chunk: Any, head: Any, block: Any) -> Any:

@@ -17,8 +17,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.hopper.registers import (
-    LAYOUT,
     TILE16,
+    TILE_LAYOUT,
     integer,
     like,
     narrow_to_bits,
@@ -51,7 +51,7 @@ def invert_diagonal(A: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if is_interpreted():
         return _invert_by_dot(A)
-    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(TILE16,) * 2)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=(TILE16,) * 2)
     return inline(_invert_in_warps)(A)
 
 

@@ -15,10 +15,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.target import TILE, hopper_gpu
+from pallas_kernels.hopper.target import TILE, Target, hopper_gpu
 from pallas_kernels.operators.wkv7.common import prepare
 from pallas_kernels.operators.wkv7.mosaic_gpu.backward import state_gradients
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
 from pallas_kernels.operators.wkv7.mosaic_gpu.gradients import input_gradients
 from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.operators.wkv7.segments import align_segments, aligned_length
@@ -57,21 +57,26 @@ class Residuals:
     from_zero: bool = dataclasses.field(metadata={"static": True})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    plan: Plan,
+    target: Target,
+    scale: float,
     inputs: tuple[jax.Array, ...],
     initial: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, V]` and final states, like `initial`, `[B, N, H, V, K]`."""
-    o, final = outputs_in_pieces(plan, inputs, initial, bounds, transfers, save=False)
+    o, final = outputs_in_pieces(
+        target, inputs, initial, bounds, transfers, scale=scale, save=False
+    )
     return o, final
 
 
-def _chunked_forward(plan, inputs, initial, bounds, transfers):
-    o, final, entries, U, X = outputs_in_pieces(plan, inputs, initial, bounds, transfers, save=True)
+def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
+    o, final, entries, U, X = outputs_in_pieces(
+        target, inputs, initial, bounds, transfers, scale=scale, save=True
+    )
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
     # into the stacks of all layers. If o went there too, it would call the kernel again for the
     # o that the rest of the layer reads.
@@ -79,15 +84,15 @@ def _chunked_forward(plan, inputs, initial, bounds, transfers):
     return (o, final), Residuals(inputs, X, entries, U, bounds, transfers, initial is None)
 
 
-def _chunked_backward(plan, residuals, gradients):
+def _chunked_backward(target, scale, residuals, gradients):
     do, d_final = gradients
     r, log_decay, _, _, a, b = residuals.inputs
     X, bounds, transfers = residuals.X, residuals.bounds, residuals.transfers
     exits, dW, d_initial = state_gradients(
-        plan, (r, log_decay, a, b), X, do, d_final, bounds, transfers
+        target, (r, log_decay, a, b), X, do, d_final, bounds, transfers, scale=scale
     )
     d_inputs = input_gradients(
-        plan, residuals.inputs, do, residuals.entries, residuals.U, exits, dW, bounds
+        target, residuals.inputs, do, residuals.entries, residuals.U, exits, dW, bounds, scale=scale
     )
     if transfers:  # gradients of states that no chunk loaded were not written
         segments = jnp.arange(d_final.shape[1])
@@ -117,11 +122,13 @@ def _pad(x: jax.Array, T: int) -> jax.Array:
 
 
 def wkv7_in_chunks(
-    plan: Plan,
+    target: Target,
     inputs: tuple[FloatArray, ...],
     initial_state: FloatArray | None,
     segment_ids: SegmentIds | None,
     num_segments: int | None,
+    *,
+    scale: float,
 ) -> tuple[FloatArray, FloatArray]:
     """The operator, on calls that the kernels serve; arguments as of `pallas_kernels.wkv7`."""
     dtype, (B, T) = inputs[3].dtype, inputs[3].shape[:2]
@@ -129,14 +136,14 @@ def wkv7_in_chunks(
     inputs = tuple(x.astype(jnp.bfloat16) for x in arrays)
     initial = jnp.swapaxes(initial, -1, -2)
     if segment_ids is None or num_segments is None:
-        length = plan.chunks(T) * TILE
+        length = number_of_chunks(T) * TILE
         bounds: tuple[jax.Array, ...] = ()
         if segment_ids is not None:
             padding = ((0, 0), (0, length - T))
             bounds = _bounds(jnp.pad(segment_ids, padding))
         inputs = tuple(_pad(x, length) for x in inputs)
         begin = None if initial_state is None else initial[:, None]
-        o, final = _chunked(plan, inputs, begin, bounds, ())
+        o, final = _chunked(target, scale, inputs, begin, bounds, ())
         return o[:, :T].astype(dtype), jnp.swapaxes(final[:, 0], -1, -2)
     length = aligned_length(T, num_segments, TILE)
     position, transfers = align_segments(segment_ids, num_segments, TILE, length)
@@ -145,7 +152,7 @@ def wkv7_in_chunks(
         jnp.zeros_like(x, shape=(B, length, *x.shape[2:])).at[row, position].set(x, mode="drop")
         for x in inputs
     )
-    o, final = _chunked(plan, inputs, initial, (), (transfers.load, transfers.store))
+    o, final = _chunked(target, scale, inputs, initial, (), (transfers.load, transfers.store))
     occurs = (transfers.store[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
     final = jnp.where(occurs[:, :, None, None, None], final, initial)
     o = o.at[row, position].get(mode="fill", fill_value=0)
@@ -177,9 +184,9 @@ def wkv7_mosaic_gpu(
     """
     device = hopper_gpu()
     check_served(k, v, min_log_decay)
-    plan = Plan(scale=scale, multiprocessors=device.core_count)
+    target = Target(multiprocessors=device.core_count)
     inputs = (r, log_decay, k, v, a, b)
-    return wkv7_in_chunks(plan, inputs, initial_state, segment_ids, num_segments)
+    return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
 
 
 def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:

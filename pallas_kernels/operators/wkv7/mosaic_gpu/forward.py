@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.grid import Place, divide, place_of
 from pallas_kernels.hopper.registers import (
     Part,
     halves_of,
@@ -16,8 +17,10 @@ from pallas_kernels.hopper.registers import (
     store,
     store_parts,
 )
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.ring import slots_that_fit
+from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
+    TILE_BYTES,
     anew,
     load32,
     products,
@@ -25,12 +28,12 @@ from pallas_kernels.hopper.tiles import (
     transposed,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
-    Plan,
     before_token,
     chunk_of,
     decays_from_middle,
     for_each_part,
     load_masks,
+    number_of_chunks,
     prefix_sums,
     since_token,
     state_tile_of,
@@ -40,12 +43,9 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
 from pallas_kernels.operators.wkv7.mosaic_gpu.state import (
-    Place,
-    divide,
     entering_state,
     leaving_state,
     load_state,
-    place_in,
     store_state,
     zero_state,
 )
@@ -85,10 +85,11 @@ class _Walks:
     def place(self, walk: jax.Array) -> tuple[Place, jax.Array]:
         """Where one of them takes place, and in which piece of the row."""
         index = self.block + walk * self.workers
-        (row, head, part), piece = place_in(index, self.heads, self.parts), jnp.int32(0)
+        place, piece = place_of(index, self.heads, self.parts), jnp.int32(0)
         if self.walked_pieces > 1:
-            row, piece = divide(row, self.walked_pieces)
-        return (row, head, part), piece
+            row, piece = divide(place.row, self.walked_pieces)
+            place = place._replace(row=row)
+        return place, piece
 
     def first_chunk(self, piece: jax.Array) -> jax.Array:
         """With which chunk of the row a piece begins."""
@@ -116,13 +117,14 @@ class _Walks:
 
 
 def outputs(
-    plan: Plan,
+    target: Target,
     inputs: tuple[jax.Array, ...],
     X: jax.Array | None,
     initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
+    scale: float,
     save: bool,
     pieces: int = 1,
 ) -> tuple[jax.Array, ...]:
@@ -147,7 +149,7 @@ def outputs(
     first operands of several products, are read to registers once.
 
     Args:
-      plan: how to compile.
+      target: what the kernel is compiled for.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       X: of `inverses`; None to find it here, which a single block of keys, and one of values, have
         room for.
@@ -156,6 +158,7 @@ def outputs(
       bounds: `start` and `end` of `Masks`, each `[B, T]` int32; or nothing.
       transfers: which of the N states a chunk starts from and which it ends, each `[B, chunks]`
         int32, N for none; or nothing if N is 1.
+      scale: factor on the outputs.
       save: whether to return the results for the backward.
       pieces: into how many the chunks of a row are divided, each with its own state. If more than
         one, there is a multiprocessor for each walk.
@@ -165,11 +168,13 @@ def outputs(
       the chunks, `S^ = S exp(m)`, `[B, H, chunks, V, K]` bfloat16; U, `[B, H, chunks, 64, V]`
       bfloat16; X, if it was found here.
     """
-    return _walk(plan, inputs, X, initial_state, bounds, transfers, save=save, pieces=pieces)
+    return _walk(
+        target, inputs, X, initial_state, bounds, transfers, scale=scale, save=save, pieces=pieces
+    )
 
 
 def transitions(
-    plan: Plan,
+    target: Target,
     inputs: tuple[jax.Array, ...],
     X: jax.Array,
     bounds: tuple[jax.Array, ...],
@@ -181,7 +186,7 @@ def transitions(
     values are zero, with the identity.
 
     Args:
-      plan: see `outputs`, as for all others.
+      target: what the kernel is compiled for.
       inputs: see there.
       X: see there.
       bounds: see there.
@@ -194,18 +199,30 @@ def transitions(
     V = inputs[3].shape[-1]
     begin = jnp.concatenate([jnp.zeros((V, K), jnp.float32), jnp.eye(K, dtype=jnp.float32)])
     begin = jnp.broadcast_to(begin, (B, pieces - 1, H, V + K, K))
-    (ends,) = _walk(plan, inputs, X, begin, bounds, (), save=False, pieces=pieces, outputs=False)
+    (ends,) = _walk(
+        target,
+        inputs,
+        X,
+        begin,
+        bounds,
+        (),
+        scale=1.0,
+        save=False,
+        pieces=pieces,
+        outputs=False,
+    )
     return ends[..., :V, :], ends[..., V:, :]
 
 
 def _walk(
-    plan: Plan,
+    target: Target,
     inputs: tuple[jax.Array, ...],
     X: jax.Array | None,
     initial_state: jax.Array | None,
     bounds: tuple[jax.Array, ...],
     transfers: tuple[jax.Array, ...],
     *,
+    scale: float,
     save: bool,
     pieces: int,
     outputs: bool = True,
@@ -214,18 +231,18 @@ def _walk(
     r, _, _, v, _, _ = inputs
     B, T, H, K = r.shape
     V = v.shape[-1]
-    chunks, blocks = plan.chunks(T), K // TILE
+    chunks, blocks = number_of_chunks(T), K // TILE
     inverting = X is None
-    slots = plan.slots(
-        (4 + outputs) * blocks + 2,
-        others=4 * inverting + outputs + blocks,
+    slots = slots_that_fit(
+        ((4 + outputs) * blocks + 2) * TILE_BYTES,
+        others=(1 + 4 * inverting + outputs + blocks) * TILE_BYTES,
         most=3 + (not outputs),
     )
     states = (B, 1, H, V, K) if initial_state is None else initial_state.shape
     walked_pieces = 1 if transfers else states[1]
     parts = states[-2] // TILE
     count = B * walked_pieces * H * parts
-    workers = min(plan.multiprocessors, count)
+    workers = min(target.multiprocessors, count)
     if pieces > 1 and (workers < count or transfers):
         raise ValueError(f"{count} walks through {pieces} pieces need as many multiprocessors")
     zeros = () if outputs else (jnp.zeros((TILE, TILE), jnp.bfloat16),)
@@ -314,7 +331,7 @@ def _walk(
                     if inverting:
                         values.append((scratch_smem[0].at[anew(warpgroup)], of_b[1]))
                     if outputs:
-                        of_r = load32(Part(r[j], number)) * (until_token(g) * plan.scale)
+                        of_r = load32(Part(r[j], number)) * (until_token(g) * scale)
                         values.append((r[j], narrow(of_r)))
                     store_parts(number, *values)
 
@@ -435,7 +452,7 @@ def _walk(
         if inverting:
             types.append(jax.ShapeDtypeStruct((B, H, chunks, TILE, TILE), jnp.bfloat16))
     barrier = plgpu.Barrier(num_barriers=slots)
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="wkv7_outputs" if outputs else "wkv7_transitions",
         out_type=tuple(types),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.registers import LAYOUT, load, narrow, store
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.registers import TILE_LAYOUT, load, narrow, store
+from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
     anew,
     load32,
@@ -19,11 +19,11 @@ from pallas_kernels.hopper.tiles import (
     transposed,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
-    Plan,
     before_token,
     chunk_of,
     decays_from_middle,
     load_masks,
+    number_of_chunks,
     prefix_sums,
     since_token,
     state_tile_of,
@@ -53,7 +53,7 @@ class Tiles(NamedTuple):
 
 
 def input_gradients(
-    plan: Plan,
+    target: Target,
     inputs: tuple[jax.Array, ...],
     do: jax.Array,
     entries: jax.Array,
@@ -61,6 +61,8 @@ def input_gradients(
     exits: jax.Array,
     dW: jax.Array,
     bounds: tuple[jax.Array, ...],
+    *,
+    scale: float,
 ) -> tuple[jax.Array, ...]:
     """Gradients of r, log_decay, k, v, a, b, given what the two walks have computed.
 
@@ -81,7 +83,7 @@ def input_gradients(
     with that of S1; COLUMNS does dk, db and dV, and adds up dw. Each decays its own inputs.
 
     Args:
-      plan: how to compile.
+      target: what the kernel is compiled for.
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       do: `[B, T, H, V]` bfloat16.
       entries: S^ of `forward.outputs`.
@@ -89,16 +91,17 @@ def input_gradients(
       exits: dS^ of `backward.state_gradients`.
       dW: of `backward.state_gradients`.
       bounds: as for `forward.outputs`.
+      scale: factor on the outputs.
 
     Returns:
       dr, dlog_decay, dk, dv, da, db in bfloat16, like the inputs.
     """
     r, _, _, v, _, _ = inputs
     B, T, H, K = r.shape
-    chunks, blocks, parts = plan.chunks(T), K // TILE, v.shape[-1] // TILE
+    chunks, blocks, parts = number_of_chunks(T), K // TILE, v.shape[-1] // TILE
     sizes = {"block": blocks, "part": parts, "head": H, "chunk": chunks, "row": B}
     total = math.prod(sizes.values())
-    workers = min(plan.multiprocessors, total)
+    workers = min(target.multiprocessors, total)
 
     def body(
         r_gmem, w_gmem, k_gmem, v_gmem, a_gmem, b_gmem, do_gmem, s_gmem, u_gmem, ds_gmem, dw_gmem,
@@ -156,7 +159,7 @@ def input_gradients(
 
         def sums(mask, terms, start):
             """Adds up what two tiles hold together, with ones where the mask keeps them."""
-            (ones,) = mask(plgpu.layout_cast(jnp.ones((TILE, TILE), jnp.bfloat16), LAYOUT))
+            (ones,) = mask(plgpu.layout_cast(jnp.ones((TILE, TILE), jnp.bfloat16), TILE_LAYOUT))
             (total,) = products([(ones, half) for half in terms], start=[start])
             return total
 
@@ -175,7 +178,7 @@ def input_gradients(
             slot, t = slot_of(step), tiles_at(step)
             plgpu.barrier_wait(inputs_loaded.at[slot])
             g = decays_from_middle(t.w, sums_smem)
-            of_r = narrow(load32(t.r) * (until_token(g) * plan.scale))
+            of_r = narrow(load32(t.r) * (until_token(g) * scale))
             store((t.r, of_r), (t.a, narrow(load32(t.a) * before_token(g, t.w))))
             plgpu.barrier_arrive(decayed)
 
@@ -194,7 +197,7 @@ def input_gradients(
 
             t = tiles_at(step)
             g = decays_from_middle(t.w, sums_smem)  # registers are too few to keep it
-            write(t.rows, dr * (until_token(g) * plan.scale), of_input(dr_gmem))
+            write(t.rows, dr * (until_token(g) * scale), of_input(dr_gmem))
             write(rows_smem, da * before_token(g, t.w), of_input(da_gmem))
             exclusive = load32(t.a) * da
             inclusive = load32(t.r) * dr + exclusive
@@ -279,7 +282,7 @@ def input_gradients(
         parts_of_sum = blocks if x is v else parts
         return jax.ShapeDtypeStruct((parts_of_sum, *x.shape), jnp.bfloat16)
 
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="wkv7_input_gradients",
         out_type=tuple(map(parts_of, inputs)),

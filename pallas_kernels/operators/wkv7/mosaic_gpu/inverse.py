@@ -14,8 +14,10 @@ from pallas_kernels.hopper.registers import (
     widen,
     with_diagonal,
 )
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.ring import slots_that_fit
+from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
+    TILE_BYTES,
     load32,
     products,
     split,
@@ -23,11 +25,11 @@ from pallas_kernels.hopper.tiles import (
     transposed,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
-    Plan,
     before_token,
     chunk_of,
     decays_from_middle,
     load_masks,
+    number_of_chunks,
     prefix_sums,
     since_token,
 )
@@ -71,7 +73,7 @@ def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem:
 
 
 def inverses(
-    plan: Plan,
+    target: Target,
     log_decay: jax.Array,
     a: jax.Array,
     b: jax.Array,
@@ -85,10 +87,10 @@ def inverses(
     while it works on one.
     """
     B, T, H, K = a.shape
-    chunks, blocks = plan.chunks(T), K // TILE
+    chunks, blocks = number_of_chunks(T), K // TILE
     total = B * H * chunks
-    workers = min(plan.multiprocessors, -(-total // _WARPGROUPS)) * _WARPGROUPS
-    stages = plan.slots(3 * blocks * _WARPGROUPS, others=0, most=2)
+    workers = min(target.multiprocessors, -(-total // _WARPGROUPS)) * _WARPGROUPS
+    stages = slots_that_fit(3 * blocks * _WARPGROUPS * TILE_BYTES, others=TILE_BYTES, most=2)
 
     def body(
         w_gmem, a_gmem, b_gmem, sums_gmem, *rest,
@@ -158,7 +160,7 @@ def inverses(
         plgpu.wait_smem_to_gmem(0)
 
     slots = stages * _WARPGROUPS
-    kernel = plan.kernel(
+    kernel = target.kernel(
         body,
         name="wkv7_inverses",
         out_type=jax.ShapeDtypeStruct((B, H, chunks, TILE, TILE), jnp.bfloat16),

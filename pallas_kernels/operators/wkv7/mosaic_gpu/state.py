@@ -7,45 +7,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.registers import LAYOUT
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.grid import Place
+from pallas_kernels.hopper.registers import TILE_LAYOUT
+from pallas_kernels.hopper.target import TILE, as_computed
 from pallas_kernels.hopper.tiles import choose
 
 type State = tuple[jax.Array, ...]
 """Float32 tiles `[64 of V, 64 of K]` in registers, one for each block of K."""
 
 
-type Place = tuple[jax.Array, jax.Array, jax.Array]
-"""Row of the batch, head, and block of V that a walk over chunks works on."""
-
-
-def grid_place() -> Place:
-    """Where this block of the grid works."""
-    return jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("part")
-
-
-def place_in(walk: jax.Array, heads: int, parts: int) -> Place:
-    """The place of one of all walks, of which those of a row follow one another."""
-    row, walk = divide(walk, heads * parts)
-    return row, *divide(walk, parts)
-
-
-def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder of a number that is not negative."""
-    return jax.lax.div(number, jnp.int32(by)), jax.lax.rem(number, jnp.int32(by))
-
-
 def zero_state(blocks: int) -> State:
     """What a walk starts with if no initial state is given."""
     zeros = jnp.zeros((TILE, TILE), jnp.float32)
-    return tuple(plgpu.layout_cast(zeros, LAYOUT) for _ in range(blocks))
+    return tuple(plgpu.layout_cast(zeros, TILE_LAYOUT) for _ in range(blocks))
 
 
 def load_state(states_gmem: Any, segment: jax.Array, place: Place) -> State:
     """One of the states `[B, N, H, V, K]`, all of its channels."""
-    # In shard_map the type of what is loaded varies over the mesh, that of what is computed not.
     return tuple(
-        1.0 * plgpu.load(tile, layout=LAYOUT, optimized=False)
+        as_computed(plgpu.load(tile, layout=TILE_LAYOUT, optimized=False))
         for tile in _tiles(states_gmem, segment, place)
     )
 
@@ -104,8 +84,8 @@ def entered_state_backward(
 
 
 def _tiles(states_gmem: Any, segment: jax.Array, place: Place) -> list[Any]:
-    row, head, part = place
-    values = pl.ds(part * TILE, TILE)
+    row, head, value_block = place
+    values = pl.ds(value_block * TILE, TILE)
     return [
         states_gmem.at[row, segment, head, values, pl.ds(j * TILE, TILE)]
         for j in range(states_gmem.shape[-1] // TILE)

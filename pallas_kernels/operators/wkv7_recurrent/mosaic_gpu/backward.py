@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.grid import grid_place
+from pallas_kernels.hopper.state_vectors import along_keys, along_values, read
 from pallas_kernels.hopper.target import TILE
 from pallas_kernels.hopper.tiles import choose
-from pallas_kernels.operators.wkv7.mosaic_gpu.state import grid_place
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     CHECKPOINT,
     KEEP,
@@ -28,10 +29,7 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     Factors,
     Form,
     Memory,
-    along_keys,
-    along_values,
     factors_of,
-    read,
     unless_padding,
     update,
 )
@@ -103,7 +101,7 @@ def recurrent_gradients(
             def read_token_back(d_state):
                 before = memory.enter(state_before(block, i), token, codes, initial)
                 t = factors_of(token, form)
-                do_value = form.plan.scale * memory.load_values(do, position).astype(jnp.float32)
+                do_value = form.scale * memory.load_values(do, position).astype(jnp.float32)
                 d_state, d_of_keys, dv_value = transpose_update(before, d_state, t, do_value)
                 if form.fused:
                     kk, alpha = token.x.astype(jnp.float32), token.y.astype(jnp.float32)
@@ -164,7 +162,7 @@ def recurrent_gradients(
             memory.state_of(d_initial, 0)[...] = d_state
 
     of_keys = jax.ShapeDtypeStruct((parts, B, T, H, K), jnp.float32)
-    kernel = form.plan.kernel(
+    kernel = form.target.kernel(
         body,
         name="wkv7_recurrent_gradients",
         out_type=(
@@ -172,7 +170,7 @@ def recurrent_gradients(
             jax.ShapeDtypeStruct(v.shape, jnp.float32),
             jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
         ),
-        grid={"part": parts, "head": H, "row": B},
+        grid={"value_block": parts, "head": H, "row": B},
         scratch_types=[plgpu.SMEM((CHECKPOINT - 1, K, TILE), jnp.float32)],
         reduction_scratch_bytes=_REDUCTION_SCRATCH_BYTES,
     )

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arrays import vary_alike
-from pallas_kernels.hopper.target import TILE, hopper_gpu
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Plan
+from pallas_kernels.hopper.target import TILE, Target, hopper_gpu
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.backward import recurrent_gradients
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.forward import recurrent_outputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
@@ -129,28 +128,30 @@ def _find_codes(segment_ids: SegmentIds, num_segments: int | None) -> Codes:
 
 
 def wkv7_token_by_token(
-    plan: Plan,
+    target: Target,
     inputs: tuple[FloatArray, ...],
     initial_state: FloatArray | None,
     segment_ids: SegmentIds | None,
     num_segments: int | None,
     *,
+    scale: float = 1.0,
     fused: bool = False,
     reverse: bool = False,
 ) -> tuple[FloatArray, FloatArray]:
     """The operator, on calls that the kernels serve.
 
     Args:
-      plan: how to compile, with the factor on the outputs.
+      target: what the kernels are compiled for.
       inputs: r, log_decay, k, v, then a and b, or kk and alpha; these, and the others, as of
         `pallas_kernels.wkv7_recurrent`.
       initial_state: see there.
       segment_ids: see there.
       num_segments: see there.
+      scale: factor on the outputs.
       fused: whether kk and alpha are given.
       reverse: see there.
     """
-    form = Form(plan, fused=fused, reverse=reverse)
+    form = Form(target, scale=scale, fused=fused, reverse=reverse)
     inputs, initial, segment_ids = vary_alike(tuple(inputs), initial_state, segment_ids)
     if segment_ids is not None and reverse:
         segment_ids = jnp.flip(segment_ids, 1)
@@ -203,11 +204,12 @@ def wkv7_recurrent_mosaic_gpu(
     device = hopper_gpu()
     check_recurrent_served(log_decay, k, v)
     return wkv7_token_by_token(
-        Plan(scale=scale, multiprocessors=device.core_count),
+        Target(multiprocessors=device.core_count),
         (r, log_decay, k, v, *pair),
         initial_state,
         segment_ids,
         num_segments,
+        scale=scale,
         fused=fused,
         reverse=reverse,
     )

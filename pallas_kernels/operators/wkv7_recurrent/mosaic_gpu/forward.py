@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.hopper.grid import grid_place
+from pallas_kernels.hopper.state_vectors import read
 from pallas_kernels.hopper.target import TILE
-from pallas_kernels.operators.wkv7.mosaic_gpu.state import grid_place
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     CHECKPOINT,
     KEEP,
@@ -18,7 +19,6 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     Form,
     Memory,
     factors_of,
-    read,
     unless_padding,
     update,
 )
@@ -74,7 +74,7 @@ def recurrent_outputs(
                 state = memory.enter(state, token, codes, initial)
                 factors = factors_of(token, form)
                 state, _ = update(state, factors)
-                write_output(step, form.plan.scale * read(state, factors.r))
+                write_output(step, form.scale * read(state, factors.r))
                 return state
 
             def skip_token(state):
@@ -113,11 +113,11 @@ def recurrent_outputs(
         None if in_place else states,
         entries if save else None,
     )
-    kernel = form.plan.kernel(
+    kernel = form.target.kernel(
         body,
         name="wkv7_recurrent_outputs",
         out_type=outputs,
-        grid={"part": V // TILE, "head": H, "row": B},
+        grid={"value_block": V // TILE, "head": H, "row": B},
         scratch_types=[],
     )
     return kernel(inputs, initial_state, codes)

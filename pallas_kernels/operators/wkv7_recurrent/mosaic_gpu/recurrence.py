@@ -1,16 +1,9 @@
-"""What the two kernels of the recurrent form share: a layout, tokens, and segments.
+"""What the two kernels of the recurrent form share: tokens, and segments.
 
 A block of the grid has one warpgroup and works on a row, a head and 64 values: it carries the state
-`[K, 64]` in registers, in float32, through all tokens. Each warp has 16 of the values, each thread
-4 of them for every eighth key:
-
-    warp w:  values 16 w .. 16 w + 15      thread 4 i + j of it:  keys i, i + 8, i + 16, ..,
-                                                                  values 16 w + 4 j .. + 3
-
-A thread's loads are of 16 bytes, a warp's of two whole sectors of 32 bytes for each of eight keys.
-Sums over keys stay within a warp, so that no warp waits for another; those over values do not. A
-token is six vectors, loaded as the state needs them: those of keys have an entry for each row of
-the state, those of values for each column.
+`[K, 64]` in registers, in float32, through all tokens, laid out as `hopper.state_vectors` says. A
+token is six vectors: those over keys have an entry for each row of the state, those over values one
+for each column.
 
 Each step has a code, which says what its token does to the state (`enter`):
 
@@ -31,16 +24,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.target import TILE
-from pallas_kernels.hopper.tiles import choose
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import LOG2E, Plan
-from pallas_kernels.operators.wkv7.mosaic_gpu.state import Place
-
-LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (8, 16), (4,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+from pallas_kernels.hopper.grid import Place
+from pallas_kernels.hopper.state_vectors import (
+    KEYS,
+    STATE,
+    VALUES,
+    along_keys,
+    along_values,
+    read,
 )
-KEYS, VALUES = LAYOUT.reduce(1), LAYOUT.reduce(0)
-"""Layouts of states and of vectors in registers."""
+from pallas_kernels.hopper.target import TILE, Target, as_computed
+from pallas_kernels.hopper.tiles import LOG2E, choose
 
 CHECKPOINT = 8
 """Tokens between two states that are kept for the backward."""
@@ -53,12 +47,14 @@ class Form:
     """Which form of the operator is compiled.
 
     Attributes:
-      plan: how.
+      target: what the kernels are compiled for.
+      scale: factor on the outputs.
       fused: whether kk and alpha are given, from which a and b are to be made.
       reverse: whether the last token is read first.
     """
 
-    plan: Plan
+    target: Target
+    scale: float = 1.0
     fused: bool = False
     reverse: bool = False
 
@@ -141,7 +137,7 @@ class Memory:
 
     def load_state(self, state: Any) -> jax.Array:
         """A state `[K, 64]` from global or shared memory."""
-        return _load(state, LAYOUT)
+        return _load(state, STATE)
 
     def keys_of(self, array: Any, position: Any) -> Any:
         """The keys of a token in an array `[B, T, H, K]`."""
@@ -172,12 +168,12 @@ class Memory:
             v=self.load_values(v, position),
             x=load_keys(x),
             y=load_keys(y),
-            code=None if codes.enter is None else _computed(codes.enter[self.place[0], step]),
+            code=None if codes.enter is None else as_computed(codes.enter[self.place[0], step]),
         )
 
     def zero_state(self, K: int) -> jax.Array:
         """Zeros `[K, 64]`."""
-        return plgpu.layout_cast(jnp.zeros((K, TILE), jnp.float32), LAYOUT)
+        return plgpu.layout_cast(jnp.zeros((K, TILE), jnp.float32), STATE)
 
     def zero_keys(self, K: int) -> jax.Array:
         """Zeros `[K]`."""
@@ -202,16 +198,7 @@ class Memory:
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    return _computed(plgpu.load(ref, layout=layout, optimized=False))
-
-
-def _computed(x: jax.Array) -> jax.Array:
-    """What is loaded, of the type that what is computed has, which compilers see through.
-
-    In `jax.shard_map` only the type of what is loaded varies over the mesh, but the carry of a loop
-    has one type.
-    """
-    return x * 1
+    return as_computed(plgpu.load(ref, layout=layout, optimized=False))
 
 
 def factors_of(token: Token, form: Form) -> Factors:
@@ -219,21 +206,6 @@ def factors_of(token: Token, form: Form) -> Factors:
     r, log_decay, k, v, x, y = (array.astype(jnp.float32) for array in token[:6])
     a, b = (-x, x * y) if form.fused else (x, y)
     return Factors(r, jnp.exp2(log_decay * LOG2E), k, v, a, b)
-
-
-def along_keys(vector: jax.Array, state: jax.Array) -> jax.Array:
-    """A vector `[K]` for each value of a state."""
-    return jax.lax.broadcast_in_dim(vector, state.shape, [0])
-
-
-def along_values(vector: jax.Array, state: jax.Array) -> jax.Array:
-    """A vector `[64]` for each key of a state."""
-    return jax.lax.broadcast_in_dim(vector, state.shape, [1])
-
-
-def read(state: jax.Array, keys: jax.Array) -> jax.Array:
-    """`state^T keys` `[64]`."""
-    return jnp.sum(along_keys(keys, state) * state, axis=0)
 
 
 def update(state: jax.Array, token: Factors) -> tuple[jax.Array, jax.Array]:
