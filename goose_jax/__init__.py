@@ -6,6 +6,7 @@ from goose_jax.generation import ContinuousBatch, Generation, SamplingConfig, ge
 from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix
 from goose_jax.state import RWKV7State, init_state, join_states, take_rows
 from goose_jax.training import OptimizerConfig, TrainState, init_train_state, make_train_step
+from pallas_kernels import __version__
 
 __all__ = [
     "RWKV7",
@@ -19,6 +20,7 @@ __all__ = [
     "SamplingConfig",
     "TimeMix",
     "TrainState",
+    "__version__",
     "generate",
     "init_state",
     "init_train_state",

@@ -10,6 +10,8 @@ from pallas_kernels.operators.value_residual import value_residual
 from pallas_kernels.operators.wkv7 import wkv7
 from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LayerWeights",
     "channel_mix",
