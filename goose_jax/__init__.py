@@ -3,7 +3,7 @@
 from goose_jax.checkpoints import load_pretrained, load_state, save_pretrained, save_state
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import ContinuousBatch, Generation, SamplingConfig, generate, prefill
-from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix
+from goose_jax.nn import RWKV7, Block, ChannelMix, TimeMix, prepare_decoding
 from goose_jax.state import RWKV7State, init_state, join_states, take_rows
 from goose_jax.training import OptimizerConfig, TrainState, init_train_state, make_train_step
 from pallas_kernels import __version__
@@ -29,6 +29,7 @@ __all__ = [
     "load_state",
     "make_train_step",
     "prefill",
+    "prepare_decoding",
     "save_pretrained",
     "save_state",
     "take_rows",

@@ -1,4 +1,4 @@
-"""A conversation with a model, remembered as its recurrent state."""
+"""A conversation with a model, which the model remembers as its recurrent state."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,15 +6,16 @@ from typing import Literal
 
 from goose_jax.chat.prompt import STOPS, next_turn
 from goose_jax.generation import SamplingConfig, generate, prefill
-from goose_jax.nn import RWKV7
+from goose_jax.generation.validation import SEEDS, check_seed
+from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State
 from goose_jax.text import StreamingDecoder, TextStop, Tokenizer
 from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
 
-_BLOCK_SIZE = 4  # tokens between two looks at the keyboard
-_SEEDS = 2**32
+_BLOCK_SIZE = 4  # tokens between two calls of `stopped`
+_SAMPLING = SamplingConfig(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,57 +23,38 @@ class ReplySettings:
     """How replies are written.
 
     Attributes:
-      system: what the assistant shall be like; a conversation begins with it.
+      system: instructions for the assistant; only the beginning of a conversation can hold them.
       think: let the model think before it answers; for models that were trained to.
       max_new_tokens: the most tokens of a reply.
-      temperature: 0 always takes the most probable token; higher is more varied.
-      top_k: draw from this many of the most probable tokens only; 0 is off.
-      top_p: draw from the most probable tokens that together have this probability; 1 is off.
-      presence_penalty: subtracted from the logits of tokens that are in the reply already.
-      frequency_penalty: subtracted from the logits as often as the token is in the reply.
-      penalty_decay: by this factor each token makes the ones before it count less.
+      sampling: how tokens are drawn.
       stop: more texts that end a reply; they are not part of it.
       seed: the same seed gives the same replies to the same messages.
+
+    Raises:
+      ValueError: if a value is out of range. The message names it.
     """
 
     system: str = ""
     think: bool = False
     max_new_tokens: int = 1024
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.3
-    presence_penalty: float = 0.5
-    frequency_penalty: float = 0.5
-    penalty_decay: float = 0.996
+    sampling: SamplingConfig = _SAMPLING
     stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-          ValueError: naming the one that is out of range.
-        """
         check_positive("max_new_tokens", self.max_new_tokens)
-        if not 0 <= self.seed < _SEEDS:
-            raise ValueError(f"seed must lie in 0..2**32-1, got {self.seed}")
+        check_seed(self.seed)
         TextStop(self.stop)
-        self.sampling()
-
-    def sampling(self) -> SamplingConfig:
-        """The part of it that says how tokens are drawn."""
-        fields = dataclasses.fields(SamplingConfig)
-        return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields if f.init})
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What has been said.
+    """The text of a conversation, and the state of the model after reading it.
 
     Attributes:
-      text: all of it, in the form of `goose_jax.chat.prompt`.
-      state: of the model after reading exactly that text, one row; before it begins, None or what
-        it begins with.
+      text: the whole text, in the form that `goose_jax.chat.prompt` describes.
+      state: recurrent state of one row after exactly this text. While the text is empty, the state
+        that the conversation starts from; None is the start of a text.
     """
 
     text: str = ""
@@ -80,40 +62,41 @@ class Conversation:
 
 
 class ChatSession:
-    """Turns of a user and a model; each turn reads only what is new.
+    """Turns of a user and a model. Each turn reads only the new message.
 
     Args:
-      model: which writes the replies.
-      tokenizer: of the model.
-      settings: may be set anew between turns.
-      start: the state that conversations begin with; None is the start of any text.
+      model: the model that writes the replies, or `prepare_decoding(model)`. Its matrices are cast
+        to the compute dtype here, once for all replies.
+      tokenizer: tokenizer of the model.
+      settings: settings of the replies.
+      start: state of one row that conversations start from; None is the start of a text.
 
     Attributes:
-      conversation: so far; may be set, as to one that was saved.
-      settings: of the next reply.
+      settings: settings of the next reply; may be assigned.
+      conversation: the conversation so far; may be assigned, to continue another one.
     """
 
     def __init__(
         self,
-        model: RWKV7,
+        model: RWKV7 | DecodingWeights,
         tokenizer: Tokenizer,
         settings: ReplySettings,
         start: RWKV7State | None = None,
     ):
         self.settings = settings
-        self._model = model
+        self._weights = prepare_decoding(model)
         self._tokenizer = tokenizer
         self._replies = 0
         self._start = start
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what has been said."""
+        """Starts a new conversation."""
         self.conversation = Conversation(state=self._start)
 
     @property
     def conversation(self) -> Conversation:
-        """What has been said so far."""
+        """The conversation so far."""
         return self._conversation
 
     @conversation.setter
@@ -124,20 +107,21 @@ class ChatSession:
     def reply(
         self, message: str, write: Callable[[str], None], stopped: Callable[[], bool]
     ) -> Ending:
-        """Reads a message and writes the reply.
+        """Reads a message and writes a reply.
 
-        If this raises an error, the conversation is what it was before.
+        If this method raises an error, the conversation does not change.
 
         Args:
-          message: of the user.
-          write: gets the text of the reply as it comes.
-          stopped: asked every few tokens; if it says True, the reply ends there.
+          message: message of the user.
+          write: called with each new piece of the reply.
+          stopped: called every few tokens; the reply ends if it returns True.
 
         Returns:
-          Why it ended: the model or a stop text ended it, it had `max_new_tokens`, or `stopped`.
+          Why the reply ended. "end": the model or a stop text ended it. "length": it has
+          `max_new_tokens`. "interrupted": `stopped` returned True.
 
         Raises:
-          ValueError: if the tokenizer cannot express the message.
+          ValueError: if the tokenizer cannot encode the message.
         """
         before, settings = self._conversation, self.settings
         turn = next_turn(before.text, message, system=settings.system, think=settings.think)
@@ -145,12 +129,12 @@ class ChatSession:
         writer = _ReplyWriter(self._tokenizer, tokens, (*STOPS, *settings.stop), write)
         end = self._tokenizer.end_of_document
         result = generate(
-            self._model,
+            self._weights,
             [tokens],
             max_new_tokens=settings.max_new_tokens,
-            sampling=settings.sampling(),
+            sampling=settings.sampling,
             stop_tokens=[] if end is None else [end],
-            seed=(settings.seed + self._replies) % _SEEDS,
+            seed=(settings.seed + self._replies) % SEEDS,
             state=before.state,
             on_tokens=lambda new: writer.push(new[0].tolist()) or stopped(),
             block_size=_BLOCK_SIZE,
@@ -159,10 +143,10 @@ class ChatSession:
         writer.finish(complete=not interrupted)
         state = result.state
         if writer.stopped or interrupted:
-            # That state has read more than the reply. The message and the reply are read again, in
-            # parallel, from where the state was before them.
+            # The state has read tokens that are not part of the reply. Read the turn again, in
+            # parallel, from the state before it.
             kept = self._tokenizer.encode(writer.text) if writer.text else []
-            state = prefill(self._model, [tokens + kept], state=before.state)
+            state = prefill(self._weights, [tokens + kept], state=before.state)
         self.conversation = Conversation(before.text + turn + writer.text, state)
         self._last_turn = (before, message)
         self._replies += 1
@@ -172,10 +156,17 @@ class ChatSession:
         return "length" if at_limit else "end"
 
     def regenerate(self, write: Callable[[str], None], stopped: Callable[[], bool]) -> Ending:
-        """Writes another reply to the last message, with the next random numbers.
+        """Replaces the last reply by another one, which is drawn with the next random numbers.
+
+        Args:
+          write: called with each new piece of the reply.
+          stopped: called every few tokens; the reply ends if it returns True.
+
+        Returns:
+          Why the reply ended, as `reply` does.
 
         Raises:
-          ValueError: if nothing has been said in this session.
+          ValueError: if no message has been replied to in this session.
         """
         if self._last_turn is None:
             raise ValueError("there is no message to reply to again")
@@ -189,10 +180,10 @@ class ChatSession:
 
 
 class _ReplyWriter:
-    """Writes tokens as text until a stop text comes.
+    """Decodes tokens and writes their text until a stop text comes.
 
     Attributes:
-      text: all that was written.
+      text: the text that has been written.
     """
 
     def __init__(
@@ -214,12 +205,17 @@ class _ReplyWriter:
         return self._ending.reached
 
     def push(self, tokens: list[int]) -> bool:
-        """Writes what is complete, and tells whether a stop text has come."""
+        """Writes the text that is complete, and returns whether a stop text has come."""
         self._write(self._ending.push(self._decoder.push(tokens)))
         return self.stopped
 
     def finish(self, *, complete: bool) -> None:
-        """Writes what was held back; of a reply that was cut, without half a character."""
+        """Writes the text that was held back.
+
+        Args:
+          complete: whether the reply ended by itself. If not, an incomplete character at its end is
+            dropped.
+        """
         tail = self._ending.push(self._decoder.finish()) if complete else ""
         self._write(tail + self._ending.finish())
 

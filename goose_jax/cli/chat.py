@@ -25,7 +25,9 @@ _SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 def chat(
     checkpoint: Annotated[Path, tyro.conf.Positional],
-    settings: Annotated[ReplySettings, tyro.conf.arg(name="")] = ReplySettings(),  # noqa: B008
+    settings: Annotated[
+        tyro.conf.OmitArgPrefixes[ReplySettings], tyro.conf.arg(name="")
+    ] = ReplySettings(),  # noqa: B008
     *,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
@@ -146,7 +148,7 @@ class _Terminal:
     def _set(self, argument: str) -> None:
         if argument:
             self._session.settings = _changed(self._session.settings, argument)
-        for name, value in dataclasses.asdict(self._session.settings).items():
+        for name, value in _flat(self._session.settings).items():
             print(f"  {name} {value!r}")
         if argument.startswith("system ") and self._session.conversation.text:
             print("[a conversation begins with it: it counts after /reset]")
@@ -182,18 +184,28 @@ def _read_message() -> str:
     return "\n".join(lines)
 
 
+def _flat(settings: ReplySettings) -> dict[str, Any]:
+    """Returns the settings by name, with the numbers of `sampling` in its place."""
+    values: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(settings).items():
+        values |= value if name == "sampling" else {name: value}
+    return values
+
+
 def _changed(settings: ReplySettings, argument: str) -> ReplySettings:
-    """Settings after `NAME VALUE`."""
+    """Returns the settings after the command `/set NAME VALUE`."""
     name, _, text = argument.partition(" ")
-    defaults = dataclasses.asdict(ReplySettings())
+    defaults = _flat(ReplySettings())
     if name not in defaults:
         raise ValueError(f"there is no setting {name!r}; give one of {', '.join(defaults)}")
-    value = _parse(name, text.strip(), type(defaults[name]))
-    return dataclasses.replace(settings, **{name: value})
+    change = {name: _parse(name, text.strip(), type(defaults[name]))}
+    if not hasattr(settings, name):
+        change = {"sampling": dataclasses.replace(settings.sampling, **change)}
+    return dataclasses.replace(settings, **change)
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """The value of a type that a text means."""
+    """Converts the text of a setting to the setting's type."""
     if kind is tuple:
         return (text,) if text else ()
     try:

@@ -23,12 +23,7 @@ def generate(
     dtype: Dtype | None = None,
     state: Path | None = None,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.85,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    penalty_decay: float = 0.996,
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig(top_p=0.85),  # noqa: B008
     stop: tuple[str, ...] = (),
     seed: int = 0,
     echo: bool = True,
@@ -51,12 +46,7 @@ def generate(
       state: What the text begins with: a file of an initial state that was tuned, or of a state of
         the rwkv package, or the folder of a run of state tuning.
       max_new_tokens: The most tokens that are generated. The end of the document ends it sooner.
-      temperature: 0 always takes the most probable token; higher is more varied.
-      top_k: Draw from this many of the most probable tokens only; 0 is off.
-      top_p: Draw from the most probable tokens that together have this probability; 1 is off.
-      presence_penalty: Subtracted from the logits of tokens that were generated before.
-      frequency_penalty: Subtracted from the logits as often as the token was generated before.
-      penalty_decay: By this factor each token makes the ones before it count less.
+      sampling: How tokens are drawn.
       stop: Texts that end the generation; they are not written.
       seed: The same seed gives the same text.
       echo: Write the prompt, too.
@@ -65,14 +55,6 @@ def generate(
       ValueError: if an argument is out of range, or the checkpoint is damaged.
       OSError: if there is no checkpoint, or it cannot be read.
     """
-    sampling = SamplingConfig(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        penalty_decay=penalty_decay,
-    )
     ending = TextStop(stop)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = None if state is None else load_initial_state(state, model)

@@ -1,4 +1,4 @@
-"""Sampling and generating text."""
+"""Sampling tokens, and generating text for one batch or for many requests."""
 
 from goose_jax.generation.continuous_batch import ContinuousBatch, FinishReason, RequestUpdate
 from goose_jax.generation.sampling import (

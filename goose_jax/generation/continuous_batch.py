@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go in the rows of one batch that is being decoded."""
+"""Continuous batching: requests start and end independently in the rows of one running batch."""
 
 import collections
 import dataclasses
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 from goose_jax.generation.decoding import (
@@ -30,36 +29,38 @@ from goose_jax.generation.validation import (
     check_prompt,
     check_seed,
 )
-from goose_jax.nn.model import RWKV7
+from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State, check_state, init_state, join_states, take_rows
 from pallas_kernels.validation import check_positive
 
 type FinishReason = Literal["stop", "length", "cancelled"]
 
 _MAX_PREFILL_TOKENS = 8 * MAX_PIECE
-"""So many tokens are read at once at most, which bounds the memory that reading needs."""
+"""Maximum number of prompt tokens that are read at once. It bounds the memory for reading."""
 
 _PREFILL_TOKENS = MAX_PIECE
-"""When so many have been read between two blocks, the next block comes first."""
+"""After reading this many prompt tokens, a block is decoded before more are read."""
 
 _IN_FLIGHT = 2
-"""Blocks under way: the one whose tokens are waited for, and the next."""
+"""Number of dispatched blocks: the one whose tokens are waited for, and the next one."""
 
-_EMPTY_SLOT = SamplingConfig(temperature=0)  # needs neither random numbers nor sorting
+_EMPTY_SLOT = SamplingConfig(temperature=0)  # greedy: no random numbers and no sorting
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestUpdate:
-    """What came of one request in one block.
+    """The progress of one request in one block.
 
     Attributes:
-      request: the id that `ContinuousBatch.submit` returned.
-      tokens: the new ones, in order; there can be none only in a request's last update.
-      finish_reason: None while more is to come. "stop": the next token would have been a stop
-        token. "length": the request has all its `max_new_tokens`. "cancelled": it was cancelled.
-      state: if the request asked for it and has finished, the state `[layers, 1, ...]` that has
-        read its prompt and all tokens of its updates: `submit` it with what comes next. (Of a
-        request that was cancelled while it was queued, the state it came with.)
+      request: id of the request, which `ContinuousBatch.submit` returned.
+      tokens: the new tokens in order. Only the last update of a request can have none.
+      finish_reason: None while the request continues. "stop": the next token would have been a stop
+        token. "length": the request has all of its `max_new_tokens`. "cancelled": the request was
+        cancelled.
+      state: recurrent state `[layers, 1, ...]` after the prompt and all tokens of the updates. It
+        is given only in the last update, if the request asked for it. Pass it to `submit` with the
+        text that comes next. A request that was cancelled before its prompt was read returns the
+        state that it was submitted with.
     """
 
     request: int
@@ -70,22 +71,22 @@ class RequestUpdate:
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """What is asked for, and how far it is.
+    """A request and its progress.
 
     Attributes:
-      id: of the request.
-      prompt: `[T]`.
-      max_new_tokens: as given.
-      sampling: as given.
-      stop_tokens: as given.
-      seed: as given.
-      state: that the prompt continues from, of one row.
-      return_state: as given.
-      is_read: whether its prompt has been read, and its row generates.
-      cancelled: whether it shall end.
-      finished: whether its last update has been made.
-      dispatched: number of tokens for which blocks have been dispatched.
-      received: number of tokens in its updates.
+      id: id of the request.
+      prompt: `[T]` token ids.
+      max_new_tokens: maximum number of new tokens.
+      sampling: how tokens are drawn.
+      stop_tokens: tokens that end the sequence.
+      seed: seed of the random numbers.
+      state: state of one row that the prompt continues from; None is the start of a text.
+      return_state: whether the last update carries the state.
+      is_read: whether the prompt has been read, so that its row generates.
+      cancelled: whether the request is to end.
+      finished: whether the last update has been made.
+      dispatched: number of tokens in the blocks that have been dispatched.
+      received: number of tokens in the updates.
     """
 
     id: int
@@ -111,10 +112,11 @@ class _Reading:
     """Requests whose prompts are read together, a piece at a time.
 
     Attributes:
-      slots: where they will be decoded.
-      requests: as many.
-      pieces: reads the next piece; after the last it gives a row for each, and more for padding.
-      tokens_per_piece: of all rows.
+      slots: the slot of each request.
+      requests: the requests.
+      pieces: reads the next piece. After the last piece it yields the progress of one row for each
+        request, followed by rows of padding.
+      tokens_per_piece: number of tokens in a piece of all rows.
     """
 
     slots: tuple[int, ...]
@@ -128,8 +130,9 @@ class _Block:
     """A block that has been dispatched.
 
     Attributes:
-      tokens: `[slots, block]` int32, `NO_TOKEN` after the end of a sequence; may still be computed.
-      slots: the request that each row generated for.
+      tokens: `[slots, block]` int32, with `NO_TOKEN` after the end of a sequence. They may not be
+        computed yet.
+      slots: the request of each row, or None for a row that generates nothing.
     """
 
     tokens: Int[Array, "slots block"]
@@ -137,32 +140,34 @@ class _Block:
 
 
 class ContinuousBatch:
-    """Decodes many requests, which start and stop at different times, in one batch.
+    """Decodes many requests, which start and end at different times, in one batch.
 
-    The batch has a fixed number of slots; requests wait in a queue until one is free. A request
-    gets the tokens that `generate` gives for its prompt alone, whatever runs beside it (up to
-    rounding: matrix products of another batch size may differ in their last bit).
+    The batch has a fixed number of slots. Requests wait in a queue until a slot is free. A request
+    gets the tokens that `generate` gives for its prompt alone, whatever runs beside it. (Up to
+    rounding: matrix products of another batch size may differ in their last bit.)
 
-    One program decodes, of all slots at once; idle slots cost what busy ones do. (There are three
-    of it: for batches that are greedy, that sample, and that sample from filtered probabilities.)
-    Prompts are read in groups of similar length, padded to a power of two of rows, by the programs
-    that `generate` reads prompts with; long ones in pieces, between which the other requests go on.
-    Requests that come and go compile nothing anew.
+    One compiled program decodes all slots at once; an idle slot costs as much as a busy one. (There
+    are three variants: for greedy batches, for batches that sample, and for batches that sample
+    from filtered probabilities.) The programs of `generate` read the prompts: prompts of one padded
+    length together, padded to a power of two of rows. Long prompts are read in pieces, between
+    which the other requests continue. Once these programs are compiled, new requests compile
+    nothing.
 
-    The device does not wait for Python: when a block's tokens are handed out, the next block is
-    under way. A sequence that has ended is therefore noticed one block later, and its slot rests
-    for one block before it is filled again.
+    The device does not wait for Python: when the tokens of a block are handed out, the next block
+    has been dispatched. The end of a sequence is therefore noticed one block later, and its slot is
+    idle for one block before it is filled again.
 
-    Not for several threads at once.
+    An object must not be used by several threads at once.
 
     Args:
-      model: its parameters are passed to the compiled programs as arguments, as they are now.
-      num_slots: most requests that are decoded at the same time.
-      block_size: number of tokens that are generated between two returns to Python.
-      implementation: of the step that reads a new token, as for `RWKV7.decode`.
+      model: the model, or `prepare_decoding(model)`. Its matrices are cast to the compute dtype
+        here, once. Later changes of the model's parameters have no effect.
+      num_slots: maximum number of requests that are decoded at the same time.
+      block_size: number of tokens that are generated before control returns to Python.
+      implementation: implementation of the decoding step, a name that `RWKV7.decode` accepts.
 
     Raises:
-      ValueError: naming the argument that is out of range.
+      ValueError: if an argument is out of range. The message names the argument.
 
     Example:
       >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1)
@@ -178,7 +183,7 @@ class ContinuousBatch:
 
     def __init__(
         self,
-        model: RWKV7,
+        model: RWKV7 | DecodingWeights,
         *,
         num_slots: int = 8,
         block_size: int = 16,
@@ -187,7 +192,7 @@ class ContinuousBatch:
         check_positive("num_slots", num_slots)
         check_positive("block_size", block_size)
         self._config = model.config
-        self._graphdef, self._params = nnx.split(model)
+        self._weights = prepare_decoding(model)
         self._block_size = block_size
         self._implementation = implementation
         self._ids = itertools.count()
@@ -203,7 +208,7 @@ class ContinuousBatch:
 
     @property
     def unfinished(self) -> int:
-        """Number of requests, queued ones included, of which more updates will come."""
+        """Number of requests that have not finished, including those in the queue."""
         return len(self._unfinished)
 
     def submit(
@@ -217,25 +222,25 @@ class ContinuousBatch:
         state: RWKV7State | None = None,
         return_state: bool = False,
     ) -> int:
-        """Queues a request; `step` does the work.
+        """Queues a request, which `step` works on.
 
         Args:
-          prompt: token ids, one at least.
-          max_new_tokens: the most tokens that are generated.
-          sampling: how they are drawn; None draws from the model's distribution unchanged.
-          stop_tokens: the sequence ends before the first of these; the stop token is neither
+          prompt: at least one token id.
+          max_new_tokens: maximum number of new tokens.
+          sampling: how tokens are drawn. None draws from the model's distribution unchanged.
+          stop_tokens: the sequence ends before the first of these tokens. The stop token is neither
             returned nor read by the state.
-          seed: in 0..2**32-1; the tokens are those of `generate` with this seed for the row.
-          state: of one row, that the prompt continues from; None is the start of a text. It is not
-            used up: many requests can continue from the same one.
-          return_state: whether the last update shall have the state.
+          seed: integer in 0..2**32-1. The tokens are those that `generate` gives with `[seed]`.
+          state: state of one row that the prompt continues from. None is the start of a text. The
+            state is not consumed: several requests can continue from the same one.
+          return_state: whether the last update carries the state.
 
         Returns:
-          The request's id, which no other request of this object has.
+          The id of the request, which no other request of this object has.
 
         Raises:
-          TypeError: if `state` or `sampling` is something else.
-          ValueError: naming the argument that is out of range.
+          TypeError: if `state` or `sampling` has the wrong type.
+          ValueError: if an argument is out of range. The message names the argument.
         """
         sampling = SamplingConfig() if sampling is None else sampling
         check_sampling("sampling", sampling)
@@ -257,26 +262,31 @@ class ContinuousBatch:
         return request.id
 
     def cancel(self, request: int) -> None:
-        """Ends a request: the next `step` has its last update.
+        """Ends a request. The next `step` returns its last update.
 
-        That update has the tokens of the block that is under way now, which its state has read.
+        That update has the tokens of the block that has been dispatched, and its state has read
+        them.
+
+        Args:
+          request: id of the request.
 
         Raises:
-          ValueError: if there is no such request, or its last update has been given.
+          ValueError: if there is no such request, or it has finished.
         """
         if request not in self._unfinished:
             raise ValueError(f"request must be the id of an unfinished request, got {request!r}")
         self._unfinished[request].cancelled = True
 
     def step(self) -> list[RequestUpdate]:
-        """Reads prompts for free slots, dispatches the next block, and waits for the one before it.
+        """Reads prompts for free slots, dispatches the next block, and waits for the one before.
 
         Returns:
-          An update of each request that took part in that block, or was cancelled before it could:
-          at least one while there are `unfinished` requests.
+          An update of each request that took part in the block that was waited for, and of each
+          request that was cancelled before it generated anything. There is at least one update
+          while `unfinished` is not 0.
         """
         updates = self._drop_cancelled()
-        # A block in which all rows rested is not worth waiting for.
+        # A block in which no row generated is not worth waiting for.
         while self._in_flight and not any(map(_is_running, self._in_flight[0].slots)):
             self._in_flight.popleft()
         while len(self._in_flight) < _IN_FLIGHT and self._dispatch():
@@ -286,7 +296,7 @@ class ContinuousBatch:
         return updates
 
     def _drop_cancelled(self) -> list[RequestUpdate]:
-        """Ends what was cancelled before it could generate anything."""
+        """Ends requests that were cancelled before they generated anything."""
         dropped = [
             request
             for request in self._unfinished.values()
@@ -303,7 +313,7 @@ class ContinuousBatch:
         ]
 
     def _dispatch(self) -> bool:
-        """Dispatches a block, unless no row has anything to generate in it."""
+        """Dispatches a block. Returns False if no row has tokens to generate."""
         self._admit()
         self._read_pieces()
         slots = self._generating()
@@ -312,8 +322,7 @@ class ContinuousBatch:
         if slots != self._decoded:
             self._decoded, self._settings = slots, _settings_of(slots)
         self._progress, tokens = decode_block(
-            self._graphdef,
-            self._params,
+            self._weights,
             self._settings,
             self._progress,
             block_size=self._block_size,
@@ -326,12 +335,12 @@ class ContinuousBatch:
         return True
 
     def _generating(self) -> _Slots | None:
-        """The requests whose rows are decoded, or None if no row has anything to generate."""
+        """Returns the requests whose rows are decoded, or None if no row has tokens to generate."""
         slots = tuple(r if r and r.is_read and not r.cancelled else None for r in self._slots)
         return slots if any(r and r.dispatched < r.max_new_tokens for r in slots) else None
 
     def _admit(self) -> None:
-        """Gives free slots to requests from the queue, whose prompts are then to be read."""
+        """Gives free slots to requests from the queue, and starts to read their prompts."""
         free = [slot for slot, request in enumerate(self._slots) if request is None]
         admitted = list(zip(free, self._queue, strict=False))
         for slot, request in admitted:
@@ -340,7 +349,7 @@ class ContinuousBatch:
         self._reading.extend(self._start_reading(*group) for group in _groups(admitted))
 
     def _start_reading(self, slots: Sequence[int], requests: Sequence[_Request]) -> _Reading:
-        """The batch is padded to a power of two of rows, so that there are few sizes."""
+        """Starts to read prompts. The batch is padded to a power of two of rows: few programs."""
         padding = _power_of_two(len(requests)) - len(requests)
         prompts = [request.prompt for request in requests] + [np.zeros(0, np.int32)] * padding
         start = self._start_of_text
@@ -350,15 +359,15 @@ class ContinuousBatch:
         return _Reading(
             slots=tuple(slots),
             requests=tuple(requests),
-            pieces=read_in_pieces(self._graphdef, self._params, prompts, state),
+            pieces=read_in_pieces(self._weights, prompts, state),
             tokens_per_piece=len(prompts) * min(padded_length(longest), MAX_PIECE),
         )
 
     def _read_pieces(self) -> None:
-        """Reads pieces of prompts, first come, first served.
+        """Reads pieces of prompts in the order of the requests.
 
-        There are few between two blocks, so that long prompts do not stop the others; but all that
-        there are if nothing else is to be done.
+        It stops after `_PREFILL_TOKENS` tokens, so that long prompts do not hold up the requests
+        that generate. If no request generates, it continues until one does.
         """
         tokens = 0
         while self._reading and (tokens < _PREFILL_TOKENS or self._generating() is None):
@@ -374,7 +383,7 @@ class ContinuousBatch:
                 self._place(reading, progress)
 
     def _place(self, reading: _Reading, progress: Progress) -> None:
-        """Lets what has been read go on in its slots; that of requests cancelled meanwhile not."""
+        """Puts the rows whose prompts have been read in their slots, except cancelled requests."""
         nowhere = len(self._slots)
         rows = np.full(len(progress.stopped), nowhere, np.int32)
         for i, (slot, request) in enumerate(zip(reading.slots, reading.requests, strict=True)):
@@ -384,6 +393,7 @@ class ContinuousBatch:
         self._progress = place_rows(self._progress, progress, rows)
 
     def _receive(self, block: _Block) -> list[RequestUpdate]:
+        """Waits for a block, and returns an update of each request that generated in it."""
         updates = []
         for slot, (row, request) in enumerate(
             zip(np.asarray(block.tokens), block.slots, strict=True)
@@ -396,7 +406,7 @@ class ContinuousBatch:
             state = None
             if reason is not None:
                 self._slots[slot] = None
-                # Later blocks that are under way have let the row rest.
+                # The blocks dispatched since then have not changed the state of this row.
                 if request.return_state:
                     state = take_rows(self._progress.state, [slot])
             updates.append(self._update(request, tokens, reason, state))
@@ -440,7 +450,7 @@ def _settings_of(slots: _Slots) -> RowSettings:
 def _groups(
     admitted: Iterable[tuple[int, _Request]],
 ) -> Iterable[tuple[tuple[int, ...], tuple[_Request, ...]]]:
-    """Slots and requests that are read together: of one padded length, and not too many."""
+    """Yields slots and requests that are read together: one padded length, and not too many."""
     by_length: dict[int, list[tuple[int, _Request]]] = {}
     for slot, request in admitted:
         by_length.setdefault(padded_length(len(request.prompt)), []).append((slot, request))
@@ -452,5 +462,5 @@ def _groups(
 
 
 def _power_of_two(number: int) -> int:
-    """The first that is not less."""
+    """Returns the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

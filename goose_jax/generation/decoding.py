@@ -1,7 +1,8 @@
-"""The compiled programs of text generation: reading prompts, and decoding in blocks of tokens.
+"""The compiled programs of text generation: reading prompts, and decoding blocks of tokens.
 
-Everything that a row of the batch has of its own (sampling, limit, stop tokens, random numbers) is
-an argument, so that the same programs serve rows that begin and end together and rows that do not.
+The sampling settings, limit, stop tokens and random key of each row are arguments of the programs.
+The same programs therefore serve batches whose rows start and stop together (`generate`) and
+batches whose rows do not (`ContinuousBatch`).
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from goose_jax.config import RWKV7Config
@@ -22,10 +22,11 @@ from goose_jax.generation.sampling import (
     stack_sampling,
 )
 from goose_jax.generation.validation import Ids
+from goose_jax.nn import DecodingWeights
 from goose_jax.state import RWKV7State, init_state, state_dtypes
 
 NO_TOKEN = -1
-"""Stands after the last token of a sequence that has stopped, in what `decode_block` returns."""
+"""Fills the tokens that `decode_block` returns after the end of a sequence."""
 
 MAX_PIECE = 2048
 """Longer prompts are read in pieces of this many tokens."""
@@ -33,19 +34,19 @@ MAX_PIECE = 2048
 _MIN_PIECE = 16
 
 _STOPS = 8
-"""Stop tokens are padded to a multiple of this, so that few different programs are compiled."""
+"""Stop tokens are padded to a multiple of this number, so that few programs are compiled."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What decoding carries from token to token.
+    """The values that decoding carries from token to token.
 
     Attributes:
-      state: has read all tokens so far.
-      logits: `[B, vocab]`, for the next token.
-      counts: `[B, vocab]`, decayed, of the tokens generated.
-      lengths: `[B]` int32, number of tokens generated.
+      state: recurrent state after all tokens so far.
+      logits: `[B, vocab]`, logits of the next token.
+      counts: `[B, vocab]`, decayed counts of the tokens generated so far.
+      lengths: `[B]` int32, number of tokens generated so far.
       stopped: `[B]`, true once a sequence has ended.
     """
 
@@ -59,13 +60,13 @@ class Progress:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """What each row is to be continued by.
+    """How each row is continued.
 
     Attributes:
-      keys: `[B]` random keys; a token is drawn with its row's key and its position.
-      sampling: its numbers are `[B]`.
+      keys: `[B]` random keys. A token is drawn with the key of its row and its position.
+      sampling: sampling settings whose numbers are `[B]`.
       stop_tokens: `[B, stops]` int32, padded with -1.
-      limits: `[B]` int32, the most tokens that are generated; a row with 0 rests.
+      limits: `[B]` int32, maximum number of generated tokens. A row with limit 0 generates none.
     """
 
     keys: Key[Array, " B"]
@@ -75,14 +76,13 @@ class RowSettings:
 
 
 def init_progress(config: RWKV7Config, batch_size: int) -> Progress:
-    """Before anything is read."""
+    """Returns the progress of `batch_size` rows that have read nothing."""
     _, logits_dtype = state_dtypes(config)
     logits = jnp.zeros((batch_size, config.vocab_size), logits_dtype)
-    return _progress(init_state(config, batch_size), logits)
+    return _before_first_token(init_state(config, batch_size), logits)
 
 
-def _progress(state: RWKV7State, logits: Float[Array, "B vocab"]) -> Progress:
-    """Before the first new token."""
+def _before_first_token(state: RWKV7State, logits: Float[Array, "B vocab"]) -> Progress:
     return Progress(
         state=state,
         logits=logits,
@@ -99,13 +99,13 @@ def row_settings(
     stop_tokens: Sequence[Ids],
     limits: Sequence[int],
 ) -> RowSettings:
-    """Puts the settings of B rows on the device, once for many blocks.
+    """Puts the settings of B rows on the device, where many blocks use them.
 
     Args:
-      seeds: of each row, and a number that tells it from others of the same seed.
-      sampling: of each row.
-      stop_tokens: of each row, any number.
-      limits: of each row.
+      seeds: for each row its seed, and a number that differs between rows of the same seed.
+      sampling: sampling settings of each row.
+      stop_tokens: stop tokens of each row; rows may have different numbers of them.
+      limits: maximum number of generated tokens of each row.
     """
     most = max(len(stops) for stops in stop_tokens)
     width = max(_STOPS, -(-most // _STOPS) * _STOPS)
@@ -126,34 +126,32 @@ def _row_keys(seed: Int[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
 
 
 def padded_length(length: int) -> int:
-    """The length that prompts are padded to, so that few different programs are compiled."""
+    """Returns the length that prompts are padded to, so that few programs are compiled."""
     if length > MAX_PIECE:
         return -(-length // MAX_PIECE) * MAX_PIECE
     return max(_MIN_PIECE, 1 << (length - 1).bit_length())
 
 
-def read_prompts(
-    graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Ids], state: RWKV7State
-) -> Progress:
-    """Reads prompts; arguments as of `read_in_pieces`."""
-    *_, progress = read_in_pieces(graphdef, params, prompts, state)
+def read_prompts(weights: DecodingWeights, prompts: Sequence[Ids], state: RWKV7State) -> Progress:
+    """Reads whole prompts. The arguments are those of `read_in_pieces`."""
+    *_, progress = read_in_pieces(weights, prompts, state)
     assert progress is not None
     return progress
 
 
 def read_in_pieces(
-    graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Ids], state: RWKV7State
+    weights: DecodingWeights, prompts: Sequence[Ids], state: RWKV7State
 ) -> Iterator[Progress | None]:
-    """Reads prompts, which end at the same place and so have their padding on the left.
+    """Reads prompts piece by piece. Padding is on the left, so that all prompts end together.
 
     Args:
-      graphdef: of the model.
-      params: of the model.
-      prompts: B, one of them not empty. A row without tokens is padding, and its state rests.
-      state: that they continue from.
+      weights: the model.
+      prompts: B sequences of ids, at least one of them not empty. An empty sequence is a row of
+        padding, and its state does not change.
+      state: the state of B rows that the prompts continue from.
 
     Yields:
-      None after each piece but the last, then the progress.
+      None after each piece except the last, and the progress after the last.
     """
     length = padded_length(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -164,54 +162,50 @@ def read_in_pieces(
 
     for start in range(0, length, MAX_PIECE):
         piece = slice(start, start + MAX_PIECE)
-        logits, state = read_piece(graphdef, params, tokens[:, piece], segment_ids[:, piece], state)
-        yield None if start + MAX_PIECE < length else _progress(state, logits)
+        logits, state = read_piece(weights, tokens[:, piece], segment_ids[:, piece], state)
+        yield None if start + MAX_PIECE < length else _before_first_token(state, logits)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def read_piece(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    weights: DecodingWeights,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     state: RWKV7State,
 ) -> tuple[Float[Array, "B vocab"], RWKV7State]:
-    """Logits after the last token only, and the new state."""
-    model = nnx.merge(graphdef, params)
+    """Returns the logits after the last token only, and the new state."""
+    model = weights.model()
     hidden, state = model.hidden(tokens, state, segment_ids)
     return model.logits(hidden[:, -1:])[:, 0], state
 
 
 @functools.partial(
     jax.jit,
-    static_argnums=0,
     static_argnames=("block_size", "implementation"),
     donate_argnames="progress",
 )
 def decode_block(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    weights: DecodingWeights,
     settings: RowSettings,
     progress: Progress,
     *,
     block_size: int,
     implementation: str | None = None,
 ) -> tuple[Progress, Int[Array, "B block"]]:
-    """Generates up to `block_size` tokens in each row: those of a row that ends are fewer.
+    """Generates up to `block_size` tokens in each row. A row that ends gets fewer.
 
     Args:
-      graphdef: of the model.
-      params: of the model.
-      settings: of the rows.
-      progress: is used up; its buffers are those of the new progress.
+      weights: the model.
+      settings: settings of the B rows.
+      progress: progress of the B rows. It is donated: the result takes over its buffers.
       block_size: number of tokens.
-      implementation: of `RWKV7.decode`.
+      implementation: implementation of `RWKV7.decode`.
 
     Returns:
-      The new progress, and `[B, block_size]` int32 tokens, `NO_TOKEN` after the end of a sequence.
+      The new progress, and `[B, block_size]` int32 tokens with `NO_TOKEN` after the end of a
+      sequence.
     """
-    model = nnx.merge(graphdef, params)
-    weights = None if implementation == "xla" else model.layer_weights()
+    model = weights.model()
 
     def step(progress: Progress, _: None) -> tuple[Progress, Int[Array, " B"]]:
         keys = jax.vmap(jax.random.fold_in)(settings.keys, progress.lengths)
@@ -219,9 +213,7 @@ def decode_block(
         is_stop = (token[:, None] == settings.stop_tokens).any(axis=-1)
         stopped = progress.stopped | is_stop | (progress.lengths >= settings.limits)
         read = jnp.where(stopped, 0, token)
-        hidden, state = model.decode(
-            read, progress.state, ~stopped, weights=weights, implementation=implementation
-        )
+        hidden, state = model.decode(read, progress.state, ~stopped, implementation=implementation)
         progress = Progress(
             state=state,
             logits=model.logits(hidden[:, None])[:, 0],
@@ -236,34 +228,32 @@ def decode_block(
 
 
 def lower_decode_block(
-    config: RWKV7Config,
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    weights: DecodingWeights,
     settings: RowSettings,
     *,
     block_size: int,
     implementation: str | None = None,
 ) -> jax.stages.Lowered:
-    """`decode_block`, ready to be compiled: calls find what has been. Arguments as of that."""
-    progress = jax.eval_shape(functools.partial(init_progress, config, len(settings.limits)))
+    """Lowers `decode_block`. Once the result is compiled, `decode_block` compiles nothing.
+
+    The arguments are those of `decode_block`.
+    """
+    batch_size = len(settings.limits)
+    progress = jax.eval_shape(lambda: init_progress(weights.config, batch_size))
     return decode_block.lower(
-        graphdef,
-        params,
-        settings,
-        progress,
-        block_size=block_size,
-        implementation=implementation,
+        weights, settings, progress, block_size=block_size, implementation=implementation
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def place_rows(progress: Progress, new: Progress, rows: Int[Array, " n"]) -> Progress:
-    """Overwrites some rows of a batch.
+    """Replaces some rows of a batch.
 
     Args:
-      progress: of B rows, is used up.
-      new: of n rows.
-      rows: where each of them belongs; those with B or more belong nowhere.
+      progress: progress of B rows. It is donated.
+      new: progress of n rows.
+      rows: `[n]` integers, the place of each new row in the batch. A new row whose place is B or
+        more is dropped.
     """
 
     def place(old: Array, value: Array) -> Array:

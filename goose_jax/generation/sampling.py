@@ -1,7 +1,7 @@
-"""From logits to the next token, as the official `rwkv` package samples.
+"""Draws the next token from logits, as the official `rwkv` package does.
 
-The order of operations differs from that of most libraries: softmax first, then top-p, then top-k
-and only then the temperature, as a power of the probabilities that are left.
+The order of operations differs from most libraries: first softmax, then top-p, then top-k, and only
+then the temperature, as a power of the probabilities that are left.
 """
 
 import dataclasses
@@ -29,28 +29,28 @@ _RANGES = (
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn; the defaults draw from the model's own distribution.
+    """How the next token is drawn. The defaults draw from the model's own distribution.
 
-    An instance is a pytree whose leaves are the six numbers: as an argument of a jitted function it
-    is traced, and other numbers do not compile anew. Only the two facts `greedy` and `filters` are
-    static, because greedy decoding needs no random numbers and sorting the vocabulary costs time.
-    `stack_sampling` gives the rows of a batch settings of their own.
+    An instance is a pytree with the six numbers as leaves, so that a jitted function which takes it
+    as an argument is not compiled anew for other numbers. Only `greedy` and `filters` are static:
+    greedy decoding needs no random numbers, and sorting the vocabulary for filters costs time.
+    `stack_sampling` makes an instance with different settings for each row of a batch.
 
     Attributes:
-      temperature: the probabilities that are left are raised to the power 1 / temperature; 0 is
-        greedy decoding (the most probable token, of equal ones that with the lowest id).
-      top_k: only the `top_k` most probable tokens are left (of equal ones those with lower ids); 0
-        switches this off.
-      top_p: going down the sorted probabilities, their sum reaches `top_p` at some token; tokens
-        less probable than that one are dropped. 1 switches this off.
-      presence_penalty: subtracted from the logit of every token that was generated before.
-      frequency_penalty: subtracted from a token's logit times its (decayed) count.
-      penalty_decay: all counts are multiplied by this before a new token is counted.
-      greedy: whether `temperature` is 0; not an argument.
-      filters: whether `top_k` or `top_p` is on; not an argument.
+      temperature: 0 always takes the most probable token (the lowest id of equal ones). Otherwise
+        the probabilities that filters leave are raised to the power 1 / temperature: higher values
+        give more varied text.
+      top_k: draw from this many of the most probable tokens only (lower ids first among equal
+        ones); 0 is off.
+      top_p: draw from the most probable tokens that together reach this probability, and from
+        tokens as probable as the last of them; 1 is off.
+      presence_penalty: subtracted from the logit of each token that was generated before.
+      frequency_penalty: subtracted from a token's logit, times the number of times that the token
+        was generated.
+      penalty_decay: each new token multiplies these numbers by this factor.
 
     Raises:
-      ValueError: naming the argument that is not a number within its range.
+      ValueError: if a value is not a number in its range. The message names it.
     """
 
     temperature: float = 1.0
@@ -59,11 +59,13 @@ class SamplingConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
-    greedy: bool = dataclasses.field(init=False, repr=False)
-    filters: bool = dataclasses.field(init=False, repr=False)
+
+    # Not fields: `__post_init__` derives them from the fields and sets them on the instance.
+    _greedy = False
+    _filters = False
 
     def __post_init__(self) -> None:
-        """Checks the numbers and makes their types the same for all instances."""
+        # All instances get the same types, so that they can be leaves of the same program.
         for name, low, high in _RANGES:
             _set(self, name, _check_number(name, getattr(self, name), low, high))
         if 0 < self.temperature < 1e-30:  # whose reciprocal could overflow
@@ -71,39 +73,48 @@ class SamplingConfig:
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
             raise ValueError(f"top_k must be an integer, got {self.top_k!r}")
         _set(self, "top_k", int(_check_number("top_k", self.top_k, 0, _INT32_MAX)))
-        _set(self, "greedy", self.temperature == 0)
-        _set(self, "filters", self.top_k > 0 or self.top_p < 1)
+        _set(self, "_greedy", self.temperature == 0)
+        _set(self, "_filters", self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether `temperature` is 0 in all rows."""
+        return self._greedy
+
+    @property
+    def filters(self) -> bool:
+        """Whether `top_k` or `top_p` is on in any row that is not greedy."""
+        return self._filters
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[bool, bool]]:
-        """The numbers, which are traced, and the static facts."""
+        """Returns the six numbers as leaves, and the two static facts."""
         return tuple(getattr(self, name) for name in _NUMBERS), (self.greedy, self.filters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[bool, bool], leaves: tuple[Any, ...]) -> Self:
-        """The config of possibly traced numbers, which cannot be checked again."""
+        """Makes an instance of numbers that may be traced, and therefore cannot be checked."""
         config = object.__new__(cls)
-        names = (*_NUMBERS, "greedy", "filters")
+        names = (*_NUMBERS, "_greedy", "_filters")
         for name, value in zip(names, (*leaves, *static), strict=True):
             _set(config, name, value)
         return config
 
 
-_NUMBERS = tuple(field.name for field in dataclasses.fields(SamplingConfig) if field.init)
+_NUMBERS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
 def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
-    """The settings of a batch each of whose rows has its own.
+    """Combines the settings of the rows of a batch.
 
     Args:
       configs: B settings, one for each row.
 
     Returns:
-      Settings whose numbers are arrays `[B]`, for the functions of this module. They are `greedy`
-      if all rows are, and have `filters` if any row needs them: a greedy row needs none.
+      Settings whose numbers are arrays `[B]`, for the functions of this module.
 
     Raises:
-      TypeError: if one of them is something else.
-      ValueError: if there is none.
+      TypeError: if one of `configs` is not a `SamplingConfig`.
+      ValueError: if `configs` is empty.
     """
     if not len(configs):
         raise ValueError(f"configs must hold at least one SamplingConfig, got {configs!r}")
@@ -116,7 +127,7 @@ def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
 
 
 def check_sampling(name: str, value: Any) -> None:
-    """Raises a TypeError if a value is no `SamplingConfig`."""
+    """Raises a TypeError if a value is not a `SamplingConfig`."""
     if not isinstance(value, SamplingConfig):
         raise TypeError(f"{name} must be a SamplingConfig, got {value!r}")
 
@@ -129,7 +140,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not low <= number <= high:  # NaN is not
+    if not low <= number <= high:  # true for NaN
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
     return number
 
@@ -137,15 +148,15 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
 def token_probabilities(
     logits: Float[Array, "B V"], counts: Float[Array, "B V"], config: SamplingConfig
 ) -> Float[Array, "B V"]:
-    """The distribution that `sample_token` draws from.
+    """Returns the distribution that `sample_token` draws from.
 
     Args:
-      logits: `[B, V]`, the model's output for the next token; V is the vocabulary.
-      counts: `[B, V]`, decayed counts of the tokens generated so far (see `count_token`).
-      config: what to do with them; of all rows, or stacked, of each row.
+      logits: `[B, V]`, logits of the next token, where V is the size of the vocabulary.
+      counts: `[B, V]`, decayed counts of the tokens generated so far, as `count_token` keeps them.
+      config: settings for all rows, or settings from `stack_sampling` for each row.
 
     Returns:
-      `[B, V]` in fp32 (float64 for float64 logits), zero for tokens that cannot be drawn.
+      `[B, V]` float32 (float64 for float64 logits), zero for tokens that cannot be drawn.
     """
     logits = _penalized(logits, counts, config)
     most_probable = jax.nn.one_hot(
@@ -167,9 +178,9 @@ def sample_token(
 
     Args:
       keys: `[B]` random keys; unused if `config.greedy`.
-      logits: `[B, V]`.
-      counts: `[B, V]`.
-      config: of all rows, or stacked, of each row.
+      logits: `[B, V]`, logits of the next token.
+      counts: `[B, V]`, decayed counts of the tokens generated so far, as `count_token` keeps them.
+      config: settings for all rows, or settings from `stack_sampling` for each row.
 
     Returns:
       `[B]` int32 token ids.
@@ -177,7 +188,7 @@ def sample_token(
     logits = _penalized(logits, counts, config)
     if config.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # A draw as of `jax.random.categorical`: the largest score. Those of a greedy row have no noise.
+    # As `jax.random.categorical` draws: the largest sum of logit and noise. No noise if greedy.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     drawn_from = _column(config.temperature, logits.dtype) > 0
     scores = jnp.where(drawn_from, _filtered(logits, config) + noise, logits)
@@ -187,9 +198,9 @@ def sample_token(
 def count_token(
     counts: Float[Array, "B V"], tokens: Int[Array, " B"], config: SamplingConfig
 ) -> Float[Array, "B V"]:
-    """Decays the counts `[B, V]` and adds the new tokens `[B]`.
+    """Decays the counts `[B, V]` of generated tokens, and counts the new tokens `[B]`.
 
-    A count never decays to 0, so that `counts > 0` remains true of every token seen.
+    A count never decays to 0, so that `counts > 0` stays true for every generated token.
     """
     decay = _column(config.penalty_decay, counts.dtype)
     decayed = jnp.where(counts > 0, jnp.maximum(counts * decay, _TINY), 0.0)
@@ -197,7 +208,7 @@ def count_token(
 
 
 def _column(numbers: Any, dtype: Any) -> Array:
-    """A number of all rows as a scalar, those of each row as `[B, 1]`."""
+    """Returns one number for all rows as a scalar, and one number for each row as `[B, 1]`."""
     array = jnp.asarray(numbers, dtype)
     return array if array.ndim == 0 else array[:, None]
 
@@ -211,9 +222,9 @@ def _penalized(
 
 
 def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits whose softmax is the distribution after top-p, top-k and temperature.
+    """Returns logits whose softmax is the distribution after top-p, top-k and temperature.
 
-    Those of a greedy row beside others mean nothing.
+    The values of greedy rows have no meaning.
     """
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
     if config.filters:
@@ -226,7 +237,7 @@ def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Arra
 
 
 def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Bool[Array, "B V"]:
-    """Which tokens top-p and top-k leave: always at least the most probable one."""
+    """Returns which tokens top-p and top-k keep: always at least the most probable one."""
     size = probabilities.shape[-1]
     token = jnp.broadcast_to(jnp.arange(size), probabilities.shape)
     # A stable sort: of equally probable tokens the one with the lower id comes first.

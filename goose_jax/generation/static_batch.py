@@ -1,23 +1,24 @@
-"""Text generation: a jitted prefill, then `lax.scan` over tokens inside one compiled program.
+"""Generates text for a batch of prompts that start together and run until the last one ends.
 
-The recurrent state has a constant size, so that the millionth token costs what the first one does.
+One compiled program reads the prompts, another one generates a block of tokens with `lax.scan`. The
+recurrent state has a constant size, so that each token costs the same, however long the text is.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
+from goose_jax.config import RWKV7Config
 from goose_jax.generation.decoding import (
     NO_TOKEN,
     Progress,
+    RowSettings,
     decode_block,
     lower_decode_block,
     read_prompts,
@@ -25,32 +26,34 @@ from goose_jax.generation.decoding import (
 )
 from goose_jax.generation.sampling import SamplingConfig
 from goose_jax.generation.validation import (
+    Ids,
     check_ids,
     check_max_new_tokens,
     check_prompts,
     check_seeds,
 )
-from goose_jax.nn.model import RWKV7
+from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State, check_state, init_state
 from pallas_kernels.validation import check_positive
 
 PADDING = 0
-"""Stands after the last token of a sequence that has stopped."""
+"""Fills `Generation.tokens` after the end of a sequence."""
 
 _COMPILED: set[Hashable] = set()
-"""What is static in programs of `decode_block` that `generate` has compiled."""
+"""The static arguments of the programs of `decode_block` that `generate` has compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-      tokens: `[B, max_new_tokens]` int32, the new tokens; `PADDING` after the end of a sequence.
-      lengths: `[B]` int32, how many of a row's tokens are real; less than `max_new_tokens` if the
-        sequence met a stop token or the callback ended the generation.
-      state: the recurrent state after each row's prompt and new tokens, all of them read: hand it
-        to `generate` with what comes next in the text.
+      tokens: `[B, max_new_tokens]` int32, the new tokens, with `PADDING` after the end of a
+        sequence.
+      lengths: `[B]` int32, number of new tokens in each row. It is less than `max_new_tokens` if
+        the row met a stop token or the callback ended the generation.
+      state: recurrent state after the prompt and all new tokens of each row. Pass it to `generate`
+        together with the text that comes next.
     """
 
     tokens: Int[np.ndarray, "B new"]
@@ -66,7 +69,7 @@ class Generation:
 
 
 def generate(
-    model: RWKV7,
+    model: RWKV7 | DecodingWeights,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -80,38 +83,38 @@ def generate(
 ) -> Generation:
     """Continues prompts, one in each row of a batch.
 
-    Two programs are compiled for each batch size: one reads prompts (for each of a few lengths that
-    prompts are padded to, 16 to 2048 in powers of two; longer prompts are read in pieces), one
-    generates `block_size` tokens. Later calls use them again, whatever the parameters, prompts,
-    seeds and numbers in `sampling` are.
+    Two programs are compiled for each batch size. One reads prompts, and is compiled for each
+    padded length (powers of two from 16 to 2048; longer prompts are read in pieces). The other one
+    generates `block_size` tokens. Later calls reuse them for other parameters, prompts, seeds and
+    numbers in `sampling`.
 
-    The device does not wait for Python: a block is under way while the tokens of the one before it
-    come to the host and the callback is called.
+    The device does not wait for Python: it computes the next block while the tokens of one block
+    are copied to the host and passed to the callback.
 
-    Each token is drawn with a key made of the row's seed and the token's position, so that a row's
-    tokens depend neither on the other rows nor on `block_size` nor on `on_tokens`.
+    Each token is drawn with a key made of the seed of its row and its position. The tokens of a row
+    therefore depend neither on other rows nor on `block_size` nor on `on_tokens`.
 
     Args:
-      model: its parameters are passed to the compiled programs as arguments. It is fastest if
-        `param_dtype` is `compute_dtype`, because every token reads all parameters.
-      prompts: B sequences of token ids, each with one at least; their lengths may differ.
-      max_new_tokens: the most tokens that are generated in each row.
-      sampling: how tokens are drawn; None draws from the model's distribution unchanged.
-      stop_tokens: a sequence ends before the first of these; the stop token is neither returned nor
-        read by the state. The generation ends when all sequences have.
-      seed: in 0..2**32-1; gives each row its own random numbers. Or one for each row: then a row's
-        tokens do not depend on its place in the batch either (the first row with seed s equals
-        any row with its own seed s).
-      state: the state that a row's prompt continues from, as `Generation.state` gives it; None is
-        the start of a text. Penalties count the tokens of this call only.
+      model: the model. Its matrices are cast to the compute dtype once per call, if they have
+        another dtype. For many calls pass `prepare_decoding(model)`, which does this once for all.
+      prompts: B sequences of token ids, each with at least one. Their lengths may differ.
+      max_new_tokens: maximum number of new tokens in each row.
+      sampling: how tokens are drawn. None draws from the model's distribution unchanged.
+      stop_tokens: a sequence ends before the first of these tokens. The stop token is neither
+        returned nor read by the state. The generation ends when all sequences have ended.
+      seed: integer in 0..2**32-1, from which each row gets random numbers of its own. Or a sequence
+        of B such integers; a row's tokens then do not depend on its place in the batch (they equal
+        those of the first row of a batch with that seed).
+      state: recurrent state that the prompts continue from, such as `Generation.state`. None is the
+        start of a text. Penalties count only the tokens of this call.
       on_tokens: called after each block with the new tokens of each row, a list of B integer arrays
-        (empty for a row that has stopped). If it returns True the generation ends there.
-      block_size: number of tokens that are generated between two returns to Python.
-      implementation: of the step that reads a new token, as for `RWKV7.decode`.
+        (empty for a row that has ended). The generation ends if it returns True.
+      block_size: number of tokens that are generated before control returns to Python.
+      implementation: implementation of the decoding step, a name that `RWKV7.decode` accepts.
 
     Raises:
-      TypeError: if `state` or `sampling` is something else.
-      ValueError: naming the argument that is out of range.
+      TypeError: if `state` or `sampling` has the wrong type.
+      ValueError: if an argument is out of range. The message names the argument.
       NotImplementedError: if a named implementation does not serve this model or device.
 
     Example:
@@ -125,92 +128,94 @@ def generate(
         raise TypeError(f"sampling must be None or a SamplingConfig, got {sampling!r}")
     check_max_new_tokens(max_new_tokens)
     check_positive("block_size", block_size)
-    vocab_size = model.config.vocab_size
-    rows = check_prompts(prompts, vocab_size)
-    stops = check_ids("stop_tokens", stop_tokens, vocab_size)
+    config = model.config
+    rows = check_prompts(prompts, config.vocab_size)
+    stops = check_ids("stop_tokens", stop_tokens, config.vocab_size)
     settings = row_settings(
         seeds=check_seeds(seed, len(rows)),
         sampling=[sampling] * len(rows),
         stop_tokens=[stops] * len(rows),
         limits=[max_new_tokens] * len(rows),
     )
-    graphdef, params = nnx.split(model)
-    state = _initial_state(state, model, len(rows))
-    arguments = (graphdef, params, settings)
-    static: dict[str, Any] = {"block_size": block_size, "implementation": implementation}
-    program = (graphdef, len(rows), block_size, implementation)
-    if program in _COMPILED:
-        progress = read_prompts(graphdef, params, rows, state)
-    else:
-        lowered = lower_decode_block(model.config, *arguments, **static)
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            compiled = thread.submit(lowered.compile)  # meanwhile the other program is compiled
-            progress = read_prompts(graphdef, params, rows, state)
-            compiled.result()
-        _COMPILED.add(program)
+    state = _initial_state(state, config, len(rows))
+    weights = prepare_decoding(model)
+    progress = _read_and_compile(weights, rows, state, settings, block_size, implementation)
     blocks: Iterable[_Block] = _dispatch_blocks(
-        functools.partial(decode_block, *arguments, **static),
+        functools.partial(
+            decode_block, weights, settings, block_size=block_size, implementation=implementation
+        ),
         progress,
         num_blocks=-(-max_new_tokens // block_size),
         keep_states=on_tokens is not None,
     )
     if on_tokens is None and not stops.size:
-        blocks = list(blocks)  # nothing can end it early, so that nothing is waited for
-
-    tokens = np.full((len(rows), max_new_tokens), PADDING, np.int32)
-    lengths = np.zeros(len(rows), np.int32)
-    for i, (block, next_block) in enumerate(_with_next(blocks)):
-        new = np.asarray(block.tokens)[:, : max_new_tokens - i * block_size]
-        is_token = new != NO_TOKEN
-        columns = slice(i * block_size, i * block_size + new.shape[1])
-        tokens[:, columns] = np.where(is_token, new, PADDING)
-        lengths += is_token.sum(axis=1, dtype=np.int32)
-        if on_tokens is not None:
-            of_rows = zip(new, is_token, strict=True)
-            if on_tokens([row[kept] for row, kept in of_rows]):
-                return Generation(tokens, lengths, block.state)
-        state = next_block.state
-        if (~is_token).any(axis=1).all():  # all rows have ended: the next block changes nothing
-            break
-    return Generation(tokens, lengths, state)
+        blocks = list(blocks)  # nothing can end the generation early, so nothing needs waiting for
+    return _collect(blocks, len(rows), max_new_tokens, on_tokens)
 
 
 def prefill(
-    model: RWKV7, prompts: Sequence[Sequence[int]], *, state: RWKV7State | None = None
+    model: RWKV7 | DecodingWeights,
+    prompts: Sequence[Sequence[int]],
+    *,
+    state: RWKV7State | None = None,
 ) -> RWKV7State:
-    """Reads tokens without generating any, with the program that `generate` reads prompts with.
+    """Reads prompts without generating tokens, with the compiled program that `generate` uses.
 
     Args:
-      model: as for `generate`.
-      prompts: B sequences of token ids, each with one at least; their lengths may differ.
-      state: the state they continue from; None is the start of a text.
+      model: the model, or `prepare_decoding(model)`.
+      prompts: B sequences of token ids, each with at least one. Their lengths may differ.
+      state: recurrent state that the prompts continue from. None is the start of a text.
 
     Returns:
-      The state after all tokens, from which `generate` can go on.
+      The state after all tokens, from which `generate` can continue.
 
     Raises:
-      TypeError: if `state` is something else.
-      ValueError: naming the argument that is out of range.
+      TypeError: if `state` has the wrong type.
+      ValueError: if an argument is out of range. The message names the argument.
     """
-    rows = check_prompts(prompts, model.config.vocab_size)
-    graphdef, params = nnx.split(model)
-    return read_prompts(graphdef, params, rows, _initial_state(state, model, len(rows))).state
+    config = model.config
+    rows = check_prompts(prompts, config.vocab_size)
+    state = _initial_state(state, config, len(rows))
+    return read_prompts(prepare_decoding(model), rows, state).state
 
 
-def _initial_state(state: RWKV7State | None, model: RWKV7, batch_size: int) -> RWKV7State:
+def _initial_state(state: RWKV7State | None, config: RWKV7Config, batch_size: int) -> RWKV7State:
     if state is None:
-        return init_state(model.config, batch_size)
-    check_state(state, model.config, batch_size)
+        return init_state(config, batch_size)
+    check_state(state, config, batch_size)
     return state
+
+
+def _read_and_compile(
+    weights: DecodingWeights,
+    prompts: Sequence[Ids],
+    state: RWKV7State,
+    settings: RowSettings,
+    block_size: int,
+    implementation: str | None,
+) -> Progress:
+    """Reads prompts. At the first call, `decode_block` is compiled in another thread meanwhile."""
+    program = (weights.graphdef, len(prompts), block_size, implementation)
+    if program in _COMPILED:
+        return read_prompts(weights, prompts, state)
+    lowered = lower_decode_block(
+        weights, settings, block_size=block_size, implementation=implementation
+    )
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        compiled = thread.submit(lowered.compile)
+        progress = read_prompts(weights, prompts, state)
+        compiled.result()
+    _COMPILED.add(program)
+    return progress
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """A block that has been dispatched; its arrays may still be computed.
+    """A block that has been dispatched. Its arrays may not be computed yet.
 
     Attributes:
-      tokens: `[B, block]` int32, `NO_TOKEN` after the end of a sequence.
-      state: after these tokens.
+      tokens: `[B, block]` int32, with `NO_TOKEN` after the end of a sequence.
+      state: recurrent state after these tokens.
     """
 
     tokens: Int[Array, "B block"]
@@ -227,11 +232,11 @@ def _dispatch_blocks(
     """Dispatches one block after the other, without waiting for any.
 
     Args:
-      decode: uses the progress up that it is given.
-      progress: before the first block.
-      num_blocks: how many.
-      keep_states: whether the state of a block is needed when the next one has been dispatched,
-        which would take its buffers.
+      decode: generates a block; the progress that it is given is donated.
+      progress: progress before the first block.
+      num_blocks: number of blocks.
+      keep_states: whether the state of a block is still needed after the next block has been
+        dispatched. If so it is copied, because the next block takes over its buffers.
     """
     for _ in range(num_blocks):
         progress, tokens = decode(progress)
@@ -240,8 +245,34 @@ def _dispatch_blocks(
         yield _Block(tokens, state)
 
 
+def _collect(
+    blocks: Iterable[_Block],
+    batch_size: int,
+    max_new_tokens: int,
+    on_tokens: Callable[[list[np.ndarray]], bool | None] | None,
+) -> Generation:
+    """Waits for the blocks, one after the other, and puts their tokens together."""
+    tokens = np.full((batch_size, max_new_tokens), PADDING, np.int32)
+    lengths = np.zeros(batch_size, np.int32)
+    begin = 0
+    for block, next_block in _with_next(blocks):
+        new = np.asarray(block.tokens)[:, : max_new_tokens - begin]
+        is_token = new != NO_TOKEN
+        tokens[:, begin : begin + new.shape[1]] = np.where(is_token, new, PADDING)
+        lengths += is_token.sum(axis=1, dtype=np.int32)
+        begin += new.shape[1]
+        if on_tokens is not None:
+            of_rows = zip(new, is_token, strict=True)
+            if on_tokens([row[kept] for row, kept in of_rows]):
+                return Generation(tokens, lengths, block.state)
+        state = next_block.state
+        if (~is_token).any(axis=1).all():  # all rows have ended: the next block changes nothing
+            break
+    return Generation(tokens, lengths, state)
+
+
 def _with_next[T](items: Iterable[T]) -> Iterator[tuple[T, T]]:
-    """Each item with the one after it, which is made first; the last one with itself."""
+    """Yields pairs of an item and its successor. The last item is its own successor."""
     iterator = iter(items)
     item = next(iterator)
     for following in iterator:

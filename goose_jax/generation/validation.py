@@ -1,4 +1,4 @@
-"""Checks of what a user asks to be generated."""
+"""Checks the arguments of requests for generated text."""
 
 import numbers
 from typing import Any
@@ -10,15 +10,15 @@ from pallas_kernels.validation import check_positive
 
 type Ids = Int[np.ndarray, " T"]
 
-_SEEDS = 2**32
+SEEDS = 2**32
 _MAX_LENGTH = 2**31 - 1  # lengths are int32
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> Ids:
-    """Token ids as an int32 array.
+    """Converts token ids to an int32 array.
 
     Raises:
-      ValueError: if they are something else, or out of the vocabulary; the message begins with
+      ValueError: if `ids` is not a sequence of integers in 0..vocab_size-1. The message begins with
         `name`.
     """
     if isinstance(ids, (str, bytes)):
@@ -35,7 +35,11 @@ def check_ids(name: str, ids: Any, vocab_size: int) -> Ids:
 
 
 def check_prompt(name: str, prompt: Any, vocab_size: int) -> Ids:
-    """Like `check_ids`, of one token at least."""
+    """Converts at least one token id to an int32 array.
+
+    Raises:
+      ValueError: if `prompt` is not a sequence of at least one id.
+    """
     ids = check_ids(name, prompt, vocab_size)
     if not ids.size:
         raise ValueError(f"{name} must hold at least one token, got {prompt!r}")
@@ -43,28 +47,36 @@ def check_prompt(name: str, prompt: Any, vocab_size: int) -> Ids:
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> list[Ids]:
-    """The prompts of a batch, one at least."""
+    """Converts the prompts of a batch to int32 arrays.
+
+    Raises:
+      ValueError: if `prompts` is empty, or one of them is not a sequence of at least one id.
+    """
     if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or not len(prompts):
         raise ValueError(f"prompts must be a list of lists of token ids, got {prompts!r}")
     return [check_prompt(f"prompts[{i}]", row, vocab_size) for i, row in enumerate(prompts)]
 
 
 def check_max_new_tokens(value: Any) -> None:
-    """Checks the most tokens that shall be generated."""
+    """Checks that a maximum number of new tokens is a positive int32."""
     check_positive("max_new_tokens", value)
     if value > _MAX_LENGTH:
         raise ValueError(f"max_new_tokens must be less than 2**31, got {value!r}")
 
 
 def check_seed(seed: Any) -> int:
-    """A seed of one row."""
-    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < _SEEDS:
+    """Checks that a seed is an unsigned 32-bit integer, and returns it."""
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < SEEDS:
         raise ValueError(f"seed must lie in 0..2**32-1, got {seed!r}")
     return int(seed)
 
 
 def check_seeds(seed: Any, batch_size: int) -> list[tuple[int, int]]:
-    """For each row its seed, and the number that tells apart rows that share one seed."""
+    """Checks the seed or seeds of a batch.
+
+    Returns:
+      For each row its seed, and a number that differs between rows which share one seed.
+    """
     if not hasattr(seed, "__len__"):
         return [(check_seed(seed), row) for row in range(batch_size)]
     if len(seed) != batch_size:

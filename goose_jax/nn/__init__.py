@@ -2,8 +2,18 @@
 
 from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.channel_mix import ChannelMix
+from goose_jax.nn.decoding_weights import DecodingWeights, prepare_decoding
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.model import RWKV7
 from goose_jax.nn.time_mix import TimeMix
 
-__all__ = ["RWKV7", "Block", "BlockState", "ChannelMix", "LayerNorm", "TimeMix"]
+__all__ = [
+    "RWKV7",
+    "Block",
+    "BlockState",
+    "ChannelMix",
+    "DecodingWeights",
+    "LayerNorm",
+    "TimeMix",
+    "prepare_decoding",
+]

@@ -24,6 +24,22 @@ from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]
 
+_PATHS_OF_OTHER_NAMES = {
+    "time_norm_scale": ("time_mix_norm", "scale"),
+    "time_norm_bias": ("time_mix_norm", "bias"),
+    "time_shift_mix": ("time_mix", "shift_mix"),
+    "channel_norm_scale": ("channel_mix_norm", "scale"),
+    "channel_norm_bias": ("channel_mix_norm", "bias"),
+    "channel_shift_mix": ("channel_mix", "shift_mix"),
+    "channel_key": ("channel_mix", "key"),
+    "channel_value": ("channel_mix", "value"),
+}
+LAYER_WEIGHT_PATHS = {
+    field.name: _PATHS_OF_OTHER_NAMES.get(field.name, ("time_mix", field.name))
+    for field in dataclasses.fields(LayerWeights)
+}
+"""For each field of `LayerWeights` the module of `RWKV7.blocks` and its parameter."""
+
 
 class RWKV7(nnx.Module):
     """The RWKV-7 language model.
@@ -112,30 +128,16 @@ class RWKV7(nnx.Module):
         return self.final_norm(x), state
 
     def layer_weights(self) -> LayerWeights:
-        """The parameters of the blocks by the names that `pallas_kernels.decode_layers` gives them.
+        """Returns the parameters of the blocks under the names of `pallas_kernels.decode_layers`.
 
-        In the compute dtype what activations are multiplied with as matrices; the others as they
-        are stored.
+        Matrices are cast to the compute dtype, and the ranks of low-rank matrices are padded with
+        zeros. Other parameters are returned as they are stored.
         """
-        blocks = self.blocks
-        time, channel = blocks.time_mix, blocks.channel_mix
-        named = {
-            "time_norm_scale": blocks.time_mix_norm.scale,
-            "time_norm_bias": blocks.time_mix_norm.bias,
-            "time_shift_mix": time.shift_mix,
-            "channel_norm_scale": blocks.channel_mix_norm.scale,
-            "channel_norm_bias": blocks.channel_mix_norm.bias,
-            "channel_shift_mix": channel.shift_mix,
-            "channel_key": channel.key,
-            "channel_value": channel.value,
-        }
-        fields = [field.name for field in dataclasses.fields(LayerWeights)]
-        named |= {name: getattr(time, name) for name in fields if name not in named}
         dtype = self.config.compute_dtype
-        values = {
-            name: value[...].astype(dtype) if name in MATRICES else value[...]
-            for name, value in named.items()
-        }
+        values = {}
+        for name, (module, parameter) in LAYER_WEIGHT_PATHS.items():
+            value = getattr(getattr(self.blocks, module), parameter)[...]
+            values[name] = value.astype(dtype) if name in MATRICES else value
         return LayerWeights(**values).with_padded_ranks()
 
     def decode(
@@ -144,17 +146,18 @@ class RWKV7(nnx.Module):
         state: RWKV7State,
         active: Bool[Array, " B"] | None = None,
         *,
-        weights: LayerWeights | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "B C"], RWKV7State]:
-        """Reads one token of each row: `hidden`, for decoding.
+        """Reads one token of each row, as `hidden` does.
+
+        In a loop over tokens, use the model of `prepare_decoding(model)`: it has its matrices in
+        the compute dtype, so that no step casts them.
 
         Args:
           tokens: `[B]` integers.
           state: of the text before, as for `hidden`.
           active: `[B]`, false for rows whose state is to stay as it is; what is returned for them
             means nothing. None means all rows.
-          weights: what `layer_weights` returns; in a loop over tokens, call it once before.
           implementation: "mosaic_gpu" or "reference", those of `pallas_kernels.decode_layers`;
             "xla", the modules. None takes the first of "mosaic_gpu" and "xla" that serves the call.
 
@@ -172,16 +175,13 @@ class RWKV7(nnx.Module):
             "xla": self._decode_by_modules,
             "reference": functools.partial(self._decode_by_layers, "reference"),
         }
-        return dispatch(
-            "decode", implementations, implementation, tokens[:, None], state, active, weights
-        )
+        return dispatch("decode", implementations, implementation, tokens[:, None], state, active)
 
     def _decode_by_modules(
         self,
         tokens: TokenIds,
         state: RWKV7State,
         active: Bool[Array, " B"] | None,
-        _weights: LayerWeights | None,
     ) -> tuple[Float[Array, "B C"], RWKV7State]:
         # To the modules a row that rests is padding.
         segment_ids = None if active is None else active.astype(jnp.int32)[:, None]
@@ -194,7 +194,6 @@ class RWKV7(nnx.Module):
         tokens: TokenIds,
         state: RWKV7State,
         active: Bool[Array, " B"] | None,
-        weights: LayerWeights | None,
     ) -> tuple[Float[Array, "B C"], RWKV7State]:
         self._check(tokens, state, None)
         x, *new = decode_layers(
@@ -202,7 +201,7 @@ class RWKV7(nnx.Module):
             state.time_shift,
             state.wkv,
             state.channel_shift,
-            self.layer_weights() if weights is None else weights,
+            self.layer_weights(),
             active=active,
             norm_eps=self.config.norm_eps,
             head_norm_eps=self.config.head_norm_eps,

@@ -1,4 +1,5 @@
 import codecs
+import dataclasses
 import io
 import os
 import pty
@@ -17,21 +18,22 @@ import safetensors.numpy
 from flax import nnx
 
 from goose_jax.chat import ChatSession, Conversation, ReplySettings, load_chat, save_chat
+from goose_jax.chat import session as session_module
 from goose_jax.chat.prompt import clean, next_turn, think_prefix
-from goose_jax.chat.session import _ReplyWriter
 from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.cli import chat as chat_module
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import prefill
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, DecodingWeights
 from goose_jax.text import ByteTokenizer, get_tokenizer
 from tests.helpers import relative_rms
 
 # One id for each printable character, so that any reply is read again as the same tokens.
 VOCABULARY = {1: "\n"} | {i: chr(30 + i) for i in range(2, 97)}
 CONFIG = RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1, compute_dtype="float32")
-SHORT = ReplySettings(max_new_tokens=8, temperature=0)
+GREEDY = dataclasses.replace(ReplySettings().sampling, temperature=0)
+SHORT = ReplySettings(max_new_tokens=8, sampling=GREEDY)
 TOLERANCE = 1e-5  # token by token against in parallel, fp32; measured 4.6e-7
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -100,14 +102,15 @@ def test_turns_are_separated_by_one_blank_line():
 
 
 def test_each_turn_reads_what_is_new(model, tokenizer, monkeypatch):
-    read = []
+    read, used = [], []
 
-    def noted(model, prompts, **settings):
+    def noted(weights, prompts, **settings):
         read.append(tokenizer.decode(prompts[0]))
-        return generate(model, prompts, **settings)
+        used.append(weights)
+        return generate(weights, prompts, **settings)
 
-    generate = sys.modules["goose_jax.chat.session"].generate
-    monkeypatch.setattr("goose_jax.chat.session.generate", noted)
+    generate = session_module.generate
+    monkeypatch.setattr(session_module, "generate", noted)
     session = ChatSession(model, tokenizer, SHORT)
     text = ""
     for message in ("Hi", "Why?", "So"):
@@ -117,13 +120,16 @@ def test_each_turn_reads_what_is_new(model, tokenizer, monkeypatch):
         assert read[-1] == next_turn(text, message)
         text += read[-1] + reply
         assert session.conversation.text == text
+    # The weights were prepared once, for all replies.
+    assert isinstance(used[0], DecodingWeights)
+    assert used == [used[0]] * 3
     check_state(session.conversation, model, tokenizer)
 
 
 def test_the_state_knows_nothing_beyond_a_stop_text(model, tokenizer):
     reply = say(ChatSession(model, tokenizer, SHORT), "Hi")[1]
     session = ChatSession(model, tokenizer, SHORT)
-    session.settings = ReplySettings(**vars(SHORT) | {"stop": ("never", reply[2:4])})
+    session.settings = dataclasses.replace(SHORT, stop=("never", reply[2:4]))
     assert say(session, "Hi") == ("end", reply[:2])
     assert session.conversation.text == f"User: Hi\n\nAssistant:{reply[:2]}"
     check_state(session.conversation, model, tokenizer)
@@ -170,7 +176,8 @@ def test_a_failed_reply_leaves_the_conversation_as_it_was(model, tokenizer):
 
 
 def test_another_reply_to_the_same_message(model, tokenizer):
-    settings = ReplySettings(max_new_tokens=8, top_p=1, seed=2**32 - 1)
+    sampling = dataclasses.replace(ReplySettings().sampling, top_p=1)
+    settings = ReplySettings(max_new_tokens=8, sampling=sampling, seed=2**32 - 1)
     session = ChatSession(model, tokenizer, settings)
     first = say(session, "Hi")[1]
     pieces = []
@@ -187,7 +194,7 @@ def test_half_a_character_is_not_part_of_a_cut_reply():
     goose = ByteTokenizer().encode("a🦢")
     for complete, expected in ((False, "a"), (True, "a\ufffd")):
         pieces = []
-        writer = _ReplyWriter(ByteTokenizer(), [], ("stop",), pieces.append)
+        writer = session_module._ReplyWriter(ByteTokenizer(), [], ("stop",), pieces.append)
         writer.push(goose[:3])
         writer.finish(complete=complete)
         assert writer.text == "".join(pieces) == expected
@@ -257,7 +264,6 @@ def test_a_conversation_of_another_model_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be in"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
         ({"seed": -1}, r"seed must lie in 0\.\.2\*\*32-1, got -1"),
         ({"stop": ("",)}, "stop must not be an empty text"),
@@ -272,7 +278,8 @@ def test_settings_change_by_name():
     settings = SHORT
     for line in ("temperature 0.5", "top_k 3", "think on", "stop END", "system Be brief."):
         settings = chat_module._changed(settings, line)
-    assert (settings.temperature, settings.top_k, settings.think) == (0.5, 3, True)
+    sampling = dataclasses.replace(GREEDY, temperature=0.5, top_k=3)
+    assert (settings.sampling, settings.think) == (sampling, True)
     assert (settings.stop, settings.system) == (("END",), "Be brief.")
     assert chat_module._changed(settings, "stop").stop == ()
     for line, message in (
@@ -289,7 +296,7 @@ def test_settings_change_by_name():
 def test_messages_may_come_through_a_pipe(
     checkpoint, vocabulary_file, model, tokenizer, capsys, monkeypatch, tmp_path
 ):
-    settings = ReplySettings(**vars(SHORT) | {"think": True})
+    settings = dataclasses.replace(SHORT, think=True)
     expected = ChatSession(model, tokenizer, settings)
     first = say(expected, "Hi")[1]
     save_chat(tmp_path / "a.chat", expected.conversation, model)

@@ -1,4 +1,3 @@
-import importlib
 import itertools
 import logging
 
@@ -7,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from goose_jax.generation import ContinuousBatch, SamplingConfig, decoding, generate, prefill
+from goose_jax.generation import (
+    ContinuousBatch,
+    SamplingConfig,
+    continuous_batch,
+    decoding,
+    generate,
+    prefill,
+)
 from goose_jax.nn import RWKV7
 from goose_jax.state import init_state, take_rows
 from tests.goose_jax.decoding import (
@@ -21,8 +27,6 @@ from tests.goose_jax.decoding import (
 )
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
-
-module = importlib.import_module("goose_jax.generation.continuous_batch")
 
 PLAIN = SamplingConfig()
 BLOCK = 4
@@ -234,8 +238,8 @@ def test_many_requests_continue_from_one_state(model, batch):
 
 
 def test_the_next_block_is_dispatched_before_tokens_are_waited_for(model, monkeypatch):
-    watched = WatchedBlocks(module.decode_block)
-    monkeypatch.setattr(module, "decode_block", watched)
+    watched = WatchedBlocks(continuous_batch.decode_block)
+    monkeypatch.setattr(continuous_batch, "decode_block", watched)
     batch = ContinuousBatch(model, num_slots=3, block_size=BLOCK)
     submit(batch, 8, max_new_tokens=4 * BLOCK)
     Received(batch).run()
@@ -297,8 +301,8 @@ def test_one_program_decodes_for_generate_and_for_slots(model, monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(decoding, "MAX_PIECE", 32)
-    monkeypatch.setattr(module, "MAX_PIECE", 32)
-    monkeypatch.setattr(module, "_PREFILL_TOKENS", 32)
+    monkeypatch.setattr(continuous_batch, "MAX_PIECE", 32)
+    monkeypatch.setattr(continuous_batch, "_PREFILL_TOKENS", 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -355,9 +359,9 @@ def test_prompts_are_read_in_groups_of_one_length_and_bounded_size(model, monkey
 
     monkeypatch.setattr(decoding, "read_piece", recorded)
     monkeypatch.setattr(decoding, "MAX_PIECE", 32)
-    monkeypatch.setattr(module, "MAX_PIECE", 32)
-    monkeypatch.setattr(module, "_MAX_PREFILL_TOKENS", 64)
-    monkeypatch.setattr(module, "_PREFILL_TOKENS", 10**6)
+    monkeypatch.setattr(continuous_batch, "MAX_PIECE", 32)
+    monkeypatch.setattr(continuous_batch, "_MAX_PREFILL_TOKENS", 64)
+    monkeypatch.setattr(continuous_batch, "_PREFILL_TOKENS", 10**6)
     batch = ContinuousBatch(model, num_slots=16, block_size=BLOCK)
     lengths = [1, 40, 16, 3, 70, 20, 5, 31, 2, 17]
     prompts = [[length] * length for length in lengths]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from goose_jax import RWKV7, RWKV7Config, init_state
+from goose_jax import RWKV7, RWKV7Config, SamplingConfig, init_state
+from goose_jax.generation import decoding
+from goose_jax.nn import DecodingWeights, prepare_decoding
 from pallas_kernels.operators.decode_layers.mosaic_gpu import layers
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
@@ -21,17 +24,18 @@ IMPLEMENTATIONS = ("xla", "reference")
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
 def read(model, tokens, state, active=None, *, implementation):
-    """Logits `[B, T, vocab]` and the state after all tokens `[B, T]`; `active` is `[B, T]`."""
-    graphdef, params = nnx.split(model)
-    weights = None if implementation == "xla" else model.layer_weights()
+    """Returns logits `[B, T, vocab]` and the state after tokens `[B, T]`; `active` is `[B, T]`."""
+    weights = prepare_decoding(model)
+    return read_prepared(weights, tokens, state, active, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def read_prepared(weights, tokens, state, active=None, *, implementation):
+    model = weights.model()
 
     def step(state, inputs):
-        model = nnx.merge(graphdef, params)
-        hidden, state = model.decode(
-            inputs[0], state, inputs[1], weights=weights, implementation=implementation
-        )
+        hidden, state = model.decode(inputs[0], state, inputs[1], implementation=implementation)
         return state, model.logits(hidden[:, None])[:, 0]
 
     active = None if active is None else active.T
@@ -80,6 +84,64 @@ def test_ranks_are_padded_and_matrices_have_the_compute_dtype():
     assert weights.decay_base.dtype == jnp.float32
 
 
+def abstract_weights(config):
+    return jax.eval_shape(lambda: prepare_decoding(RWKV7(config, rngs=nnx.Rngs(0))))
+
+
+def changed_matrices(program, weights):
+    """Returns the shapes of the matrices that a lowered program casts or pads, as in "64x256"."""
+    shapes = set()
+    for array in jax.tree.leaves(weights):
+        if array.ndim >= 2 and min(array.shape[-2:]) >= 16:
+            matrix = "x".join(map(str, array.shape[-2:]))
+            shapes |= {"x".join(map(str, array.shape)), matrix, f"1x{matrix}"}
+    changed = re.findall(r"stablehlo\.(?:convert|pad) [^\n]*?: \(tensor<([\dx]+)x\w+>", program)
+    return sorted(shapes & set(changed))
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_a_block_of_tokens_casts_no_matrix(implementation):
+    config = RWKV7Config(vocab_size=48, hidden_size=128, num_layers=2, compute_dtype="bfloat16")
+    model = RWKV7(config, rngs=nnx.Rngs(0))
+    settings = decoding.row_settings(
+        seeds=[(0, 0)], sampling=[SamplingConfig()], stop_tokens=[np.arange(1)], limits=[8]
+    )
+
+    def matrices(weights):
+        lowered = decoding.lower_decode_block(
+            weights, settings, block_size=4, implementation=implementation
+        )
+        return changed_matrices(lowered.as_text(), weights)
+
+    assert matrices(prepare_decoding(model)) == []
+    # The model itself has matrices to cast, which `changed_matrices` finds.
+    unprepared = matrices(DecodingWeights(config, *nnx.split(model)))
+    assert {"128x48", "128x128"} <= {shape.removeprefix("2x") for shape in unprepared}
+
+
+def test_prepared_weights_share_what_needs_no_change():
+    config = RWKV7Config(
+        vocab_size=48, hidden_size=64, num_layers=2, value_rank=64, alpha_rank=64, decay_rank=64,
+        gate_rank=64, param_dtype="bfloat16",
+    )  # fmt: skip
+    model = RWKV7(config, rngs=nnx.Rngs(0))
+    weights = prepare_decoding(model)
+    assert prepare_decoding(weights) is weights
+    shared = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+    for mine, theirs in zip(jax.tree.leaves(weights.params), shared, strict=True):
+        assert mine is theirs
+
+    padded = RWKV7(dataclasses.replace(config, value_rank=40), rngs=nnx.Rngs(0))
+    theirs = nnx.to_pure_dict(nnx.state(padded))
+    mine = prepare_decoding(padded).params
+    different = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, array in jax.tree.leaves_with_path(mine)
+        if array is not functools.reduce(lambda tree, key: tree[key.key], path, theirs)
+    ]
+    assert different == [f"blocks.time_mix.value_residual_{half}" for half in ("down", "up")]
+
+
 def test_wrong_arguments_are_named():
     model, state = golden_model(), init_state(GOLDEN_CONFIG, 2)
     with pytest.raises(ValueError, match=r"tokens must have 1 axes \[B\], got shape=\(2, 1\)"):
@@ -97,14 +159,15 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", 8), ("float32", 0)])
 def test_none_takes_the_kernels_that_serve(dtype, kernels, monkeypatch):
     config = RWKV7Config(vocab_size=5, hidden_size=256, num_layers=2, compute_dtype=dtype)
-    model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+    weights = abstract_weights(config)
     for module in (layers, differentiable):
         device = types.SimpleNamespace(core_count=132)
         monkeypatch.setattr(module, "hopper_gpu", lambda device=device: device)
     tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     state = jax.eval_shape(lambda: init_state(config, 2))
-    traced = read.trace(model, tokens, state, implementation=None)
+    traced = read_prepared.trace(weights, tokens, state, implementation=None)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert not changed_matrices(program, weights)
     of_layers = "heads" in program and "norm_mix" in program
     assert of_layers == (kernels > 0)
     assert program.count("custom_call @mosaic_gpu") == (kernels or 1)  # or the recurrence alone

@@ -1,4 +1,3 @@
-import importlib
 import math
 import re
 import runpy
@@ -16,8 +15,9 @@ from goose_jax.generation import (
     decoding,
     generate,
     prefill,
+    static_batch,
 )
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, prepare_decoding
 from goose_jax.state import init_state, take_rows
 from tests.goose_jax.decoding import (
     CONFIG,
@@ -34,7 +34,6 @@ from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
-generate_module = importlib.import_module("goose_jax.generation.static_batch")
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5], [7, 8, 9, 7, 8, 9, 7], list(range(16)), list(range(40, 60))]
@@ -109,7 +108,7 @@ def test_a_stopped_sequence_is_padded_and_its_state_rests(model, forward):
     expected = [[t for t in row if 1 not in row[: i + 1]] for i, row in enumerate(expected)]
     assert stopped.sequences == expected
     for row, (prompt, new) in enumerate(zip(PROMPTS, expected, strict=True)):
-        assert (stopped.tokens[row, len(new) :] == generate_module.PADDING).all()
+        assert (stopped.tokens[row, len(new) :] == static_batch.PADDING).all()
         assert_states_agree(state_row(stopped.state, row), state_row(forward(prompt + new)[1], 0))
 
 
@@ -162,7 +161,7 @@ def test_the_state_is_that_of_the_block_which_the_callback_ended(model):
 
 def watch(monkeypatch):
     watched = WatchedBlocks(decoding.decode_block)
-    monkeypatch.setattr(generate_module, "decode_block", watched)
+    monkeypatch.setattr(static_batch, "decode_block", watched)
     return watched.events
 
 
@@ -334,15 +333,15 @@ def test_what_is_compiled_ahead_is_what_is_called(model):
 
 
 def test_prefill_forms_logits_of_the_last_token_only_and_bakes_in_no_parameter(model):
-    graphdef, params = nnx.split(model)
+    weights = prepare_decoding(model)
     ids = jnp.ones((3, 32), jnp.int32)
-    traced = decoding.read_piece.trace(graphdef, params, ids, ids, init_state(CONFIG, 3))
+    traced = decoding.read_piece.trace(weights, ids, ids, init_state(CONFIG, 3))
     text = str(traced.jaxpr)
     assert f"[3,1,{VOCAB}]" in text
     assert f"[3,32,{VOCAB}]" not in text
     assert f"[96,{VOCAB}]" not in text
     constants = {np.shape(constant) for constant in traced.jaxpr.consts}
-    assert not constants & {np.shape(x) for x in jax.tree.leaves(params)}
+    assert not constants & {np.shape(x) for x in jax.tree.leaves(weights)}
 
 
 @pytest.mark.parametrize(
@@ -407,7 +406,7 @@ def test_the_page_about_generation_runs(capsys):
 
 def programs(sampling):
     """What the decoding program of four rows computes, as text."""
-    graphdef, params = nnx.split(random_model(0))
+    weights = prepare_decoding(random_model(0))
     settings = decoding.row_settings(
         seeds=[(0, 0)] * 4,
         sampling=sampling,
@@ -415,7 +414,7 @@ def programs(sampling):
         limits=[5] * 4,
     )
     progress = decoding.init_progress(CONFIG, 4)
-    traced = decoding.decode_block.trace(graphdef, params, settings, progress, block_size=2)
+    traced = decoding.decode_block.trace(weights, settings, progress, block_size=2)
     return str(traced.jaxpr)
 
 

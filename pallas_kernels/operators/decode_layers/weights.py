@@ -126,6 +126,8 @@ class LayerWeights:
         for name in _LOW_RANK:
             down, up = getattr(self, f"{name}_down"), getattr(self, f"{name}_up")
             more = (0, -up.shape[1] % multiple)
+            if more == (0, 0):  # padding with nothing would still be an operation
+                continue
             padded[f"{name}_down"] = jnp.pad(down, ((0, 0), (0, 0), more))
             padded[f"{name}_up"] = jnp.pad(up, ((0, 0), more, (0, 0)))
         return dataclasses.replace(self, **padded)
