@@ -1,4 +1,4 @@
-"""The text of a conversation, as the official chat models (G1) were trained on it.
+"""The text form of a conversation, on which the official chat models (G1) were trained.
 
     System: Be brief.
 
@@ -10,35 +10,36 @@
 
     Assistant:
 
-A blank line ends a turn, so none may be within one. The prompt ends without a space, because the
-model's first token brings its own.
+A blank line ends a turn, so a turn must not contain one. The prompt ends without a space, because
+the first token of the reply begins with one.
 """
 
 import re
 
 STOPS = ("\n\nUser:", "\n\nSystem:")
-"""Texts that end a reply: the model has begun to write somebody else's turn."""
+"""Texts that end a reply: with them the model begins the turn of somebody else."""
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 def clean(message: str) -> str:
-    """A message as a turn holds it: LF ends lines, and no blank lines, there or at its ends."""
+    """Returns a message with LF as line ends, and without blank lines and surrounding space."""
     lines = message.replace("\r\n", "\n").replace("\r", "\n")
     return _BLANK_LINES.sub("\n", lines).strip()
 
 
 def next_turn(read: str, message: str, *, system: str = "", think: bool = False) -> str:
-    """The text that continues a conversation, up to where the model writes.
+    """Returns the text that comes between the conversation so far and the next reply.
 
     Args:
-      read: all of the conversation so far, as the model has read it; empty at its beginning.
-      message: of the user.
-      system: what the assistant shall be like; only the beginning of a conversation can say it.
-      think: let the model think first: its reply continues `<think`.
+      read: the conversation so far, as the model has read it; empty at the beginning.
+      message: message of the user.
+      system: instructions for the assistant. They are used only if `read` is empty.
+      think: whether the model thinks before it answers. Its reply then continues `<think`.
 
     Returns:
-      What is to be read next; it begins with as many line ends as `read` lacks for a blank line.
+      The text that the model reads next. It begins with the line ends that `read` lacks for a blank
+      line.
     """
     if read:
         opening = _blank_line_after(read)
@@ -48,7 +49,7 @@ def next_turn(read: str, message: str, *, system: str = "", think: bool = False)
 
 
 def think_prefix(think: bool) -> str:
-    """What a reply begins with before the model writes. (The tokens of `>` are the model's.)"""
+    """Returns the text that a reply begins with. The model itself writes the closing `>`."""
     return " <think" if think else ""
 
 

@@ -9,7 +9,7 @@ from goose_jax.generation import SamplingConfig, generate, prefill
 from goose_jax.generation.validation import SEEDS, check_seed
 from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State
-from goose_jax.text import StreamingDecoder, TextStop, Tokenizer
+from goose_jax.text import TextStop, TextStream, Tokenizer
 from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
@@ -25,7 +25,7 @@ class ReplySettings:
     Attributes:
       system: instructions for the assistant; only the beginning of a conversation can hold them.
       think: let the model think before it answers; for models that were trained to.
-      max_new_tokens: the most tokens of a reply.
+      max_new_tokens: maximum number of tokens in a reply.
       sampling: how tokens are drawn.
       stop: more texts that end a reply; they are not part of it.
       seed: the same seed gives the same replies to the same messages.
@@ -70,6 +70,16 @@ class ChatSession:
       tokenizer: tokenizer of the model.
       settings: settings of the replies.
       start: state of one row that conversations start from; None is the start of a text.
+
+    Example:
+      >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1)
+      >>> model = RWKV7(config, rngs=nnx.Rngs(0))
+      >>> session = ChatSession(model, ByteTokenizer(), ReplySettings(max_new_tokens=8))
+      >>> pieces = []
+      >>> session.reply("Hi", pieces.append, lambda: False)
+      'length'
+      >>> session.conversation.text == "User: Hi\\n\\nAssistant:" + "".join(pieces)
+      True
 
     Attributes:
       settings: settings of the next reply; may be assigned.
@@ -126,7 +136,8 @@ class ChatSession:
         before, settings = self._conversation, self.settings
         turn = next_turn(before.text, message, system=settings.system, think=settings.think)
         tokens = self._tokenizer.encode(turn)
-        writer = _ReplyWriter(self._tokenizer, tokens, (*STOPS, *settings.stop), write)
+        stop = TextStop((*STOPS, *settings.stop))
+        writer = _ReplyWriter(TextStream(self._tokenizer, tokens, stop), write)
         end = self._tokenizer.end_of_document
         result = generate(
             self._weights,
@@ -180,44 +191,30 @@ class ChatSession:
 
 
 class _ReplyWriter:
-    """Decodes tokens and writes their text until a stop text comes.
+    """Writes the text of a reply as its tokens come.
 
     Attributes:
       text: the text that has been written.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: list[int],
-        stops: tuple[str, ...],
-        write: Callable[[str], None],
-    ):
+    def __init__(self, stream: TextStream, write: Callable[[str], None]):
         self.text = ""
+        self._stream = stream
         self._write_text = write
-        self._decoder = StreamingDecoder(tokenizer)
-        self._decoder.push(prompt)
-        self._ending = TextStop(stops)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop text has come."""
-        return self._ending.reached
+        return self._stream.stopped
 
     def push(self, tokens: list[int]) -> bool:
         """Writes the text that is complete, and returns whether a stop text has come."""
-        self._write(self._ending.push(self._decoder.push(tokens)))
+        self._write(self._stream.push(tokens))
         return self.stopped
 
     def finish(self, *, complete: bool) -> None:
-        """Writes the text that was held back.
-
-        Args:
-          complete: whether the reply ended by itself. If not, an incomplete character at its end is
-            dropped.
-        """
-        tail = self._ending.push(self._decoder.finish()) if complete else ""
-        self._write(tail + self._ending.finish())
+        """Writes the text that was held back, as `TextStream.finish` returns it."""
+        self._write(self._stream.finish(complete=complete))
 
     def _write(self, text: str) -> None:
         self.text += text

@@ -1,5 +1,6 @@
-"""Checkpoints: saving and loading models."""
+"""Saves and loads models and states, in our own format and in the formats of others."""
 
+from goose_jax.checkpoints.contents import CheckpointContents, read_contents
 from goose_jax.checkpoints.model_and_tokenizer import load_model_and_tokenizer
 from goose_jax.checkpoints.native import (
     CheckpointError,
@@ -12,6 +13,7 @@ from goose_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from goose_jax.checkpoints.state_files import load_state, save_state
 
 __all__ = [
+    "CheckpointContents",
     "CheckpointError",
     "CheckpointMetadata",
     "load_checkpoint",
@@ -19,6 +21,7 @@ __all__ = [
     "load_optimizer_state",
     "load_pretrained",
     "load_state",
+    "read_contents",
     "save_checkpoint",
     "save_pretrained",
     "save_state",

@@ -9,7 +9,7 @@ from goose_jax.checkpoints.native import CheckpointError
 from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor
 from goose_jax.config import RWKV7Config
 
-_READ_FROM = {  # the parameter and its axis that tell the size of an axis
+_READ_FROM = {  # for each axis the parameter, and its dimension, that the size is read from
     "vocab": ("embedding", 0),
     "C": ("embedding", 1),
     "K": ("blocks.time_mix.bonus", 1),
@@ -29,18 +29,19 @@ def infer_config(
     untold_value_rank: int | None = None,
     **settings: Any,
 ) -> RWKV7Config:
-    """The configuration that names and shapes of tensors tell; checks all of them.
+    """Infers the configuration of a model, and checks all names, shapes and dtypes.
 
     Args:
-      tensors: all of the file's, by name.
-      layout: of the file.
-      source: what error messages call the file.
-      untold_value_rank: of a single layer that lacks the value residual, which it does not use;
-        None means the official width.
-      **settings: fields of `RWKV7Config` that tensors do not tell.
+      tensors: all tensors of the file by name.
+      layout: layout of the file.
+      source: name of the file, for the error.
+      untold_value_rank: rank of the value residual for a model of one layer whose file holds no
+        value residual, which the first layer does not use. None means the official rank.
+      **settings: fields of `RWKV7Config` that cannot be inferred.
 
     Raises:
-      CheckpointError: if tensors are missing, unknown, or of a wrong shape or dtype; it lists all.
+      CheckpointError: if tensors are missing, unknown, or of a wrong shape or dtype. The message
+        lists all of them.
     """
     num_layers = len({_layer(layout, name) for name in tensors} - {None})
     sizes = _read_sizes(tensors, layout, num_layers)
@@ -69,7 +70,7 @@ def _layer(layout: Layout, name: str) -> str | None:
 def _read_sizes(
     tensors: Mapping[str, StoredTensor], layout: Layout, num_layers: int
 ) -> dict[str, int]:
-    """The sizes of axes, without those that no tensor tells."""
+    """Returns the sizes of the axes that can be read from the tensors."""
     sizes = {"6": 6}
     entries = {entry.parameter: entry for entry in key_map(layout)}
     for axis, (parameter, position) in _READ_FROM.items():
@@ -109,7 +110,7 @@ def _misfits(
 ) -> Iterator[str]:
     if tensor.dtype not in STORED_DTYPES:
         yield f"{name} has dtype {tensor.dtype.name}"
-    if not set(entry.axes) <= set(sizes):  # what should tell a size is missing or has other axes
+    if not set(entry.axes) <= set(sizes):  # a size could not be read
         tells = any(entry.parameter == parameter for parameter, _ in _READ_FROM.values())
         if tells and len(tensor.shape) != 2:
             yield f"{name} has shape {list(tensor.shape)} rather than two axes"
@@ -120,5 +121,5 @@ def _misfits(
 
 
 def _without_ones(shape: Shape) -> Shape:
-    """Files differ in whether vectors are [C] or [1, 1, C]."""
+    """Removes axes of size 1: a vector is [C] in some files and [1, 1, C] in others."""
     return tuple(size for size in shape if size != 1)

@@ -1,4 +1,4 @@
-"""From the tensors of a file to a model and back, by the key map."""
+"""Converts the tensors of a file to a model and back, as the key map says."""
 
 import functools
 import math
@@ -16,16 +16,24 @@ from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7
 
-_ALIGNMENT = 64  # of an array in memory that JAX takes over
-_ROWS_AT_ONCE = 16  # of a matrix that is transposed: several times as fast as all rows at once
+_ALIGNMENT = 64  # bytes; JAX adopts arrays with this alignment without copying them
+_ROWS_AT_ONCE = 16  # transposing 16 rows at a time is several times as fast as all at once
 
 
 def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWKV7Config) -> RWKV7:
-    """The model of that configuration with the tensors' values, in `config.param_dtype`.
+    """Builds a model from the tensors of a file.
 
-    One parameter at a time is filled layer by layer and then handed to JAX, which on a CPU takes
-    the memory as it is; nothing else of a tensor's size is held. Tensors that are absent, as the
-    first layer's value residual may be, are zero.
+    One parameter at a time is filled layer by layer on the host and then passed to JAX, which on a
+    CPU adopts the memory. No other array of a tensor's size is in memory.
+
+    Args:
+      tensors: tensors by their names in the file. A missing tensor gives zeros; only the value
+        residual of the first layer may be missing.
+      layout: layout of the file.
+      config: configuration of the model. Values are rounded to its `param_dtype`.
+
+    Raises:
+      CheckpointError: if a value is out of the range of float16 and `param_dtype` is float16.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
     params = nnx.to_pure_dict(state)
@@ -38,12 +46,13 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
 def split_params(
     params: Mapping[str, Any], layout: Layout, *, unused: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file: names and values, layer by layer.
+    """Yields the names and values of a file's tensors, layer by layer.
 
     Args:
-      params: pure dict of a model's parameters, or of a tree like it, as gradients are.
-      layout: of the file.
-      unused: whether the first layer's value residual, which has no effect, is among them.
+      params: the parameters of a model as a pure dict, or a tree of the same structure, such as
+        gradients.
+      layout: layout of the file.
+      unused: whether to include the value residual of the first layer, which has no effect.
     """
     entries = key_map(layout)
     host = {entry.parameter: np.asarray(_get(params, entry.parameter)) for entry in entries}
@@ -61,10 +70,10 @@ def split_params(
 
 
 def split_model(model: RWKV7, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file for a model: names and values.
+    """Yields the names and values of the tensors that a file holds for a model.
 
-    FLA's layout has no place for the first layer's value residual. The official one has, but it is
-    left out, as from released files, if it is zero, as it is after such a file was loaded.
+    FLA's layout has no tensors for the value residual of the first layer. In the official layout
+    they are left out if they are zero, as released files leave them out.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     optional = [entry.parameter for entry in key_map(layout) if entry.is_optional]
@@ -86,11 +95,11 @@ def _fill(
                 check_range(name, target, tensors[name].dtype)
             else:
                 target[...] = 0
-    return jax.device_put(values).block_until_ready()  # so that only one waits on the host
+    return jax.device_put(values).block_until_ready()  # so that only one array is on the host
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An array that JAX on a CPU takes over instead of copying it."""
+    """Makes an uninitialised array that JAX adopts on a CPU instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
@@ -100,8 +109,11 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 def _copy(value: np.ndarray, entry: Entry, sizes: Mapping[str, int], target: np.ndarray) -> None:
     value = value.reshape(entry.stored_shape(sizes))
     if value.dtype == target.dtype and value.dtype.itemsize == 2:
-        value, target = value.view(np.uint16), target.view(np.uint16)  # numpy copies these faster
-    with np.errstate(over="ignore"):  # which is looked for afterwards
+        value, target = (
+            value.view(np.uint16),
+            target.view(np.uint16),
+        )  # faster in numpy
+    with np.errstate(over="ignore"):  # `check_range` finds overflow afterwards
         if entry.form != TRANSPOSED:
             np.copyto(target, value.reshape(target.shape), casting="unsafe")
             return
@@ -111,10 +123,15 @@ def _copy(value: np.ndarray, entry: Entry, sizes: Mapping[str, int], target: np.
 
 
 def check_range(name: str, rounded: Any, original: np.dtype) -> None:
-    """Checks that rounding to float16, whose range is small, has left numbers.
+    """Checks that rounding to float16, whose range is small, has not made values infinite.
+
+    Args:
+      name: name of the array, for the error.
+      rounded: the rounded array. Arrays of other dtypes are not checked.
+      original: dtype before rounding.
 
     Raises:
-      CheckpointError: if not.
+      CheckpointError: if a value is not finite.
     """
     if rounded.dtype == jnp.float16 != original and not np.isfinite(rounded).all():
         raise CheckpointError(f"{name} has values that float16 cannot hold; choose another dtype")

@@ -1,4 +1,7 @@
-"""Folders in the layout of flash-linear-attention: `config.json` and safetensors shards."""
+"""Folders in the layout of flash-linear-attention (FLA): `config.json` and safetensors shards.
+
+FLA's models are Hugging Face `transformers` models, and users know the layout as "huggingface".
+"""
 
 import dataclasses
 import json
@@ -22,7 +25,7 @@ from goose_jax.nn import RWKV7
 
 CONFIG = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OURS = "goose_jax"  # the key of config.json under which our metadata are
+_OURS = "goose_jax"  # the key of config.json for our metadata
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
@@ -33,7 +36,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
 }
-_FIXED = {  # what RWKV-7 is; FLA's class can be other things, too
+_FIXED = {  # the settings of RWKV-7; FLA's class has other variants, too
     "model_type": "rwkv7",
     "hidden_act": "sqrelu",
     "norm_first": True,
@@ -41,7 +44,8 @@ _FIXED = {  # what RWKV-7 is; FLA's class can be other things, too
     "attn": None,
     "tie_word_embeddings": False,
 }
-_SIZES = {  # key of config.json: our field. Not num_heads, which FLA ignores and is often stale.
+# Key of config.json: our field. Without num_heads, which FLA ignores and is often wrong.
+_SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -55,10 +59,10 @@ _SIZES = {  # key of config.json: our field. Not num_heads, which FLA ignores an
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, StoredTensor], Layout]:
-    """The tensors of all shards, read when they are used, and which layout they are in.
+    """Returns the tensors of all shards and their layout. Values are not read yet.
 
     Raises:
-      CheckpointError: if shards are missing, damaged, or not as their index says.
+      CheckpointError: if shards are missing or damaged, or do not agree with their index.
     """
     tensors: dict[str, StoredTensor] = {}
     index = _read_index(folder)
@@ -74,10 +78,10 @@ def read_tensors(folder: Path) -> tuple[dict[str, StoredTensor], Layout]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `config.json` holds.
+    """Reads `config.json`.
 
     Raises:
-      CheckpointError: if it is damaged or describes another model than RWKV-7.
+      CheckpointError: if it is damaged or does not describe an RWKV-7 model.
     """
     settings = _read_json(folder / CONFIG)
     wrong = [
@@ -91,10 +95,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(folder: Path, settings: Mapping[str, Any], config: RWKV7Config) -> None:
-    """Checks that `config.json` agrees with what the weights tell.
+    """Checks the sizes in `config.json` against the sizes that were inferred from the weights.
 
     Raises:
-      CheckpointError: if not; it lists all differences.
+      CheckpointError: if they differ. The message lists all differences.
     """
     told = {key: getattr(config, field) for key, field in _SIZES.items()}
     wrong = [
@@ -107,10 +111,10 @@ def check_sizes(folder: Path, settings: Mapping[str, Any], config: RWKV7Config) 
 
 
 def read_metadata(folder: Path, settings: Mapping[str, Any]) -> CheckpointMetadata | None:
-    """What `write_folder` was given, or None in a folder of another origin.
+    """Returns the metadata that `write_folder` recorded, or None if another program wrote it.
 
     Raises:
-      CheckpointError: if it is damaged.
+      CheckpointError: if the metadata are damaged.
     """
     if _OURS not in settings:
         return None
@@ -123,10 +127,17 @@ def read_metadata(folder: Path, settings: Mapping[str, Any]) -> CheckpointMetada
 def write_folder(
     path: Path, model: RWKV7, metadata: CheckpointMetadata, *, max_shard_bytes: int
 ) -> None:
-    """Writes a model; see `save_pretrained`."""
+    """Writes a model to a new folder. Incomplete files are removed if writing fails.
+
+    Args:
+      path: the folder to create.
+      model: the model.
+      metadata: metadata to record in `config.json`.
+      max_shard_bytes: maximum size of each file of tensors, unless a single tensor is larger.
+    """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed
         temporary.mkdir(parents=True)
         settings = _settings(model.config, metadata)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
@@ -176,7 +187,7 @@ def _stored(shard: Any, path: Path, name: str) -> StoredTensor:
 
 
 def _read_tensor(path: Path, name: str) -> np.ndarray:
-    # Opened anew, because an open file keeps all pages in memory that were read.
+    # The file is opened for each tensor: an open file keeps all pages in memory that were read.
     try:
         with safe_open(path, framework="numpy") as shard:
             return shard.get_tensor(name)
@@ -210,7 +221,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byt
     names = [_SINGLE] if count == 1 else names
     for file, shard in zip(names, shards, strict=True):
         contents = {name: np.ascontiguousarray(tensors[name]) for name in shard}
-        save_file(contents, folder / file, metadata={"format": "pt"})  # which transformers asks for
+        save_file(contents, folder / file, metadata={"format": "pt"})  # transformers requires this
     if count > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}

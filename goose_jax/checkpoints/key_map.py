@@ -1,7 +1,8 @@
-"""Which of our parameters is which tensor of the official `.pth` files and of FLA's layout.
+"""Maps our parameters to the tensors of official `.pth` files and of FLA's layout.
 
-One table, read in both directions. Parameters of `blocks` are stacked over layers, in files each
-layer has tensors of its own: `{i}` in a name stands for the layer, and axes are those of one layer.
+One table serves both directions. Parameters of `blocks` are stacked over layers, but files have
+separate tensors for each layer: `{i}` in a name stands for the layer, and the listed axes are the
+axes of one layer.
 
 FLA is flash-linear-attention, whose models are Hugging Face `transformers` models.
 """
@@ -14,7 +15,7 @@ from typing import Literal
 from goose_jax.config import RWKV7Config
 
 type Layout = Literal["pth", "huggingface", "huggingface_x_x"]
-"""`huggingface_x_x` is FLA's layout before the six shift mixes became tensors of their own."""
+"""`huggingface_x_x` is FLA's older layout, which has one tensor for the six shift mixes."""
 type Form = Literal["same", "transposed", "flat", "row"]
 type Shape = tuple[int, ...]
 
@@ -26,14 +27,14 @@ ROW: Form = "row"  # [1, 1, C] in the file, [C] or [H, K] in the model
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of the map: a parameter of ours, or a row of one, and its tensor in a layout.
+    """One line of the map: one of our parameters, or a row of it, and its tensor in a layout.
 
     Attributes:
-      parameter: path in the model, as in "blocks.time_mix.key".
-      axes: names of its axes, without that of the layers; keys of what `axis_sizes` returns.
-      row: the index in the parameter, where a file has a tensor for each row; else None.
-      name: of the tensor, where `{i}` is the layer.
-      form: how the tensor lies in the file, compared with the parameter.
+      parameter: path of the parameter in the model, such as "blocks.time_mix.key".
+      axes: names of the parameter's axes without the layers, which are keys of `axis_sizes`.
+      row: index of the row in the parameter, if the file has a tensor for each row; else None.
+      name: name of the tensor, where `{i}` stands for the layer.
+      form: how the tensor's axes differ from the parameter's axes.
     """
 
     parameter: str
@@ -44,24 +45,24 @@ class Entry:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether there is such a tensor for each layer."""
+        """Whether there is one tensor for each layer."""
         return "{i}" in self.name
 
     @property
     def is_optional(self) -> bool:
-        """Whether the first layer may lack it, because there it is not used."""
+        """Whether the file may lack the tensor of the first layer, which does not use it."""
         return self.parameter.startswith("blocks.time_mix.value_residual_")
 
     def names(self, num_layers: int) -> list[str]:
-        """The names of the tensors, layer by layer."""
+        """Returns the names of the tensors, layer by layer."""
         return [self.name.format(i=i) for i in range(num_layers if self.is_stacked else 1)]
 
     def shape(self, sizes: Mapping[str, int]) -> Shape:
-        """The shape of one layer's parameter or row."""
+        """Returns the shape of the parameter, or of its row, in one layer."""
         return tuple(sizes[axis] for axis in self.axes)
 
     def stored_shape(self, sizes: Mapping[str, int]) -> Shape:
-        """The shape of the tensor in the file."""
+        """Returns the shape of the tensor in the file."""
         shape = self.shape(sizes)
         match self.form:
             case "transposed":
@@ -75,12 +76,12 @@ class Entry:
 
 
 def key_map(layout: Layout) -> tuple[Entry, ...]:
-    """All tensors of a file in this layout, in the order in which they are written."""
+    """Returns the entries of a layout, in the order in which a file is written."""
     return _ENTRIES[layout]
 
 
 def axis_sizes(config: RWKV7Config) -> dict[str, int]:
-    """What the names of axes stand for."""
+    """Returns the sizes of the named axes."""
     return {
         "vocab": config.vocab_size,
         "C": config.hidden_size,
@@ -95,8 +96,8 @@ def axis_sizes(config: RWKV7Config) -> dict[str, int]:
     }
 
 
-# Each group: the beginnings of the three names, then its lines: our name and axes, the official
-# name and form, FLA's name and form.
+# A group begins with the prefixes of our names, of the official names and of FLA's names. Its lines
+# have our name and axes, the official name and form, and FLA's name and form.
 type _Names = tuple[str, str, str]
 type _Line = tuple[str, str, str, Form, str, Form]
 _GROUPS: tuple[tuple[_Names, tuple[_Line, ...]], ...] = (

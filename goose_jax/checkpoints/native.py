@@ -1,13 +1,13 @@
-"""Our own checkpoints: a directory that holds all that is needed to use a model.
+"""Checkpoints of goose-jax: a directory with everything that is needed to use a model.
 
     config.json       fields of the `RWKV7Config`
-    metadata.json     step, name of the tokenizer, and whatever the run wants to remember
+    metadata.json     step, name of the tokenizer, and other values that the run records
     params/           the parameters, written by Orbax
-    optimizer/        the optimizer's state, written by Orbax; absent if only the model was saved
+    optimizer/        the state of the optimizer, written by Orbax; only if training will be resumed
     checksums.json    size and CRC-32 of each of these files
 
-A checkpoint is written under a temporary name beside its place and renamed at the end, so under its
-own name it is always complete; and a failure while saving leaves the ones before as they were.
+A checkpoint is written under a temporary name and renamed at the end. A directory with the final
+name is therefore always complete, and a failure while saving leaves earlier checkpoints unchanged.
 """
 
 import contextlib
@@ -34,25 +34,25 @@ from goose_jax.nn import RWKV7
 _CONFIG, _METADATA, _CHECKSUMS = "config.json", "metadata.json", "checksums.json"
 _PARAMS, _OPTIMIZER = "params", "optimizer"
 ADAPTER = "adapter.json"
-"""The file that tells a directory in which there is no model (see `goose_jax.training.adapter`)."""
+"""This file marks a directory that holds adapters or an initial state instead of a model."""
 _FORMAT = 1
 _ROOM_FOR_DESCRIPTIONS = 1 << 20
 _BLOCK = 1 << 20  # bytes that are read at once for a checksum
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, is none, or does not fit what it is loaded into."""
+    """A path is not a checkpoint, the checkpoint is damaged, or it does not fit the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint knows beside its arrays.
+    """The values that a checkpoint records beside its arrays.
 
     Attributes:
-      tokenizer: name of the tokenizer the model was trained with, as in "byte"; None if nobody
-        said which.
-      step: optimizer steps the model was trained for.
-      extra: anything that JSON can hold.
+      tokenizer: name or path of the tokenizer that the model was trained with, such as "byte"; None
+        if it is unknown.
+      step: number of optimizer steps that the model was trained for.
+      extra: other values that JSON can hold.
     """
 
     tokenizer: str | None
@@ -67,17 +67,17 @@ def save_checkpoint(
     *,
     opt_state: Any = None,
 ) -> None:
-    """Saves a model, and the optimizer's state if training is to be resumed from it.
+    """Saves a model, and the state of the optimizer if training will be resumed.
 
     Args:
-      path: the directory to make; those above it are made too.
-      model: all of its parameters are saved, in their dtype.
-      metadata: saved beside it.
-      opt_state: a pytree of arrays, or None.
+      path: the directory to create, with its parents.
+      model: the model. All parameters are saved, in their dtype.
+      metadata: values to record.
+      opt_state: state of the optimizer, a pytree of arrays; None saves the model only.
 
     Raises:
-      FileExistsError: if there is something at `path`; nothing is ever written over.
-      OSError: if writing fails, as on a full disk. What was written is removed.
+      FileExistsError: if `path` exists. Nothing is ever overwritten.
+      OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
     descriptions = {
         _CONFIG: model.config.to_dict(),
@@ -90,16 +90,16 @@ def save_checkpoint(
 def write_directory(
     path: Path | str, descriptions: Mapping[str, Any], trees: Mapping[str, Any]
 ) -> None:
-    """Writes what a checkpoint's directory consists of, with a checksum of each file.
+    """Writes JSON files, arrays and the checksums of all files to a new directory.
 
     Args:
-      path: the directory to make; those above it are made too.
-      descriptions: what JSON can hold, by the name of its file.
-      trees: pytrees of arrays by the name of their folder; None is left out.
+      path: the directory to create, with its parents.
+      descriptions: for each JSON file its value, by file name.
+      trees: for each folder of arrays its pytree, by folder name. A None is left out.
 
     Raises:
-      FileExistsError: if there is something at `path`; nothing is ever written over.
-      OSError: if writing fails, as on a full disk. What was written is removed.
+      FileExistsError: if `path` exists. Nothing is ever overwritten.
+      OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
     path = Path(path).absolute()
     if path.exists():
@@ -107,7 +107,7 @@ def write_directory(
     trees = {name: tree for name, tree in trees.items() if tree is not None}
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed
         temporary.mkdir(parents=True)
         _reserve(temporary, trees)
         for name, value in descriptions.items():
@@ -125,16 +125,17 @@ def write_directory(
 
 
 def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, CheckpointMetadata]:
-    """Loads the model of a checkpoint; the optimizer's state is not read.
+    """Loads the model of a checkpoint. The state of the optimizer is not read.
 
     Args:
-      path: a checkpoint's directory, or that of a training run: then its newest checkpoint.
-      **overrides: fields of `RWKV7Config` to set otherwise, as in `compute_dtype="bfloat16"`;
-        those that say what parameters there are cannot change.
+      path: directory of a checkpoint, or of a training run, whose newest checkpoint is loaded.
+      **overrides: fields of `RWKV7Config` to replace, such as `compute_dtype="bfloat16"`. Fields
+        that determine the shapes or dtypes of parameters cannot be replaced.
 
     Raises:
-      FileNotFoundError: if there is nothing at `path`.
-      CheckpointError: if it is no checkpoint, is damaged, or its parameters do not fit its config.
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if it is not a checkpoint, is damaged, or its parameters do not fit its
+        configuration.
       ValueError: if an override is out of range.
     """
     path = find_checkpoint(path)
@@ -146,7 +147,16 @@ def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, Checkpoi
 
 
 def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, CheckpointMetadata]:
-    """What a checkpoint's directory says of its model, without reading any parameter."""
+    """Reads the configuration and the metadata of a checkpoint, but no parameters.
+
+    Args:
+      path: directory of the checkpoint.
+      **overrides: fields of `RWKV7Config` to replace.
+
+    Raises:
+      CheckpointError: if the directory holds no model, is damaged, or has another format.
+      ValueError: if an override is out of range.
+    """
     if (path / ADAPTER).is_file():
         raise CheckpointError(
             f"{path} holds what was tuned beside a model and not the model: for adapters use "
@@ -160,17 +170,17 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
 
 
 def load_optimizer_state(path: Path | str, like: Any) -> Any:
-    """Loads the optimizer's state of a checkpoint.
+    """Loads the state of the optimizer from a checkpoint.
 
     Args:
-      path: as for `load_checkpoint`.
-      like: an optimizer state of the same structure, shapes and dtypes (arrays or
-        `jax.ShapeDtypeStruct`s).
+      path: directory of a checkpoint, or of a training run, whose newest checkpoint is read.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes of
+        the state.
 
     Raises:
-      FileNotFoundError: if there is nothing at `path`.
-      CheckpointError: if the checkpoint is damaged, has no optimizer state, or one of another
-        structure.
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if the checkpoint is damaged, or has no state of an optimizer, or one of
+        another structure.
     """
     path = find_checkpoint(path)
     verify_directory(path, with_optimizer=True)
@@ -180,21 +190,21 @@ def load_optimizer_state(path: Path | str, like: Any) -> Any:
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where a training run keeps its checkpoint of a step."""
+    """Returns the path of a training run's checkpoint after a step."""
     return Path(run) / "checkpoints" / f"{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a training run, the oldest first."""
+    """Returns the paths of the checkpoints of a training run, the oldest first."""
     return sorted(path for path in Path(run).glob("checkpoints/[0-9]*") if path.is_dir())
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint at `path`, or the newest of the training run at `path`.
+    """Returns the path of the checkpoint at `path`, or of the newest one of the run at `path`.
 
     Raises:
-      FileNotFoundError: if there is nothing at `path`.
-      CheckpointError: if there is something else.
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if it is neither a checkpoint nor a run with checkpoints.
     """
     path = Path(path).absolute()
     if not path.exists():
@@ -211,10 +221,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a checkpoint holds.
+    """Reads the JSON object in a file of a checkpoint.
 
     Raises:
-      CheckpointError: if it cannot be read or holds no object.
+      CheckpointError: if the file cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_text())
@@ -226,10 +236,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _reserve(directory: Path, tree: Any) -> None:
-    """Fails where there is no room for the arrays of `tree`.
+    """Raises an OSError if the disk has no space for the arrays of `tree`.
 
-    Orbax, out of space in the middle of its many writes, would fill the terminal with the
-    tracebacks of its threads.
+    Without this check Orbax would run out of space in the middle of its writes, and the tracebacks
+    of its threads would fill the terminal.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _ROOM_FOR_DESCRIPTIONS
     file = directory / "space"
@@ -238,7 +248,8 @@ def _reserve(directory: Path, tree: Any) -> None:
             try:
                 os.posix_fallocate(stream.fileno(), 0, size)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems without it
+                # Some file systems do not support posix_fallocate.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
     file.unlink()
 
@@ -249,17 +260,25 @@ def _write_arrays(path: Path, tree: Any) -> None:
             checkpointer.save(path, args=ocp.args.StandardSave(tree))
     except OSError:
         raise
-    except Exception as error:  # TensorStore reports what the system says as ValueError
+    except Exception as error:  # TensorStore reports errors of the system as ValueError
         raise OSError(_reason(error)) from error
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """The arrays in a folder of a checkpoint, as a pytree like `like`.
+    """Reads the arrays in a folder of a checkpoint.
+
+    Args:
+      path: the folder.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes of
+        the arrays.
+
+    Returns:
+      A pytree of the structure of `like`, on the default device.
 
     Raises:
-      CheckpointError: if they are damaged, or have other names, shapes or dtypes.
+      CheckpointError: if the arrays are damaged, or have other names, shapes or dtypes.
     """
-    # The device is said here, because that of the file may not exist on this machine.
+    # The device is given here, because the device that the file names may not exist.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like
@@ -273,13 +292,13 @@ def read_arrays(path: Path, like: Any) -> Any:
         raise
     except Exception as error:  # Orbax has no common class of errors
         raise CheckpointError(f"{path} is damaged: {_reason(error)}") from error
-    # Copies that are not bound to that device: as arrays are that were made, not loaded.
+    # Restored arrays are committed to the device. Copies are not, like other new arrays.
     return jax.tree.map(lambda array: jnp.array(np.asarray(array)), arrays)
 
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.Checkpointer]:
-    """A checkpointer that leaves it to us to report an error, which it also raises."""
+    """Makes a checkpointer that does not log the errors that it raises."""
     logger = logging.getLogger("absl")
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         logger.addFilter(_is_no_error)
@@ -294,7 +313,7 @@ def _is_no_error(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, out of messages that go on for pages about where."""
+    """Returns the cause of an error whose message has pages of context."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0].rsplit(": ", 1)[-1]
 
@@ -310,7 +329,7 @@ def _check_fits(path: Path, stored: Any, expected: Any) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    # By names alone: Orbax keeps tuples as lists or dicts.
+    # Keys are compared by name alone, because Orbax turns tuples into lists or dicts.
     return {
         ".".join(_name(key) for key in path): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -338,10 +357,14 @@ def _crc32(file: Path) -> int:
 
 
 def verify_directory(path: Path, *, with_optimizer: bool = False) -> None:
-    """Checks that the files of a checkpoint are what was written.
+    """Checks the files of a checkpoint against its checksums.
+
+    Args:
+      path: directory of the checkpoint.
+      with_optimizer: whether to check the state of the optimizer, too.
 
     Raises:
-      CheckpointError: naming the one that is not.
+      CheckpointError: if a file is missing or has changed. The message names the file.
     """
     for name, expected in read_json(path / _CHECKSUMS).items():
         if Path(name).parts[0] == _OPTIMIZER and not with_optimizer:

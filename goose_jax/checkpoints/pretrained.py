@@ -1,4 +1,4 @@
-"""Loads a model from any checkpoint, and saves one in the layouts of others."""
+"""Loads a model from a checkpoint of any layout, and saves a model in any layout."""
 
 import dataclasses
 import math
@@ -32,13 +32,14 @@ _MAX_SHARD_BYTES = 2 << 30
 
 @dataclasses.dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A checkpoint in another's layout, of which only names, shapes and dtypes were read.
+    """A checkpoint of the official code or of FLA, of which no values have been read.
 
     Attributes:
-      tensors: by name; reading them reads the file.
-      layout: which names they have.
-      config: with the tensors' dtype as `param_dtype`, if they have one in common.
-      metadata: `tokenizer` is None where nothing tells it.
+      tensors: tensors by name. Their `read` reads the file.
+      layout: layout of the file, which determines the names.
+      config: configuration of the model. Its `param_dtype` is the dtype of the tensors, if they all
+        have the same.
+      metadata: metadata; `tokenizer` is None if it is unknown.
     """
 
     tensors: dict[str, StoredTensor]
@@ -50,30 +51,30 @@ class ForeignCheckpoint:
 def load_pretrained(
     path: Path | str, *, dtype: str | None = None, **overrides: Any
 ) -> tuple[RWKV7, CheckpointMetadata]:
-    """Loads a model from an official `.pth` file, a folder of FLA's models, or our own checkpoint.
+    """Loads a model from an official `.pth` file, a folder of FLA's, or a checkpoint of goose-jax.
 
-    Sizes are read from the weights. The memory needed is that of the parameters, one of which
-    passes through the host at a time where the device is not the CPU; plus, for our own
-    checkpoints, what Orbax needs.
+    The sizes of the model are inferred from the weights. Loading needs memory for the parameters
+    only; if the device is not the CPU, one parameter at a time is on the host. (Loading a
+    checkpoint of goose-jax needs the memory of Orbax in addition.)
 
     Args:
-      path: a `.pth` file; a folder with `config.json` and safetensors; a checkpoint's directory or
-        that of a training run.
-      dtype: name of the dtype for the parameters, rounded to it where necessary; None keeps that
-        of the file.
-      **overrides: `compute_dtype`, `remat`, `implementation`, `norm_eps` or `head_norm_eps` of
-        `RWKV7Config`, to be set otherwise.
+      path: a `.pth` file; a folder with `config.json` and safetensors; or the directory of a
+        checkpoint of goose-jax or of a training run.
+      dtype: name of the dtype that parameters are rounded to. None keeps their dtype.
+      **overrides: values for `compute_dtype`, `remat`, `implementation`, `norm_eps` or
+        `head_norm_eps` of `RWKV7Config`.
 
     Returns:
-      model: on JAX's default device.
-      metadata: its `tokenizer` is "world" for a vocabulary of 65536 and None where nothing tells
-        it.
+      model: the model, on JAX's default device.
+      metadata: the metadata. If the checkpoint names no tokenizer, `tokenizer` is "world" for a
+        vocabulary of 65536, else None.
 
     Raises:
-      FileNotFoundError: if there is nothing at `path`.
-      CheckpointError: if it is no checkpoint of RWKV-7, damaged, or refused as malicious; if
-        tensors are missing, unknown or of wrong shapes, it lists them. Also if a file holds several
-        dtypes and `dtype` is None, or values are beyond the range of float16.
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if it is not a checkpoint of RWKV-7, is damaged, or is refused because it may
+        be malicious; if tensors are missing, unknown or of wrong shapes (the message lists them);
+        if a file holds several dtypes and `dtype` is None; or if values are out of the range of
+        float16.
       ValueError: if an argument is out of range.
 
     Example:
@@ -101,24 +102,25 @@ def save_pretrained(
     *,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-    """Saves a model for the official code, for FLA, or as our own checkpoint.
+    """Saves a model for the official code, for FLA, or as a checkpoint of goose-jax.
 
-    Parameters keep their dtype and all bits. (The first layer's value residual is not used: FLA's
-    layout has no place for it, and in a `.pth` file it is left out if it is zero.)
+    Parameters keep their dtype and all bits. (The model does not use the value residual of the
+    first layer. FLA's layout has no tensors for it, and a `.pth` file holds it only if it is not
+    zero.)
 
     Args:
-      model: to save.
-      path: the file ("pth") or directory (others) to make.
-      layout: "pth", "huggingface" or "native".
-      metadata: of the model; a `.pth` file has no place for it. None where nothing is known but
-        that a vocabulary of 65536 is "world".
-      max_shard_bytes: in "huggingface", tensors go into several files, none larger than this
-        (unless by a single tensor).
+      model: the model.
+      path: the file ("pth") or directory (other layouts) to create.
+      layout: "pth" for the official code, "huggingface" for FLA, or "native" for goose-jax.
+      metadata: metadata of the model, which a `.pth` file cannot hold. None records the tokenizer
+        "world" for a vocabulary of 65536, and no tokenizer for others.
+      max_shard_bytes: maximum size of each file of tensors in the layout "huggingface". Only a
+        single larger tensor makes a larger file.
 
     Raises:
-      FileExistsError: if there is something at `path`; nothing is ever written over.
-      OSError: if writing fails, as on a full disk. What was written is removed.
-      ValueError: if an argument is out of range, or the layout has no place for an epsilon of the
+      FileExistsError: if `path` exists. Nothing is ever overwritten.
+      OSError: if writing fails, for example on a full disk. Incomplete files are removed.
+      ValueError: if an argument is out of range, or the layout cannot hold an epsilon of the
         model's configuration.
     """
     path = Path(path)
@@ -144,10 +146,10 @@ def save_pretrained(
 
 
 def checkpoint_kind(path: Path) -> CheckpointKind:
-    """What is at `path`, judged by the files that are there.
+    """Returns the layout of the checkpoint at `path`, judged by the files that exist.
 
     Raises:
-      FileNotFoundError: if there is nothing.
+      FileNotFoundError: if `path` does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
@@ -158,14 +160,15 @@ def checkpoint_kind(path: Path) -> CheckpointKind:
 
 
 def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
-    """Reads what a `.pth` file or a folder of FLA's holds, but not the weights.
+    """Reads the names, shapes and dtypes of the tensors in a `.pth` file or a folder of FLA's.
 
     Args:
-      path: of the file or folder.
-      **overrides: as for `load_pretrained`.
+      path: the file or folder.
+      **overrides: values for fields of `RWKV7Config` that `load_pretrained` accepts.
 
     Raises:
-      CheckpointError: as `load_pretrained` does.
+      CheckpointError: if it is not a checkpoint of RWKV-7, is damaged, or is refused because it may
+        be malicious.
     """
     if path.is_file():
         found = read_pth(path)
@@ -183,13 +186,14 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         config = dataclasses.replace(config, head_norm_eps=config.head_size * config.norm_eps)
     metadata = fla_folder.read_metadata(path, settings)
     if metadata is None:
-        has_tokenizer = (path / "tokenizer.json").exists()  # then no size of vocabulary tells
+        # With a tokenizer file, the size of the vocabulary says nothing about the tokenizer.
+        has_tokenizer = (path / "tokenizer.json").exists()
         metadata = CheckpointMetadata(tokenizer=None) if has_tokenizer else _metadata(config)
     return ForeignCheckpoint(tensors, layout, _with_dtype(config, tensors), metadata)
 
 
 def _metadata(config: RWKV7Config) -> CheckpointMetadata:
-    # Models of this vocabulary are those of the World series; no other size tells a tokenizer.
+    # Only the World models have this size of vocabulary.
     is_world = config.vocab_size == WORLD_VOCAB_SIZE
     return CheckpointMetadata(tokenizer="world" if is_world else None)
 

@@ -1,8 +1,8 @@
 """Reads `.pth` files, torch's format for saved tensors, without torch.
 
-Such a file is a zip archive with one entry per storage, uncompressed, and an entry `data.pkl` that
-says which tensors lie in which storage. The part of the file that holds a tensor is mapped into
-memory when the tensor is read, and only as long as its array is in use.
+A `.pth` file is a zip archive. It has an uncompressed entry for each storage, and an entry
+`data.pkl` that describes the tensors in the storages. The bytes of a tensor are mapped into memory
+when the tensor is read, and stay mapped only while its array is in use.
 """
 
 import mmap
@@ -17,23 +17,23 @@ from goose_jax.checkpoints.pth_pickle import describe_pickle
 from goose_jax.checkpoints.pth_tensor import PickleError, TensorView
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra
 _ENCRYPTED = 1
 ZIP_SIGNATURE = b"PK\x03\x04"
 
 
 def read_pth(path: Path | str) -> dict[str, StoredTensor] | list[StoredTensor]:
-    """The tensors of a `.pth` file: by name, or those of a list.
+    """Returns the tensors of a `.pth` file, by name or as a list. Values are not read yet.
 
-    No program code in the file is executed: a file that asks for any is refused.
+    No code in the file is executed. A file whose pickle names a function is refused.
 
     Args:
-      path: of the file.
+      path: the file.
 
     Raises:
-      FileNotFoundError: if there is none.
-      CheckpointError: if it is damaged, of another format, refused (see `describe_pickle`), or
-        holds anything beside tensors in a dict or in a list.
+      FileNotFoundError: if there is no file.
+      CheckpointError: if the file is damaged, has another format, is refused, or holds anything but
+        a dict or a list of tensors.
     """
     archive = _Archive(Path(path))
     try:
@@ -51,7 +51,7 @@ def read_pth(path: Path | str) -> dict[str, StoredTensor] | list[StoredTensor]:
 
 
 def _map(path: Path, begin: int, size: int) -> tuple[mmap.mmap | bytes, int]:
-    """A part of a file in memory, and how many bytes before that part it holds, too."""
+    """Maps a part of a file. Returns the map, and the offset of the part in the map."""
     if size == 0:
         return b"", 0
     skipped = begin % mmap.ALLOCATIONGRANULARITY
@@ -67,7 +67,7 @@ def _map(path: Path, begin: int, size: int) -> tuple[mmap.mmap | bytes, int]:
 def _check_signature(path: Path, found: bytes) -> None:
     if found == ZIP_SIGNATURE:
         return
-    if found[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):  # a pickle that begins the file
+    if found[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):  # the beginning of a pickle
         raise CheckpointError(
             f"{path} has the format of torch before 1.6, which is not read here; load it with "
             "torch and save it anew"
@@ -129,7 +129,7 @@ class _Archive:
         return found[0]
 
     def _place(self, name: str) -> tuple[int, int]:
-        """Where the bytes of an entry begin, and how many there are."""
+        """Returns the position of an entry's bytes in the file, and their number."""
         entry = self._entries.get(f"{self._prefix}/{name}")
         if entry is None:
             raise CheckpointError(f"{self._path} is damaged: the entry {name} is missing")

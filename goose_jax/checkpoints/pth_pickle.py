@@ -1,8 +1,9 @@
-"""What the pickle inside a `.pth` file says, found out without Python's unpickler.
+"""Reads the pickle inside a `.pth` file without Python's unpickler.
 
-A pickle is a program, and Python's unpickler runs it, calling whatever it names. Here the few
-instructions that describe tensors in dicts and lists are read as a description; any other
-instruction and any name outside the table below is refused. Nothing is imported or called.
+A pickle is a program. Python's unpickler runs it and calls any function that it names. This module
+interprets only the few instructions that describe tensors in dicts and lists. It refuses all other
+instructions, and all names that are not in the table below. It imports and calls nothing that the
+pickle names.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from goose_jax.checkpoints.pth_tensor import (
 
 
 class _OrderedDict(dict[str, Any]):
-    """What a module's state dict is; unlike a plain dict it may have attributes."""
+    """The type of a module's state dict. Unlike a plain dict, a pickle may set its attributes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,10 @@ _MARK = object()
 
 
 def describe_pickle(data: bytes) -> Any:
-    """Dicts, lists, tuples, numbers, strings and `TensorView`s that a pickle describes.
+    """Returns the dicts, lists, tuples, numbers, strings and `TensorView`s in a pickle.
 
     Raises:
-      PickleError: if it is damaged, or says anything else; the message names what.
+      PickleError: if the pickle is damaged, or contains anything else. The message names it.
     """
     reader = _Reader()
     try:
@@ -50,7 +51,7 @@ def describe_pickle(data: bytes) -> Any:
 
 
 class _Reader:
-    """The pickle machine: a stack, a memo, and the instructions that are understood."""
+    """A pickle machine with a stack, a memo, and the supported instructions."""
 
     def __init__(self) -> None:
         self.result: Any = None

@@ -1,4 +1,4 @@
-"""The tensors of a `.pth` file, as its pickle describes them: views of storages."""
+"""The tensors of a `.pth` file as its pickle describes them: views of storages."""
 
 import dataclasses
 import math
@@ -27,17 +27,17 @@ _MAX_AXES = 8
 
 
 class PickleError(CheckpointError):
-    """A pickle that says something else than which tensors there are."""
+    """A pickle is damaged, or contains anything but descriptions of tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A run of numbers in the file.
+    """A sequence of numbers in the file.
 
     Attributes:
-      key: names the entry of the archive that holds it.
-      dtype: of each number.
-      size: how many there are.
+      key: name of the archive's entry that holds the numbers.
+      dtype: dtype of the numbers.
+      size: number of numbers.
     """
 
     key: str
@@ -50,10 +50,10 @@ class TensorView:
     """A tensor as a view of a storage.
 
     Attributes:
-      storage: that it is part of.
-      offset: index of its first number.
-      shape: its shape.
-      strides: numbers between neighbours along each axis, not negative.
+      storage: storage that holds the numbers of the tensor.
+      offset: index of the first number in the storage.
+      shape: shape of the tensor.
+      strides: for each axis the distance between neighbours in the storage; not negative.
     """
 
     storage: Storage
@@ -64,17 +64,20 @@ class TensorView:
 
 @dataclasses.dataclass(frozen=True)
 class StorageType:
-    """A class of torch that stands for a dtype.
+    """A storage class of torch.
 
     Attributes:
-      dtype: of the numbers in such a storage.
+      dtype: dtype of the numbers in a storage of this class.
     """
 
     dtype: np.dtype
 
 
 def storage_of(identity: Any) -> Storage:
-    """The storage that a pickle refers to: ("storage", its type, key, device, size).
+    """Returns the storage that a persistent id of a pickle refers to.
+
+    Args:
+      identity: a tuple ("storage", storage type, key, device, size).
 
     Raises:
       PickleError: if `identity` is anything else.
@@ -88,13 +91,13 @@ def storage_of(identity: Any) -> Storage:
 def tensor_of(
     storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, *_: Any
 ) -> TensorView:
-    """The tensor that `torch._utils._rebuild_tensor_v2` would make of these arguments.
+    """Returns the view that `torch._utils._rebuild_tensor_v2` makes of the same arguments.
 
     Raises:
-      PickleError: if they are of other types, or describe numbers outside of the storage.
+      PickleError: if an argument has the wrong type, or the view lies outside of the storage.
     """
     where = f"offset {reprlib.repr(offset)}, shape {reprlib.repr(shape)}, strides "
-    where += reprlib.repr(strides)  # which unlike repr is short, whatever a file has nested
+    where += reprlib.repr(strides)  # short, even for deeply nested values
     if not (isinstance(storage, Storage) and isinstance(shape, tuple)):
         raise PickleError(f"a tensor is refused: it has no storage or no shape ({where})")
     if not (isinstance(strides, tuple) and len(strides) == len(shape) <= _MAX_AXES):
@@ -103,7 +106,7 @@ def tensor_of(
         raise PickleError(f"a tensor is refused: {where} are not all whole numbers from 0")
     axes = list(zip(shape, strides, strict=True))
     count, last = math.prod(shape), offset + sum((size - 1) * stride for size, stride in axes)
-    # A view that repeats numbers could claim any size.
+    # A view that repeats numbers (stride 0) could have any size.
     if count and (last >= storage.size or count > storage.size):
         raise PickleError(
             f"a tensor is refused: {where} lie outside of its storage of {storage.size} numbers"

@@ -9,31 +9,31 @@ import numpy as np
 
 from goose_jax.checkpoints.pth_tensor import STORAGE_NAMES
 
-_ALIGNMENT = 64  # of storages in the file, as torch aligns them
+_ALIGNMENT = 64  # bytes; torch aligns storages in the file to this
 _LOCAL_HEADER_SIZE = 30
 _ZIP64_EXTRA_SIZE = 20
 _ZIP64_FROM = 1 << 31
-_PADDING = struct.Struct("<2sH")  # torch's name for it, and its length
+_PADDING = struct.Struct("<2sH")  # header of an extra field: its id and its length
 _PREFIX = "archive"
 
 
 def write_pth(path: Path | str, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes tensors with their names, as `torch.save` writes a dict of tensors.
+    """Writes named tensors as `torch.save` writes a dict of tensors.
 
     Args:
-      path: of the file to make.
-      tensors: names and values; one at a time is copied where its layout in memory is another.
+      path: the file to create.
+      tensors: names and values. An array that is not contiguous is copied, one at a time.
 
     Raises:
-      FileExistsError: if there is something at `path`; nothing is ever written over.
-      OSError: if writing fails, as on a full disk. What was written is removed.
-      ValueError: for a dtype that torch has no storage for.
+      FileExistsError: if `path` exists. Nothing is ever overwritten.
+      OSError: if writing fails, for example on a full disk. Incomplete files are removed.
+      ValueError: if torch has no storage for a dtype.
     """
     _write(Path(path), tensors, named=True)
 
 
 def write_pth_list(path: Path | str, tensors: Iterable[np.ndarray]) -> None:
-    """Writes tensors as `torch.save` writes a list of tensors; see `write_pth`."""
+    """Writes tensors as `torch.save` writes a list of tensors. Errors are those of `write_pth`."""
     _write(Path(path), (("", tensor) for tensor in tensors), named=False)
 
 
@@ -71,7 +71,7 @@ def _add(archive: zipfile.ZipFile, begin: int, name: str, content: np.ndarray) -
 
 
 def _tensor(key: str, tensor: np.ndarray) -> bytes:
-    """Instructions that put a contiguous tensor with a storage of its own on the stack."""
+    """Returns pickle instructions that push a contiguous tensor with a storage of its own."""
     if tensor.dtype not in STORAGE_NAMES:
         raise ValueError(f"a .pth file cannot hold the dtype {tensor.dtype.name}")
     strides = [int(np.prod(tensor.shape[axis + 1 :])) for axis in range(tensor.ndim)]

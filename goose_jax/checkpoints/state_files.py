@@ -1,11 +1,11 @@
-"""Recurrent states in files of the official ecosystem.
+"""Loads and saves recurrent states in the files of the official ecosystem.
 
-Two kinds are in use, both saved by torch. Both keep a head's state as `[V, K]`, the transpose of
-ours:
+There are two kinds of files, both saved by torch. In both, the state of a head is `[V, K]`, the
+transpose of ours.
 
-- Initial states that were trained (state tuning): `blocks.{i}.att.time_state`, `[H, V, K]`, one for
-  each layer. The token shifts of such a state are zero.
-- States of the `rwkv` package: a list with three tensors for each layer, the token shift of the
+- Initial states that were trained (state tuning) have a tensor `blocks.{i}.att.time_state`,
+  `[H, V, K]`, for each layer. Their token shifts are zero.
+- States of the `rwkv` package are a list with three tensors for each layer: the token shift of the
   time mix `[C]`, the heads `[H, V, K]`, and the token shift of the channel mix `[C]`.
 """
 
@@ -32,17 +32,18 @@ _OF_LAYER = ("time shift", "wkv", "channel shift")
 
 
 def load_state(path: Path | str, config: RWKV7Config, batch_size: int = 1) -> RWKV7State:
-    """Loads a state from either kind of file.
+    """Loads a state from a file of either kind.
 
     Args:
-      path: of the file.
-      config: of the model that goes on from it. The shifts are rounded to its compute dtype.
-      batch_size: B, how many texts shall go on from it: it is repeated.
+      path: the file.
+      config: configuration of the model that continues from the state. Token shifts are rounded to
+        its compute dtype.
+      batch_size: B, number of rows. The state is repeated for each row.
 
     Raises:
       FileNotFoundError: if there is no file.
-      CheckpointError: if it is damaged, or of no such kind, or does not fit the model; it lists all
-        tensors that are missing, unknown or of wrong shapes.
+      CheckpointError: if the file is damaged, is of neither kind, or does not fit the model. The
+        message lists all tensors that are missing, unknown or of wrong shapes.
     """
     check_positive("batch_size", batch_size)
     found = read_pth(Path(path))
@@ -69,21 +70,21 @@ def load_state(path: Path | str, config: RWKV7Config, batch_size: int = 1) -> RW
 def save_state(
     path: Path | str, state: RWKV7State, config: RWKV7Config, layout: StateLayout
 ) -> None:
-    """Saves the state of one text for the official ecosystem, in the dtypes that it has.
+    """Saves the state of one row for the official ecosystem, without changing its dtypes.
 
     Args:
-      path: of the file to make.
-      state: with B = 1.
-      config: of the model that it is of.
+      path: the file to create.
+      state: the state, with B = 1.
+      config: configuration of the model.
       layout: "time_state" for an initial state, whose token shifts are zero; "rwkv" for the list of
         the `rwkv` package.
 
     Raises:
-      FileExistsError: if there is something at `path`.
-      OSError: if writing fails. What was written is removed.
-      TypeError: if `state` has other dtypes than the model's states.
-      ValueError: if it has other shapes, or `layout` is "time_state" and a token shift is not zero,
-        which such a file has no place for.
+      FileExistsError: if `path` exists.
+      OSError: if writing fails. Incomplete files are removed.
+      TypeError: if the dtypes of `state` are not the dtypes of the model's states.
+      ValueError: if its shapes do not fit the model, or if `layout` is "time_state" and a token
+        shift is not zero.
     """
     check_state(state, config, 1)
     time_shift, channel_shift = np.asarray(state.time_shift), np.asarray(state.channel_shift)

@@ -34,7 +34,7 @@ def chat(
     state: Path | None = None,
     load: Path | None = None,
 ) -> None:
-    """Talks with a model. In the session, /help lists the commands; Ctrl-C stops a reply.
+    """Holds a conversation with a model. In the session, /help lists the commands.
 
     In use:
       goose-jax chat rwkv7-g1.pth --think
@@ -45,16 +45,16 @@ def chat(
       checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
         or the folder of a training run.
       settings: How replies are written.
-      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
-        the checkpoint says.
-      dtype: Of parameters and computation; by default the checkpoint's parameters stay as they are.
-      state: What conversations begin with: a file of an initial state that was tuned, or of a state
-        of the rwkv package, or the folder of a run of state tuning.
-      load: A conversation that /save has written, to go on with.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
+        tokenizer that the checkpoint names.
+      dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      state: State that conversations begin with: a file of a tuned initial state or of a state of
+        the rwkv package, or the folder of a run of state tuning.
+      load: File of a saved conversation to continue.
 
     Raises:
-      ValueError: if an argument is out of range, or a file is damaged or of another model.
-      OSError: if a file is not there, or cannot be read.
+      ValueError: if an argument is out of range, a file is damaged, or it belongs to another model.
+      OSError: if a file does not exist or cannot be read.
     """
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = None if state is None else load_initial_state(state, model)
@@ -62,7 +62,7 @@ def chat(
     if load is not None:
         session.conversation = load_chat(load, model)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  so that lines can be edited, where there is such a thing
+        import readline  # noqa: F401  lets the user edit lines, on systems that have it
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     print("/help lists the commands.")
@@ -70,7 +70,7 @@ def chat(
 
 
 class _Terminal:
-    """Reads lines, and does what they say."""
+    """Reads lines from the terminal, and runs their commands or replies to them."""
 
     def __init__(self, session: ChatSession, model: RWKV7):
         self._session = session
@@ -88,7 +88,7 @@ class _Terminal:
         }
 
     def run(self) -> None:
-        """Goes on until the user ends it."""
+        """Runs until the user ends the session."""
         while not self._ended:
             try:
                 self._obey(_read_message())
@@ -176,7 +176,7 @@ class _Terminal:
 
 
 def _read_message() -> str:
-    """One line, or several of which all but the last end with a backslash."""
+    """Reads a message: one line, and another one after each line that ends with a backslash."""
     lines = [input("User: ")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -217,7 +217,7 @@ def _parse(name: str, text: str, kind: type) -> Any:
 
 @contextlib.contextmanager
 def _first_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts, as without this."""
+    """Yields an event that the first Ctrl-C sets. The second Ctrl-C raises KeyboardInterrupt."""
     pressed = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 

@@ -9,7 +9,7 @@ import tyro
 from flax import nnx
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
-from goose_jax.cli.inspect_checkpoint import format_bytes
+from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import Dtype
 
 
@@ -30,15 +30,15 @@ def convert(
     Args:
       source: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax, or
         the folder of a training run (then its newest checkpoint).
-      target: What to make; nothing is ever written over.
+      target: File or folder to create; nothing is ever overwritten.
       layout: pth: the official file; huggingface: the folder that flash-linear-attention reads;
         native: a checkpoint of goose-jax.
-      dtype: Of the parameters, which are rounded to it; by default they keep theirs.
-      tokenizer: Name of the tokenizer that the target is to remember (a .pth has no place for it);
-        by default that of the source.
+      dtype: Dtype that parameters are rounded to; by default they keep their dtype.
+      tokenizer: Name of the tokenizer that the target records (a .pth cannot record it); by default
+        the tokenizer of the source.
 
     Raises:
-      ValueError: if the source is damaged, or the layout has no place for something in it.
+      ValueError: if the source is damaged, or the layout cannot hold its configuration.
       OSError: if the source cannot be read or the target cannot be written.
     """
     if target.exists():

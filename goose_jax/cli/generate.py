@@ -1,4 +1,4 @@
-"""`goose-jax generate`: continues a prompt on the terminal."""
+"""`goose-jax generate`: continues a prompt and prints the text."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
-from goose_jax.text import StreamingDecoder, TextStop
+from goose_jax.text import TextStop, TextStream
 from goose_jax.training import load_initial_state
 
 
@@ -28,7 +28,7 @@ def generate(
     seed: int = 0,
     echo: bool = True,
 ) -> None:
-    """Continues a prompt with a trained model and writes the text as it comes.
+    """Continues a prompt with a trained model and prints the text as it comes.
 
     In use:
       goose-jax generate runs/stdlib-1 --prompt "def "
@@ -40,34 +40,33 @@ def generate(
       checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
         or the folder of a training run (then its newest checkpoint).
       prompt: Text to continue; without one, a new document begins.
-      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
-        the checkpoint says.
-      dtype: Of parameters and computation; by default the checkpoint's parameters stay as they are.
-      state: What the text begins with: a file of an initial state that was tuned, or of a state of
-        the rwkv package, or the folder of a run of state tuning.
-      max_new_tokens: The most tokens that are generated. The end of the document ends it sooner.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
+        tokenizer that the checkpoint names.
+      dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      state: State that the text begins with: a file of a tuned initial state or of a state of the
+        rwkv package, or the folder of a run of state tuning.
+      max_new_tokens: Maximum number of new tokens. The end of the document ends the text sooner.
       sampling: How tokens are drawn.
-      stop: Texts that end the generation; they are not written.
+      stop: Texts that end the generation; they are not printed.
       seed: The same seed gives the same text.
-      echo: Write the prompt, too.
+      echo: Print the prompt, too.
 
     Raises:
       ValueError: if an argument is out of range, or the checkpoint is damaged.
-      OSError: if there is no checkpoint, or it cannot be read.
+      OSError: if the checkpoint does not exist or cannot be read.
     """
-    ending = TextStop(stop)
+    stop_texts = TextStop(stop)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = None if state is None else load_initial_state(state, model)
     end = found.end_of_document
     tokens = found.encode(prompt) or ([] if end is None else [end])
     if not tokens:
         raise ValueError("give a --prompt: this tokenizer has no token that begins a document")
-    decoder = StreamingDecoder(found)
-    decoder.push(tokens)
+    stream = TextStream(found, tokens, stop_texts)
 
     def write_tokens(new: list[np.ndarray]) -> bool:
-        _write(ending.push(decoder.push(new[0].tolist())))
-        return ending.reached
+        _write(stream.push(new[0].tolist()))
+        return stream.stopped
 
     if echo:
         _write(prompt)
@@ -81,7 +80,7 @@ def generate(
         state=start,
         on_tokens=write_tokens,
     )
-    _write(ending.push(decoder.finish()) + ending.finish() + "\n")
+    _write(stream.finish() + "\n")
 
 
 def _write(text: str) -> None:

@@ -1,27 +1,25 @@
-"""`goose-jax inspect`: says what a checkpoint holds, without loading it."""
+"""`goose-jax inspect`: prints what a checkpoint holds, without loading it."""
 
-import math
-from collections import Counter
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import tyro
 
-from goose_jax.checkpoints.key_map import Layout, axis_sizes, key_map
-from goose_jax.checkpoints.native import CheckpointMetadata, find_checkpoint, read_description
-from goose_jax.checkpoints.pretrained import checkpoint_kind, open_foreign
+from goose_jax.checkpoints import CheckpointContents, read_contents
+from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import RWKV7Config
+from goose_jax.state import init_state
 
-_KINDS = {
+_LAYOUTS = {
     "pth": "official .pth",
     "huggingface": "Hugging Face layout of flash-linear-attention",
     "huggingface_x_x": "Hugging Face layout of flash-linear-attention, older (x_x)",
     "native": "checkpoint of goose-jax",
 }
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _RUN_DTYPES = ("float32", "bfloat16", "float16")
-type _Counts = Counter[tuple[str, str]]  # numbers in the file, by group and dtype
 
 
 def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -36,54 +34,25 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
         or the folder of a training run (then its newest checkpoint).
 
     Raises:
-      ValueError: if it is no checkpoint, or damaged as far as can be seen without reading all.
-      OSError: if there is none, or it cannot be read.
+      ValueError: if it is not a checkpoint, or is damaged as far as that can be seen without
+        reading the parameters.
+      OSError: if it does not exist or cannot be read.
     """
-    print(_describe(checkpoint))
+    contents = read_contents(checkpoint)
+    lines = [
+        f"checkpoint  {contents.path}",
+        f"layout      {_LAYOUTS[contents.layout]}",
+        *_model_lines(contents),
+        "",
+        *_parameter_lines(contents),
+        "",
+        *_memory_lines(contents),
+    ]
+    print("\n".join(lines))
 
 
-def format_bytes(size: int) -> str:
-    """A size as a person reads it, as in "1.4 GiB"."""
-    if size < 1024:
-        return f"{size} bytes"
-    power = min(int(math.log(size, 1024)), 4)
-    return f"{size / 1024**power:.3g} {_UNITS[power - 1]}"
-
-
-def _describe(path: Path) -> str:
-    if checkpoint_kind(path) == "native":
-        path = find_checkpoint(path)
-        config, metadata = read_description(path)
-        kind, counts = "native", _count(config)
-    else:
-        found = open_foreign(path)
-        config, metadata, kind = found.config, found.metadata, found.layout
-        dtypes = {name: tensor.dtype.name for name, tensor in found.tensors.items()}
-        counts = _count(config, found.layout, dtypes)
-    lines = [f"checkpoint  {path}", f"layout      {_KINDS[kind]}", *_of_model(config, metadata)]
-    return "\n".join([*lines, "", *_of_parameters(counts), "", *_of_memory(config, counts)])
-
-
-def _count(
-    config: RWKV7Config, layout: Layout = "pth", dtypes: dict[str, str] | None = None
-) -> _Counts:
-    """Counts the tensors that are in `dtypes`; None stands for all, in the dtype of `config`."""
-    counts: _Counts = Counter()
-    sizes = axis_sizes(config)
-    for entry in key_map(layout):
-        for name in entry.names(config.num_layers):
-            if dtypes is None or name in dtypes:
-                dtype = config.param_dtype if dtypes is None else dtypes[name]
-                counts[_group(entry.parameter), dtype] += math.prod(entry.shape(sizes))
-    return counts
-
-
-def _group(parameter: str) -> str:
-    name = parameter.removeprefix("blocks.").split(".")[0]
-    return "norms" if name.endswith("norm") else name.replace("_", " ")
-
-
-def _of_model(config: RWKV7Config, metadata: CheckpointMetadata) -> list[str]:
+def _model_lines(contents: CheckpointContents) -> list[str]:
+    config, metadata = contents.config, contents.metadata
     return [
         f"model       {config.num_layers} layers, width {config.hidden_size}, "
         f"{config.num_heads} heads of {config.head_size}, channel mix {config.intermediate_size}",
@@ -94,28 +63,29 @@ def _of_model(config: RWKV7Config, metadata: CheckpointMetadata) -> list[str]:
     ]
 
 
-def _of_parameters(counts: _Counts) -> list[str]:
+def _parameter_lines(contents: CheckpointContents) -> list[str]:
     lines = [f"{'parameters':14}{'dtype':>10}{'number':>18}{'size':>12}"]
-    for (group, dtype), number in counts.items():
+    for (group, dtype), number in contents.parameters.items():
         size = format_bytes(number * jnp.dtype(dtype).itemsize)
         lines.append(f"  {group:12}{dtype:>10}{number:>18,}{size:>12}")
-    total = sum(number * jnp.dtype(dtype).itemsize for (_, dtype), number in counts.items())
-    lines.append(f"  {'all':12}{'':>10}{counts.total():>18,}{format_bytes(total):>12}")
+    total, size = contents.parameters.total(), format_bytes(contents.num_bytes)
+    lines.append(f"  {'all':12}{'':>10}{total:>18,}{size:>12}")
     return lines
 
 
-def _of_memory(config: RWKV7Config, counts: _Counts) -> list[str]:
+def _memory_lines(contents: CheckpointContents) -> list[str]:
     lines = [f"{'memory to run':14}{'parameters':>18}{'state per text':>18}"]
     for dtype in _RUN_DTYPES:
-        parameters = format_bytes(counts.total() * jnp.dtype(dtype).itemsize)
-        lines.append(f"  {dtype:12}{parameters:>18}{format_bytes(_state_size(config, dtype)):>18}")
+        parameters = format_bytes(contents.parameters.total() * jnp.dtype(dtype).itemsize)
+        state = format_bytes(_state_size(contents.config, dtype))
+        lines.append(f"  {dtype:12}{parameters:>18}{state:>18}")
     return [*lines, "  (and what is computed in between: little when decoding)"]
 
 
 def _state_size(config: RWKV7Config, dtype: str) -> int:
-    wkv_size = jnp.promote_types(dtype, jnp.float32).itemsize
-    shifts = 2 * config.hidden_size * jnp.dtype(dtype).itemsize
-    return config.num_layers * (shifts + config.hidden_size * config.head_size * wkv_size)
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    state = jax.eval_shape(lambda: init_state(config, 1))
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
 
 
-__all__ = ["format_bytes", "inspect"]
+__all__ = ["inspect"]

@@ -2,6 +2,7 @@
 
 from goose_jax.text.byte_tokenizer import ByteTokenizer
 from goose_jax.text.stop import TextStop
+from goose_jax.text.text_stream import TextStream
 from goose_jax.text.tokenizer import StreamingDecoder, Tokenizer
 from goose_jax.text.tokenizer_json import HuggingFaceTokenizer
 from goose_jax.text.tokenizer_lookup import (
@@ -19,6 +20,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "StreamingDecoder",
     "TextStop",
+    "TextStream",
     "Tokenizer",
     "VocabularyTokenizer",
     "find_tokenizer_file",

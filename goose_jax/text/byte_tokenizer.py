@@ -1,4 +1,4 @@
-"""Text as the bytes of its UTF-8."""
+"""A tokenizer whose tokens are the bytes of UTF-8."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,12 @@ from goose_jax.text.tokenizer import REPLACEMENT
 
 
 class ByteTokenizer:
-    """One token per byte of the text's UTF-8: id = byte + 1; id 0 ends a document.
+    """Encodes each byte of a text's UTF-8 as the id `byte + 1`. Id 0 ends a document.
 
     Attributes:
       vocab_size: 257.
-      end_of_document: 0; also what padding looks like. It decodes to nothing.
-      leading_space: False: nothing is put before a text.
+      end_of_document: 0, which padding has too. It decodes to nothing.
+      leading_space: False: `encode` adds no space.
     """
 
     vocab_size = 257
@@ -19,26 +19,26 @@ class ByteTokenizer:
     leading_space = False
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Raises:
-          UnicodeEncodeError: if the text holds half a surrogate pair, which UTF-8 cannot express.
+          UnicodeEncodeError: if the text holds half of a surrogate pair, which UTF-8 cannot encode.
         """
         return self.encode_bytes(text.encode())
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Token ids of any bytes, valid UTF-8 or not."""
+        """Returns the token ids of any bytes, valid UTF-8 or not."""
         return [byte + 1 for byte in data]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids; never fails.
+        """Returns the text of token ids. It never fails.
 
-        What is not UTF-8 becomes U+FFFD, and so does each id that is no token.
+        Bytes that are not UTF-8 and ids that are not tokens become U+FFFD.
         """
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids, exactly; an id that is no token gives those of U+FFFD."""
+        """Returns the exact bytes of token ids. An id that is not a token gives U+FFFD in UTF-8."""
         return b"".join(self._bytes_of(int(token)) for token in tokens)
 
     def _bytes_of(self, token: int) -> bytes:

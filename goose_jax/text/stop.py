@@ -1,18 +1,18 @@
-"""The end of a stream of text at a given text."""
+"""Ends a stream of text at a given text."""
 
 from collections.abc import Sequence
 
 
 class TextStop:
-    """Cuts a stream of text off before the first of several texts.
+    """Ends a stream of text before the first of several stop texts.
 
-    The end of the stream that may be the beginning of one of them is held back.
+    While the end of the stream may be the beginning of a stop text, it is held back.
 
     Args:
-      stops: texts, none of them empty.
+      stops: the stop texts.
 
     Attributes:
-      reached: whether one of them was found; nothing comes after that.
+      reached: whether a stop text has come. All later text is dropped.
 
     Raises:
       ValueError: if one of `stops` is empty.
@@ -26,7 +26,7 @@ class TextStop:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What may be written now that more text has come."""
+        """Adds text to the stream, and returns the text that certainly precedes any stop text."""
         if self.reached:
             return ""
         text = self._held + text
@@ -37,11 +37,11 @@ class TextStop:
         return text[:end]
 
     def finish(self) -> str:
-        """What was held back when the stream ended."""
+        """Ends the stream, and returns the text that was held back."""
         return self._held
 
     def _beginning_at_end_of(self, text: str) -> int:
-        """Length of the longest end of `text` that begins one of the stops."""
+        """Returns the length of the longest end of `text` that a stop text begins with."""
         return max(
             (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,

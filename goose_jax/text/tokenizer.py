@@ -1,6 +1,6 @@
-"""What a tokenizer is here, and the decoding of a stream of its tokens.
+"""The protocol of tokenizers, and the decoding of a stream of tokens.
 
-UTF-8 spreads a character over up to four bytes, so a token may end in the middle of one.
+A character has up to four bytes in UTF-8, so a token may end in the middle of a character.
 """
 
 import codecs
@@ -8,59 +8,60 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd".encode()
-"""The bytes of an id that is no token."""
+"""The bytes that an id which is not a token decodes to."""
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer does: text to ids and back, through bytes.
+    """Converts text to token ids, and token ids to bytes and text.
 
-    The bytes of tokens do not depend on their neighbours: `decode_bytes(a + b)` is
-    `decode_bytes(a) + decode_bytes(b)`. Therefore a stream can be decoded piece by piece.
+    The bytes of a token do not depend on its neighbours: `decode_bytes(a + b)` equals
+    `decode_bytes(a) + decode_bytes(b)`. A stream of tokens can therefore be decoded in pieces.
     """
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below this."""
+        """Number of ids; all ids are less."""
         ...
 
     @property
     def end_of_document(self) -> int | None:
-        """The id that ends a document; it decodes to nothing. None if there is none."""
+        """The id that ends a document, which decodes to nothing; None if there is none."""
         ...
 
     @property
     def leading_space(self) -> bool:
-        """Whether `encode` puts a space before a text, which decoding takes off its beginning."""
+        """Whether `encode` adds a space before a text, and `decode` removes it."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Raises:
-          ValueError: if the text cannot be expressed.
+          ValueError: if the text cannot be encoded.
         """
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids from the beginning of a text; never fails.
+        """Returns the text of token ids, the first of which begins a text. It never fails.
 
-        What is not UTF-8 becomes U+FFFD, and so does each id that is no token.
+        Bytes that are not UTF-8 and ids that are not tokens become U+FFFD.
         """
         ...
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids from anywhere in a text; an id that is no token gives U+FFFD."""
+        """Returns the bytes of token ids anywhere in a text. Ids that are no tokens give U+FFFD."""
         ...
 
 
 class StreamingDecoder:
-    """Turns tokens into text as they arrive, and holds back incomplete characters.
+    """Decodes tokens as they arrive, and holds back incomplete characters.
 
-    The pieces together are what `tokenizer.decode` makes of all tokens at once, wherever the stream
-    was cut. To decode what continues a prompt, push the prompt's tokens first.
+    The pieces together equal the text that `tokenizer.decode` gives for all tokens at once, however
+    the tokens are divided. To decode the continuation of a prompt, push the tokens of the prompt
+    first.
 
     Args:
-      tokenizer: of the tokens.
+      tokenizer: tokenizer of the tokens.
 
     Example:
       >>> decoder = StreamingDecoder(ByteTokenizer())
@@ -76,13 +77,13 @@ class StreamingDecoder:
         self._leading_space = tokenizer.leading_space
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that more tokens complete; never fails."""
+        """Adds tokens, and returns the text that they complete. It never fails."""
         return self._without_leading_space(
             self._decoder.decode(self._tokenizer.decode_bytes(tokens))
         )
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never became complete, or nothing."""
+        """Ends the stream. Returns U+FFFD if the last character is incomplete, else no text."""
         return self._without_leading_space(self._decoder.decode(b"", final=True))
 
     def _without_leading_space(self, text: str) -> str:

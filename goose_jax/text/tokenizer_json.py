@@ -1,7 +1,8 @@
-"""Tokenizers of Hugging Face: `tokenizer.json`, encoded by the package `tokenizers`.
+"""Tokenizers in files `tokenizer.json`, the format of Hugging Face's package `tokenizers`.
 
-That package decodes whole sequences only, and what it makes of a prefix may change with the next
-token. So the bytes of each token are worked out here, once, from the file's decoder.
+The package encodes texts. It is not used for decoding, because it decodes whole sequences only: the
+text of the first tokens may change with the next one. This module derives the bytes of each token
+from the decoder that the file describes.
 """
 
 import importlib.util
@@ -20,26 +21,27 @@ _CONFIG = "tokenizer_config.json"
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, without the special tokens that its template would add to a text.
+    """The tokenizer of a `tokenizer.json`.
 
-    Special tokens decode to nothing. Decoders that turn each token into bytes by itself are
-    supported: `ByteLevel`, `Metaspace`, `Replace` (of a text), `ByteFallback`, `Fuse` and a `Strip`
-    that takes the first space off the text. Unlike in the package, of bytes that are not UTF-8 only
-    those become U+FFFD, and not their neighbours too; and ids that are no token give U+FFFD.
+    Texts are encoded without the special tokens that the file's template would add. Special tokens
+    decode to nothing. The file's decoder must give each token its own bytes, as `ByteLevel`,
+    `Metaspace`, `Replace` (of a text), `ByteFallback`, `Fuse` and a `Strip` of the first space do.
+    Unlike the package, this class replaces only the bytes that are not UTF-8 by U+FFFD, not also
+    valid bytes beside them, and it decodes ids that are not tokens to U+FFFD.
 
     Attributes:
-      vocab_size: all ids are below this.
-      end_of_document: the id of the `eos_token` in the `tokenizer_config.json` beside the file;
-        without that, of the special token with one of the usual names; None if there is none.
-      leading_space: whether `encode` puts a space before a text, which decoding takes off again.
+      vocab_size: number of ids; all ids are less.
+      end_of_document: id of the `eos_token` in the `tokenizer_config.json` beside the file. Without
+        such a file, id of the special token with one of the usual names; None if there is none.
+      leading_space: whether `encode` adds a space before a text, and `decode` removes it.
 
     Args:
-      path: of the `tokenizer.json`.
+      path: path of the `tokenizer.json`.
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: with what to install, if the package `tokenizers` is missing; or if the file is no
-        `tokenizer.json`, or has another decoder.
+      ValueError: if the package `tokenizers` is missing (the message says what to install), or the
+        file is not a `tokenizer.json`, or its decoder is not supported.
     """
 
     def __init__(self, path: Path | str):
@@ -53,7 +55,7 @@ class HuggingFaceTokenizer:
         try:
             fields = json.loads(text)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the package has no class of its own for its errors
+        except Exception as error:  # the package raises plain exceptions
             raise ValueError(f"{path} is no tokenizer.json: {error}") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {token["content"] for token in fields["added_tokens"] if token["special"]}
@@ -69,24 +71,24 @@ class HuggingFaceTokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Raises:
-          UnicodeEncodeError: if the text holds half a surrogate pair, which UTF-8 cannot express.
+          UnicodeEncodeError: if the text holds half of a surrogate pair, which UTF-8 cannot encode.
         """
         text.encode()
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids from the beginning of a text; never fails.
+        """Returns the text of token ids, the first of which begins a text. It never fails.
 
-        What is not UTF-8 becomes U+FFFD, and so does each id that is no token.
+        Bytes that are not UTF-8 and ids that are not tokens become U+FFFD.
         """
         text = self.decode_bytes(tokens).decode(errors="replace")
         return text.removeprefix(" ") if self.leading_space else text
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids from anywhere in a text; an id that is no token gives U+FFFD."""
+        """Returns the bytes of token ids anywhere in a text. Ids that are no tokens give U+FFFD."""
         return b"".join(self._bytes.get(int(token), REPLACEMENT) for token in tokens)
 
 
@@ -105,7 +107,7 @@ def _end_of_document(path: Path, vocabulary: Mapping[str, int], special: set[str
 
 
 def _decoder(fields: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:
-    """What makes bytes of a token's name, and whether the first space of a text is taken off."""
+    """Returns a function from a token's name to its bytes, and whether a first space is removed."""
     steps: list[_Step] = []
     fused = leading_space = False
     for part in _parts(fields):
@@ -142,7 +144,7 @@ def _strips_one_space(part: Mapping[str, Any]) -> bool:
 
 
 def _prepends(part: Mapping[str, Any]) -> bool:
-    # Files of older versions have a flag instead of the scheme.
+    # Older files have the flag `add_prefix_space` instead of the scheme.
     return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)
 
 
@@ -160,7 +162,7 @@ def _step(part: Mapping[str, Any]) -> _Step:
 
 
 def _on_text(step: Callable[[str], str | bytes]) -> _Step:
-    """Leaves alone what an earlier step turned into bytes."""
+    """Returns a step that leaves values unchanged which an earlier step made bytes."""
     return lambda value: step(value) if isinstance(value, str) else value
 
 
@@ -170,9 +172,10 @@ def _from_byte_name(name: str) -> str | bytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte.
+    """Returns the byte that each character of the byte-level alphabet stands for.
 
-    Printable characters of Latin-1 stand for themselves, the other bytes for U+0100, U+0101, ...
+    Printable characters of Latin-1 stand for their own byte. U+0100, U+0101, ... stand for the
+    other bytes.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -185,7 +188,7 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 def _from_byte_level(name: str) -> str | bytes:
-    # A token that was added by hand may be plain text.
+    # A token that was added to the vocabulary by hand may be plain text.
     if all(character in _BYTE_LEVEL for character in name):
         return bytes(_BYTE_LEVEL[character] for character in name)
     return name

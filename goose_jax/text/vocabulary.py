@@ -1,7 +1,7 @@
-r"""Vocabularies of byte strings, as the World models' is, and greedy encoding with them.
+r"""A tokenizer with a vocabulary of byte strings, such as the vocabulary of the World models.
 
 A vocabulary file has one line for each token: its id, its text or bytes as a Python literal, and
-the number of its bytes.
+its number of bytes.
 
     31 '\x1e' 1
     261 '\n\n' 2
@@ -20,23 +20,24 @@ from goose_jax.text.tokenizer import REPLACEMENT
 
 _WORLD_PACKAGE, _WORLD_FILE = "rwkv", "rwkv_vocab_v20230424.txt"
 _MAX_ID = 2**31 - 1  # ids are int32
-_TOKEN = -1  # the key, beside those of the 256 bytes, of the token that ends at a node
+_TOKEN = -1  # key of the token that ends at a node of the trie; the other keys are bytes
 
 
 class VocabularyTokenizer:
-    """Always takes the longest token that the rest of the text's UTF-8 begins with.
+    """Encodes greedily: each token is the longest one that the rest of the text begins with.
 
     Attributes:
-      vocab_size: all ids are below this.
-      end_of_document: 0; it decodes to nothing.
-      leading_space: False: nothing is put before a text.
+      vocab_size: number of ids; all ids are less.
+      end_of_document: 0, which decodes to nothing.
+      leading_space: False: `encode` adds no space.
 
     Args:
-      vocabulary: the bytes of each id, none of them empty or twice; ids are at least 1.
-      vocab_size: None takes the highest id + 1.
+      vocabulary: the bytes of each id. Ids are at least 1; no bytes are empty, and no two ids have
+        the same bytes.
+      vocab_size: number of ids. None takes the highest id + 1.
 
     Raises:
-      ValueError: if an id or its bytes are out of place.
+      ValueError: if an id or its bytes break these rules.
 
     Example:
       >>> VocabularyTokenizer({1: b"a", 2: b"b", 3: b"ab"}).encode("aab")
@@ -64,25 +65,25 @@ class VocabularyTokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str, *, vocab_size: int | None = None) -> "VocabularyTokenizer":
-        """The tokenizer of a vocabulary file.
+        """Makes the tokenizer of a vocabulary file.
 
         Raises:
           OSError: if the file cannot be read.
-          ValueError: naming the line that is wrong.
+          ValueError: if a line is wrong. The message names it.
         """
         return cls(read_vocabulary(path), vocab_size=vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text.
 
         Raises:
-          UnicodeEncodeError: if the text holds half a surrogate pair, which UTF-8 cannot express.
+          UnicodeEncodeError: if the text holds half of a surrogate pair, which UTF-8 cannot encode.
           ValueError: if the vocabulary has no token for a byte of the text.
         """
         return self.encode_bytes(text.encode())
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Token ids of any bytes, valid UTF-8 or not.
+        """Returns the token ids of any bytes, valid UTF-8 or not.
 
         Raises:
           ValueError: if the vocabulary has no token for one of them.
@@ -94,18 +95,18 @@ class VocabularyTokenizer:
         return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids; never fails.
+        """Returns the text of token ids. It never fails.
 
-        What is not UTF-8 becomes U+FFFD, and so does each id that is no token.
+        Bytes that are not UTF-8 and ids that are not tokens become U+FFFD.
         """
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of token ids, exactly; an id that is no token gives those of U+FFFD."""
+        """Returns the exact bytes of token ids. An id that is not a token gives U+FFFD in UTF-8."""
         return b"".join(self._bytes.get(int(token), REPLACEMENT) for token in tokens)
 
     def _longest(self, data: bytes, position: int) -> tuple[int, int]:
-        """The longest token at a position, and where it ends."""
+        """Returns the longest token at a position, and the position after it."""
         node = self._trie
         token, end = None, position
         for at in range(position, len(data)):
@@ -122,12 +123,12 @@ class VocabularyTokenizer:
 
 
 def world_tokenizer() -> VocabularyTokenizer:
-    """The tokenizer of the World models: ids 1..65529, in 65,536 slots.
+    """Returns the tokenizer of the World models: ids 1..65529, in a vocabulary of 65,536.
 
-    The vocabulary comes with the official package `rwkv`, of which nothing is executed.
+    The vocabulary file is part of the official package `rwkv`. No code of the package is executed.
 
     Raises:
-      ValueError: with what to install, if the package is missing or has no such file.
+      ValueError: if the package is missing or has no such file. The message says what to install.
     """
     package = importlib.util.find_spec(_WORLD_PACKAGE)
     folders = package.submodule_search_locations if package else None
@@ -141,12 +142,12 @@ def world_tokenizer() -> VocabularyTokenizer:
 
 
 def read_vocabulary(path: Path | str) -> dict[int, bytes]:
-    """The bytes of each id in a vocabulary file; every line is checked.
+    """Reads the bytes of each id from a vocabulary file, and checks every line.
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: naming the line that is not `id literal length`, has an id that is 0, too large or
-        there before, bytes that are there before, or another number of bytes than it says.
+      ValueError: if a line is not `id literal length`, if its id is 0 or too large, if an earlier
+        line has the same id or bytes, or if its length is wrong. The message names the line.
     """
     try:
         lines = Path(path).read_bytes().decode().removesuffix("\n").split("\n")

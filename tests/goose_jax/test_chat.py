@@ -26,7 +26,7 @@ from goose_jax.cli import chat as chat_module
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import prefill
 from goose_jax.nn import RWKV7, DecodingWeights
-from goose_jax.text import ByteTokenizer, get_tokenizer
+from goose_jax.text import ByteTokenizer, TextStop, TextStream, get_tokenizer
 from tests.helpers import relative_rms
 
 # One id for each printable character, so that any reply is read again as the same tokens.
@@ -193,11 +193,8 @@ def test_another_reply_to_the_same_message(model, tokenizer):
 def test_half_a_character_is_not_part_of_a_cut_reply():
     goose = ByteTokenizer().encode("a🦢")
     for complete, expected in ((False, "a"), (True, "a\ufffd")):
-        pieces = []
-        writer = session_module._ReplyWriter(ByteTokenizer(), [], ("stop",), pieces.append)
-        writer.push(goose[:3])
-        writer.finish(complete=complete)
-        assert writer.text == "".join(pieces) == expected
+        stream = TextStream(ByteTokenizer(), [], TextStop(("stop",)))
+        assert stream.push(goose[:3]) + stream.finish(complete=complete) == expected
 
 
 def test_conversations_are_saved_exactly(model, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from goose_jax.checkpoints import load_pretrained
 from goose_jax.checkpoints.conversion import build_model
-from goose_jax.cli.inspect_checkpoint import format_bytes
 from goose_jax.cli.main import main
+from goose_jax.cli.sizes import format_bytes
 from goose_jax.state import init_state
 from tests.goose_jax.official_weights import GOLDEN
 from tests.goose_jax.test_pretrained import assert_same_params

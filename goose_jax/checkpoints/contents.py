@@ -1,0 +1,90 @@
+"""Describes a checkpoint without loading its parameters."""
+
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+
+from goose_jax.checkpoints.key_map import Layout, axis_sizes, key_map
+from goose_jax.checkpoints.native import CheckpointMetadata, find_checkpoint, read_description
+from goose_jax.checkpoints.pretrained import checkpoint_kind, open_foreign
+from goose_jax.config import RWKV7Config
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointContents:
+    """The description of a checkpoint.
+
+    Attributes:
+      path: path of the checkpoint. For a training run, path of its newest checkpoint.
+      layout: layout of the checkpoint; "native" for a checkpoint of goose-jax.
+      config: configuration of the model.
+      metadata: values that the checkpoint records.
+      parameters: number of parameters for each group of parameters and dtype, such as
+        ("time mix", "float32").
+    """
+
+    path: Path
+    layout: Layout | Literal["native"]
+    config: RWKV7Config
+    metadata: CheckpointMetadata
+    parameters: Counter[tuple[str, str]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all parameters in their dtypes."""
+        counts = self.parameters.items()
+        return sum(number * jnp.dtype(dtype).itemsize for (_, dtype), number in counts)
+
+
+def read_contents(path: Path) -> CheckpointContents:
+    """Reads the description of a checkpoint of any layout, but none of its parameters.
+
+    Args:
+      path: a path that `load_pretrained` accepts.
+
+    Raises:
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if it is not a checkpoint of RWKV-7, or if it is damaged as far as that can
+        be seen without reading parameters.
+    """
+    if checkpoint_kind(path) == "native":
+        path = find_checkpoint(path)
+        config, metadata = read_description(path)
+        layout: Layout = "pth"  # has the names of all parameters that our checkpoints hold
+        dtypes = dict.fromkeys(_tensor_names(config, layout), config.param_dtype)
+        return CheckpointContents(
+            path, "native", config, metadata, _count_parameters(config, layout, dtypes)
+        )
+    found = open_foreign(path)
+    dtypes = {name: tensor.dtype.name for name, tensor in found.tensors.items()}
+    counts = _count_parameters(found.config, found.layout, dtypes)
+    return CheckpointContents(path, found.layout, found.config, found.metadata, counts)
+
+
+def _tensor_names(config: RWKV7Config, layout: Layout) -> list[str]:
+    return [name for entry in key_map(layout) for name in entry.names(config.num_layers)]
+
+
+def _count_parameters(
+    config: RWKV7Config, layout: Layout, dtypes: dict[str, str]
+) -> Counter[tuple[str, str]]:
+    """Counts the parameters in the tensors whose dtypes are given."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes = axis_sizes(config)
+    for entry in key_map(layout):
+        for name in entry.names(config.num_layers):
+            if name in dtypes:
+                counts[_group(entry.parameter), dtypes[name]] += math.prod(entry.shape(sizes))
+    return counts
+
+
+def _group(parameter: str) -> str:
+    name = parameter.removeprefix("blocks.").split(".")[0]
+    return "norms" if name.endswith("norm") else name.replace("_", " ")
+
+
+__all__ = ["CheckpointContents", "read_contents"]
