@@ -6,7 +6,6 @@ model and the fingerprint of its parameters.
 """
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from goose_jax.chat.session import Conversation
+from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State, check_state, state_dtypes
@@ -50,14 +50,11 @@ def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:
         "config": _config_of(model),
         "fingerprint": fingerprint(model),
     }
-    temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        safetensors.numpy.save_file(arrays, temporary, metadata)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            safetensors.numpy.save_file(arrays, temporary, metadata)
     except safetensors.SafetensorError as error:  # the library's class for errors of the system
         raise OSError(f"could not save {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_chat(path: Path, model: RWKV7) -> Conversation:

@@ -62,7 +62,7 @@ class Conversation:
 
 
 class ChatSession:
-    """Turns of a user and a model. Each turn reads only the new message.
+    r"""Turns of a user and a model. Each turn reads only the new message.
 
     Args:
       model: the model that writes the replies, or `prepare_decoding(model)`. Its matrices are cast
@@ -78,7 +78,7 @@ class ChatSession:
       >>> pieces = []
       >>> session.reply("Hi", pieces.append, lambda: False)
       'length'
-      >>> session.conversation.text == "User: Hi\\n\\nAssistant:" + "".join(pieces)
+      >>> session.conversation.text == "User: Hi\n\nAssistant:" + "".join(pieces)
       True
 
     Attributes:

@@ -1,9 +1,9 @@
 """Saves and loads models and states, in our own format and in the formats of others."""
 
 from goose_jax.checkpoints.contents import CheckpointContents, read_contents
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.model_and_tokenizer import load_model_and_tokenizer
 from goose_jax.checkpoints.native import (
-    CheckpointError,
     CheckpointMetadata,
     load_checkpoint,
     load_optimizer_state,

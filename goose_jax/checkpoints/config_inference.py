@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, key_map
-from goose_jax.checkpoints.native import CheckpointError
 from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor
 from goose_jax.config import RWKV7Config
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, axis_sizes, key_map
-from goose_jax.checkpoints.native import CheckpointError
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7

@@ -6,7 +6,6 @@ FLA's models are Hugging Face `transformers` models, and users know the layout a
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.conversion import split_model
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import Layout
-from goose_jax.checkpoints.native import CheckpointError, CheckpointMetadata
+from goose_jax.checkpoints.native import CheckpointMetadata
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7
@@ -135,17 +136,11 @@ def write_folder(
       metadata: metadata to record in `config.json`.
       max_shard_bytes: maximum size of each file of tensors, unless a single tensor is larger.
     """
-    temporary = path.with_name(f".{path.name}.unfinished")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed
+    with atomic_path(path) as temporary:
         temporary.mkdir(parents=True)
         settings = _settings(model.config, metadata)
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         _write_shards(temporary, dict(split_model(model, "huggingface")), max_shard_bytes)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

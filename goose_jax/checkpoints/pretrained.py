@@ -10,9 +10,10 @@ from flax import nnx
 from goose_jax.checkpoints import fla_folder
 from goose_jax.checkpoints.config_inference import infer_config
 from goose_jax.checkpoints.conversion import build_model, check_range, split_model
+from goose_jax.checkpoints.directory import CHECKSUMS
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import Layout
 from goose_jax.checkpoints.native import (
-    CheckpointError,
     CheckpointMetadata,
     load_checkpoint,
     save_checkpoint,
@@ -155,7 +156,7 @@ def checkpoint_kind(path: Path) -> CheckpointKind:
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if path.is_file():
         return "pth"
-    is_ours = (path / "checksums.json").is_file() or (path / "checkpoints").is_dir()
+    is_ours = (path / CHECKSUMS).is_file() or (path / "checkpoints").is_dir()
     return "huggingface" if (path / fla_folder.CONFIG).is_file() and not is_ours else "native"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from goose_jax.checkpoints.native import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.pth_pickle import describe_pickle
 from goose_jax.checkpoints.pth_tensor import PickleError, TensorView
 from goose_jax.checkpoints.stored_tensor import StoredTensor

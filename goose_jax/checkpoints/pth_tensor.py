@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from goose_jax.checkpoints.native import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError
 
 STORAGE_DTYPES = {
     "FloatStorage": np.dtype(np.float32),

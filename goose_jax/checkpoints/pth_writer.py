@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.pth_tensor import STORAGE_NAMES
 
 _ALIGNMENT = 64  # bytes; torch aligns storages in the file to this
@@ -40,23 +41,21 @@ def write_pth_list(path: Path | str, tensors: Iterable[np.ndarray]) -> None:
 def _write(path: Path, tensors: Iterable[tuple[str, np.ndarray]], *, named: bool) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
-    temporary = path.with_name(f".{path.name}.unfinished")
     descriptions = []
-    try:
-        with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for key, (name, tensor) in enumerate(tensors):
-                _add(archive, file.tell(), f"data/{key}", np.ascontiguousarray(tensor))
-                prefix = _text(name) if named else b""
-                descriptions.append(prefix + _tensor(str(key), tensor))
-            empty, fill = (b"}", b"u") if named else (b"]", b"e")
-            pickled = b"\x80\x02" + empty + b"(" + b"".join(descriptions) + fill + b"."
-            entries = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
-            for name, content in entries.items():
-                _add(archive, file.tell(), name, np.frombuffer(content, np.uint8))
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("wb") as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
+        for key, (name, tensor) in enumerate(tensors):
+            _add(archive, file.tell(), f"data/{key}", np.ascontiguousarray(tensor))
+            prefix = _text(name) if named else b""
+            descriptions.append(prefix + _tensor(str(key), tensor))
+        empty, fill = (b"}", b"u") if named else (b"]", b"e")
+        pickled = b"\x80\x02" + empty + b"(" + b"".join(descriptions) + fill + b"."
+        entries = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
+        for name, content in entries.items():
+            _add(archive, file.tell(), name, np.frombuffer(content, np.uint8))
 
 
 def _add(archive: zipfile.ZipFile, begin: int, name: str, content: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from goose_jax.checkpoints.native import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth, write_pth_list
 from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor

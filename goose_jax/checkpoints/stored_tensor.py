@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import Shape
-from goose_jax.checkpoints.native import CheckpointError
 
 STORED_DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, jnp.bfloat16, np.float16, np.float64)

@@ -16,17 +16,15 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from goose_jax.checkpoints.fingerprint import fingerprint
-from goose_jax.checkpoints.native import (
-    ADAPTER,
-    CheckpointError,
-    CheckpointMetadata,
-    find_checkpoint,
+from goose_jax.checkpoints import CheckpointError, CheckpointMetadata
+from goose_jax.checkpoints.directory import (
     read_arrays,
     read_json,
     verify_directory,
     write_directory,
 )
+from goose_jax.checkpoints.fingerprint import fingerprint
+from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7
 from goose_jax.training.lora import LoraConfig, init_lora
@@ -80,7 +78,7 @@ def save_adapter(path: Path | str, adapter: Adapter, *, opt_state: Any = None) -
         "metadata": dataclasses.asdict(adapter.metadata),
     }
     descriptions = {ADAPTER: description, "config.json": adapter.base_config.to_dict()}
-    write_directory(path, descriptions, {"params": adapter.params, "optimizer": opt_state})
+    write_directory(path, descriptions, {"params": adapter.params, OPTIMIZER: opt_state})
 
 
 def load_adapter(path: Path | str) -> Adapter:
@@ -96,7 +94,7 @@ def load_adapter(path: Path | str) -> Adapter:
     path = find_checkpoint(path)
     if not (path / ADAPTER).is_file():
         raise CheckpointError(f"{path} holds a model, and nothing that was tuned beside one")
-    verify_directory(path)
+    verify_directory(path, leave_out=OPTIMIZER)
     stored = read_json(path / ADAPTER)
     if stored.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {stored.get('format')}, but {_FORMAT} is read")

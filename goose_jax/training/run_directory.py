@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from goose_jax.checkpoints.native import CheckpointError, checkpoint_path, list_checkpoints
+from goose_jax.checkpoints import CheckpointError
+from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
 
 
 class RunDirectory:

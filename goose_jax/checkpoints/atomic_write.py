@@ -1,0 +1,36 @@
+"""Writes a file or directory completely or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, which is renamed to `path` at the end.
+
+    If the body raises an error, whatever it wrote is removed and `path` does not change.
+
+    Args:
+      path: path of the file or directory to create. An existing file is replaced.
+    """
+    temporary = path.with_name(f".{path.name}.unfinished")
+    _remove(temporary)  # left behind by a process that was killed
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+__all__ = ["atomic_path"]
