@@ -1,4 +1,3 @@
-import functools
 import sys
 
 import jax
@@ -8,8 +7,6 @@ from flax import nnx
 
 from goose_jax.checkpoints import (
     CheckpointMetadata,
-    load_model_and_tokenizer,
-    load_pretrained,
     save_checkpoint,
     save_pretrained,
 )
@@ -18,7 +15,7 @@ from goose_jax.config import RWKV7Config
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.nn import RWKV7
-from goose_jax.text import ByteTokenizer, TextStop, VocabularyTokenizer
+from goose_jax.text import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -129,54 +126,3 @@ def test_checkpoints_of_others_are_continued(run, model, foreign):
         run(*arguments, "--prompt", "x", checkpoint=str(foreign))
     arguments += ["--tokenizer", "byte", "--prompt", "x"]
     assert run(*arguments, checkpoint=str(foreign)) == f"x{text}\n"
-
-
-def test_a_tokenizer_can_be_given_or_lie_in_the_folder(checkpoint, model, tmp_path):
-    file = tmp_path / "rwkv_vocab_test.txt"
-    file.write_text("1 'a' 1\n2 'ab' 2\n")
-    assert load_model_and_tokenizer(checkpoint, tokenizer=str(file))[1].encode("aab") == [1, 2]
-    save_pretrained(model, tmp_path / "folder", "huggingface")
-    file.rename(tmp_path / "folder" / file.name)
-    _, tokenizer = load_model_and_tokenizer(tmp_path / "folder")
-    assert isinstance(tokenizer, VocabularyTokenizer)
-    assert tokenizer.encode("aab") == [1, 2]
-    with pytest.raises(ValueError, match=r"'world' has 65536 ids, .* model's vocabulary is 257"):
-        load_model_and_tokenizer(checkpoint, tokenizer="world")
-
-
-def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
-    config = load_model_and_tokenizer(checkpoint, dtype="bfloat16")[0].config
-    assert (config.param_dtype, config.compute_dtype) == ("bfloat16", "bfloat16")
-    config = load_model_and_tokenizer(checkpoint)[0].config
-    assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")
-
-
-def test_what_does_not_tell_a_compute_dtype_is_computed_in_what_suits_the_machine(foreign):
-    assert load_pretrained(foreign)[0].config.compute_dtype == "bfloat16"
-    config = load_model_and_tokenizer(foreign, tokenizer="byte")[0].config
-    suitable = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    assert config.compute_dtype == suitable
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-@pytest.mark.parametrize(
-    ("text", "stops", "expected"),
-    [
-        ("one two three", (), "one two three"),
-        ("one two three", ("two",), "one "),
-        ("one two three", ("three", "ne t"), "o"),
-        ("one two thre", ("three",), "one two thre"),
-        ("aaab", ("aab",), "a"),
-        ("ends\n\nUser: no", ("\n\nUser:",), "ends"),
-    ],
-)
-def test_text_stops(text, stops, expected, size):
-    ending = TextStop(stops)
-    pieces = [ending.push(text[i : i + size]) for i in range(0, len(text), size)]
-    assert "".join(pieces) + ending.finish() == expected
-    assert ending.reached == (len(expected) < len(text))
-
-
-def test_text_that_may_be_a_stop_is_held_back():
-    push = functools.partial(TextStop.push, TextStop(["\n\n"]))
-    assert [push("a\n"), push("b"), push("\n"), push("\n"), push("c")] == ["a", "\nb", "", "", ""]
