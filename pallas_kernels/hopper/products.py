@@ -1,8 +1,7 @@
-"""Below the level of Pallas: sums of products of tiles, by the tensor cores (`wgmma`).
+"""Sums of products of tiles, by tensor cores (`wgmma`), written in PTX.
 
-Pallas offers the same instruction, in a way that takes more of others: accumulators are zeroed
-first, in one instruction for each register, and addresses are found in 64 bits. Nor can it multiply
-by some columns of a tile.
+`plgpu.wgmma` costs more instructions: it zeroes accumulators first, one register at a time, and
+computes addresses in 64 bits. It also cannot multiply by some of the columns of a tile.
 """
 
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.registers import (
-    NUMBER,
-    PART,
+    SCALAR,
+    STRIP,
     TILE_LAYOUT,
     TRANSFORMS,
-    Part,
+    Strip,
     address_of,
     in_registers,
     integer,
@@ -31,7 +30,7 @@ from pallas_kernels.hopper.registers import (
 from pallas_kernels.hopper.target import TILE
 
 _DEPTH = 16
-"""Of how many columns and rows an instruction multiplies."""
+"""Columns of x, and rows of y, that one instruction multiplies."""
 
 
 class Transposed(NamedTuple):
@@ -44,19 +43,23 @@ type Sum = Sequence[tuple[Any, Any]]
 
 
 def multiply(sums: Sequence[Sum], start: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
-    """For each sum `start + x @ y + ...` in float32, for 16-bit tiles.
+    """Computes `start + x @ y + ...` in float32 for each sum. All are in flight together.
 
     Args:
-      sums: pairs (x, y): x a tile in registers or in shared memory, y one in shared memory; those
-        in shared memory also `Transposed`. All y may be a `Part`, of the same number.
-      start: what each sum starts from; None is zero.
+      sums: pairs (x, y) of bfloat16 tiles. x is in registers, or in shared memory and then maybe
+        `Transposed`. y is in shared memory, maybe `Transposed`; or every y is a `Strip`, all with
+        one number.
+      start: float32 tiles, in registers, that the sums start from; None for zero.
+
+    Returns:
+      Float32 tiles in registers, `[64, 32]` if every y is a strip.
     """
     operands, kinds, numbers = [], [], []
     for x, y in (pair for pairs in sums for pair in pairs):
         for operand in (x, y):
-            if isinstance(operand, Part):
+            if isinstance(operand, Strip):
                 numbers = [operand.number]
-            operands.append(operand.tile if isinstance(operand, (Part, Transposed)) else operand)
+            operands.append(operand.tile if isinstance(operand, (Strip, Transposed)) else operand)
             transposed = isinstance(operand, Transposed)
             kinds.append("registers" if isinstance(operand, jax.Array) else transposed)
     counts = [len(pairs) for pairs in sums]
@@ -69,9 +72,9 @@ def multiply(sums: Sequence[Sum], start: Sequence[jax.Array | None]) -> tuple[ja
 
     smem = plgpu.RefType(TRANSFORMS)
     types = [TILE_LAYOUT if kind == "registers" else smem for kind in kinds]
-    result = in_registers(jnp.float32, PART if numbers else TILE)
+    result = in_registers(jnp.float32, STRIP if numbers else TILE)
     inline = plgpu.inline_mgpu(
-        arg_types=([TILE_LAYOUT] * len(starts), types, [NUMBER] * len(numbers)),
+        arg_types=([TILE_LAYOUT] * len(starts), types, [SCALAR] * len(numbers)),
         return_type=(result,) * len(sums),
     )
     return inline(emit)(starts, operands, numbers)
@@ -82,10 +85,20 @@ def _multiply(
     begins: Sequence[bool],
     starts: Sequence[Any],
     operands: Sequence[tuple[Any, Any]],
-    number: Any | None,
+    strip_number: Any | None,
 ) -> list[Any]:
-    """`multiply`, of fragmented arrays and references: one piece of PTX that waits for its end."""
-    columns = TILE if number is None else PART
+    """Emits one piece of PTX that computes all sums and waits until they are done.
+
+    Args:
+      counts: number of products in each sum.
+      begins: whether a sum starts from a value, for each sum.
+      starts: fragmented arrays, one for each sum that does.
+      operands: pairs of a fragmented array or a reference, and its kind: "registers", or whether
+        it is transposed.
+      strip_number: which strips the second operands are; None if they are whole tiles.
+    """
+    columns = TILE if strip_number is None else STRIP
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
     f32, size = ir.F32Type.get(), TILE * columns // 128
     outputs, constraints = size * len(counts), list[str]()
     arguments: list[Any] = []
@@ -103,20 +116,21 @@ def _multiply(
     before, body = ["setp.ne.s32 add, 0, 0;"], ["wgmma.fence.sync.aligned;"]
     descriptors = 0
 
-    def steps(ref, transposed, first):
-        """Descriptors of the parts of a tile in shared memory, and whether its rows are those of
-        the result, or columns.
+    def slices_of(ref, transposed, first):
+        """Returns descriptors of the slices that one instruction takes, and its flag for them.
+
+        The flag is 1 if the tile is to be read along its columns.
         """
         nonlocal descriptors
         along_rows = transposed != first
         step = _DEPTH * 2 if along_rows else _DEPTH * TILE * 2  # bytes
-        name = argument(_descriptor(ref, along_rows, None if first else number), "l")
+        name = argument(_descriptor(ref, along_rows, None if first else strip_number), "l")
         names = [name]
         for i in range(1, TILE // _DEPTH):
             names.append(f"d{descriptors}")
             descriptors += 1
             before.append(f"add.s64 {names[-1]}, {name}, {i * step // 16};")
-        return names, int(not along_rows)
+        return names, str(int(not along_rows))
 
     pairs = iter(zip(operands[::2], operands[1::2], strict=True))
     for i, count in enumerate(counts):
@@ -125,19 +139,17 @@ def _multiply(
             (x, kind), (y, transposed) = next(pairs)
             if kind == "registers":
                 names = [argument(to_bits(pair), "r") for pair in x.registers.flat]
-                parts = ["{" + ", ".join(names[4 * k : 4 * k + 4]) + "}" for k in range(4)]
+                x_slices = ["{" + ", ".join(names[4 * k : 4 * k + 4]) + "}" for k in range(4)]
                 flags = []
             else:
-                parts, flag = steps(x, kind, first=True)
+                x_slices, flag = slices_of(x, kind, first=True)
                 flags = [flag]
-            y_parts, flag = steps(y, transposed, first=False)
+            y_slices, flag = slices_of(y, transposed, first=False)
             flags.append(flag)
-            for k, (part, y_part) in enumerate(zip(parts, y_parts, strict=True)):
+            for k, (x_slice, y_slice) in enumerate(zip(x_slices, y_slices, strict=True)):
                 add = "add" if j == k == 0 and not begins[i] else "1"
-                body.append(
-                    f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
-                    f"{accumulator}, {part}, {y_part}, {add}, 1, 1, {', '.join(map(str, flags))};"
-                )
+                listed = ", ".join([accumulator, x_slice, y_slice, add, "1", "1", *flags])
+                body.append(f"{instruction} {listed};")
     body += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     declarations = f".reg .pred add; .reg .b64 d<{descriptors}>;"
     result = llvm.inline_asm(
@@ -154,13 +166,17 @@ def _multiply(
     return [tile_of(registers[i : i + each], columns, f32) for i in range(0, len(registers), each)]
 
 
-def _descriptor(ref: Any, along_rows: bool, number: Any | None) -> Any:
-    """Tells the tensor cores where a tile lies: 8 rows of 128 bytes, swizzled, follow 8 rows."""
+def _descriptor(ref: Any, along_rows: bool, strip_number: Any | None) -> Any:
+    """Returns the 64 bits that tell tensor cores where a tile lies in shared memory.
+
+    They hold its address, how far apart groups of 8 rows are, and that rows are swizzled. Addresses
+    and distances are counted in 16 bytes.
+    """
     i64 = ir.IntegerType.get_signless(64)
     stride = 8 * TILE * 2 // 16
     low = arith.shrui(address_of(ref), integer(4))
-    if number is not None:
-        low = arith.addi(low, arith.muli(number, integer(PART * 2 // 16)))
+    if strip_number is not None:
+        low = arith.addi(low, arith.muli(strip_number, integer(STRIP * 2 // 16)))
     if not along_rows:
         low = arith.ori(low, integer(stride << 16))
     swizzled = 1 << 30

@@ -1,7 +1,8 @@
-"""Below the level of Pallas: what is done to tiles in registers, two numbers at a time.
+"""Operations on tiles in registers that Pallas lacks or compiles badly, written in PTX.
 
-LLVM converts and masks numbers of 16 bits one by one, though a register holds two neighbours of a
-row. The interpreter does not know PTX; for it each function has an equal computation.
+LLVM converts and masks 16-bit numbers one by one, although a register holds two of them, neighbours
+in a row. These functions work on both at once. The interpreter does not know PTX, so each function
+has an equal computation in JAX for it.
 """
 
 import functools
@@ -21,23 +22,25 @@ from jaxlib.mlir.dialects import arith, llvm, memref
 from pallas_kernels.hopper.target import TILE, is_interpreted
 
 TILE_LAYOUT = plgpu.Layout.WGMMA
+"""Layout of a tile in the registers of a warpgroup, as tensor cores take and give it."""
 
 TRANSFORMS = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 """How tiles lie in shared memory, for tensor cores."""
 _SMEM = plgpu.RefType(TRANSFORMS)
 
-NUMBER = plgpu.Layout.WG_SPLAT
+SCALAR = plgpu.Layout.WG_SPLAT
 """Layout of a number that all threads have."""
 
-PART = TILE // 2
+STRIP = TILE // 2
+"""Columns of a strip: half of a tile, for work that has no registers for a whole one."""
 
 
-class Part(NamedTuple):
-    """Half of the columns of a tile in shared memory; which, the compiler need not know.
+class Strip(NamedTuple):
+    """32 columns of a tile in shared memory.
 
     Attributes:
-      tile: the tile.
-      number: of its first or its second 32 columns, 0 or 1.
+      tile: `[64, 64]` in shared memory.
+      number: int32 scalar, 0 for the first 32 columns, 1 for the others; known at run time only.
     """
 
     tile: Any
@@ -45,7 +48,7 @@ class Part(NamedTuple):
 
 
 def in_registers(dtype: Any, columns: int = TILE) -> plgpu.ShapeDtypeStruct:
-    """The type of a tile in registers, or of a part of one."""
+    """Returns the type of a tile, or of a strip with fewer columns, in registers."""
     return plgpu.ShapeDtypeStruct((TILE, columns), dtype, layout=TILE_LAYOUT)
 
 
@@ -53,23 +56,23 @@ TILE16, TILE32 = in_registers(jnp.bfloat16), in_registers(jnp.float32)
 
 
 def load(x: Any) -> jax.Array:
-    """A tile of 16 bits, or a part of one, from shared memory.
+    """Loads a 16-bit tile or a `Strip` of one from shared memory.
 
-    No other warpgroup has written it since the last barrier; each warp loads what `store` of the
-    same warp writes.
+    There is no barrier. What another warpgroup wrote must be behind one already. Each warp loads
+    the entries that `store` writes from the same warp.
     """
-    tile, number = x if isinstance(x, Part) else (x, None)
+    tile, number = x if isinstance(x, Strip) else (x, None)
     if is_interpreted():
-        return tile[...] if number is None else tile[:, pl.ds(number * PART, PART)]
+        return tile[...] if number is None else tile[:, pl.ds(number * STRIP, STRIP)]
     if number is None:
         inline = plgpu.inline_mgpu(arg_types=(_SMEM,), return_type=in_registers(tile.dtype))
         return inline(_load)(tile)
-    result = in_registers(tile.dtype, PART)
-    return plgpu.inline_mgpu(arg_types=(_SMEM, NUMBER), return_type=result)(_load)(tile, number)
+    result = in_registers(tile.dtype, STRIP)
+    return plgpu.inline_mgpu(arg_types=(_SMEM, SCALAR), return_type=result)(_load)(tile, number)
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """A tile of bfloat16 in float32."""
+    """Converts a tile from bfloat16 to float32."""
     if is_interpreted():
         return x.astype(jnp.float32)
     result = in_registers(jnp.float32, x.shape[1])
@@ -77,7 +80,7 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def narrow(x: jax.Array) -> jax.Array:
-    """A tile of float32 rounded to bfloat16."""
+    """Rounds a tile from float32 to bfloat16."""
     if is_interpreted():
         return x.astype(jnp.bfloat16)
     result = in_registers(jnp.bfloat16, x.shape[1])
@@ -85,18 +88,27 @@ def narrow(x: jax.Array) -> jax.Array:
 
 
 def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two tiles of bfloat16 that together hold twice the digits of x, for a sum of two products."""
+    """Splits float32 into two bfloat16 tiles: x rounded, and the rounded rest.
+
+    Their sum has twice the digits of one of them, so that two products with tensor cores replace
+    one of higher precision.
+    """
     if is_interpreted():
         high = x.astype(jnp.bfloat16)
         return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
     result = in_registers(jnp.bfloat16, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=(result,) * 2)(_halves_of)(x)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=(result,) * 2)
+    return inline(_halves_of)(x)
 
 
 def store(*pairs: tuple[Any, jax.Array]) -> None:
-    """Writes tiles of 16 bits to tiles of shared memory, ready for tensor cores.
+    """Writes 16-bit tiles to shared memory and makes them visible to tensor cores.
 
-    All other threads of the warpgroup have read them before; none goes on before all are written.
+    Waits for all threads of the warpgroup before it writes, so that they have read the old tiles,
+    and after it, so that they find the new ones.
+
+    Args:
+      *pairs: a tile in shared memory, and the value for it.
     """
     refs, tiles = zip(*pairs, strict=True)
     if is_interpreted():
@@ -108,47 +120,51 @@ def store(*pairs: tuple[Any, jax.Array]) -> None:
         plgpu.inline_mgpu(arg_types=types)(_store)(refs, tiles)
 
 
-def store_parts(number: jax.Array, *pairs: tuple[Any, jax.Array]) -> None:
-    """Writes parts of tiles, as `store`, but threads go on; `plgpu.commit_smem()` waits for all.
+def store_strips(number: jax.Array, *pairs: tuple[Any, jax.Array]) -> None:
+    """Writes strips of 16-bit tiles to shared memory.
+
+    Waits for all threads of the warpgroup before it writes, but not after it:
+    `plgpu.commit_smem()` must follow before the strips are read.
 
     Args:
-      number: as that of `Part`.
-      *pairs: tiles, and what is to be written to parts of them.
+      number: which strip of each tile, as in `Strip`.
+      *pairs: a tile in shared memory, and the value `[64, 32]` for its strip.
     """
-    refs, parts = zip(*pairs, strict=True)
+    refs, strips = zip(*pairs, strict=True)
     if is_interpreted():
-        for ref, part in pairs:
-            ref[:, pl.ds(number * PART, PART)] = part
+        for ref, strip in pairs:
+            ref[:, pl.ds(number * STRIP, STRIP)] = strip
     else:
-        types = (_SMEM,) * len(pairs), (TILE_LAYOUT,) * len(pairs), NUMBER
-        plgpu.inline_mgpu(arg_types=types)(_store_parts)(refs, parts, number)
+        types = (_SMEM,) * len(pairs), (TILE_LAYOUT,) * len(pairs), SCALAR
+        plgpu.inline_mgpu(arg_types=types)(_store_strips)(refs, strips, number)
 
 
-def store_exp2_of_row(ref: Any, part: jax.Array, row: int, number: jax.Array) -> None:
-    """Writes 2 to the powers in a row to a part of a vector in shared memory.
+def store_exp2_of_row(ref: Any, strip: jax.Array, row: int, number: jax.Array) -> None:
+    """Writes 2 to the power of each entry of a row to half of a vector in shared memory.
 
-    All threads of the warpgroup have read it before; they may read it again after a barrier.
+    There is no barrier: one must come before it, after the vector was last read, and one after it,
+    before the vector is read again.
 
     Args:
       ref: the vector, `[64]` float32.
-      part: `[64, 32]` float32 in registers.
-      row: which one.
-      number: as that of `Part`.
+      strip: `[64, 32]` float32 in registers.
+      row: which row of the strip.
+      number: which half of the vector, as in `Strip`.
     """
     if is_interpreted():
-        ref[pl.ds(number * PART, PART)] = jnp.exp2(part[row])
+        ref[pl.ds(number * STRIP, STRIP)] = jnp.exp2(strip[row])
     else:
-        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE_LAYOUT, NUMBER))
-        inline(functools.partial(_store_exp2_of_row, row=row))(ref, part, number)
+        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE_LAYOUT, SCALAR))
+        inline(functools.partial(_store_exp2_of_row, row=row))(ref, strip, number)
 
 
 def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tuple[jax.Array, ...]:
-    """Tiles of bfloat16 with the entries of one triangle, and zeros elsewhere.
+    """Replaces the entries outside of one triangle by zeros.
 
     Args:
-      *tiles: for one mask.
-      lower: whether it is the lower triangle, or the upper one.
-      strictly: whether the diagonal is to be zero too.
+      *tiles: bfloat16; all are masked alike, by masks that are computed once.
+      lower: whether the lower triangle is kept, or the upper one.
+      strictly: whether the diagonal becomes zero too.
     """
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
@@ -160,12 +176,12 @@ def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tup
 
 
 def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.Array:
-    """A tile of bfloat16, or its negation, with another diagonal.
+    """Replaces the diagonal of a tile.
 
     Args:
-      x: the tile.
-      value: of the diagonal.
-      negated: whether to negate x.
+      x: bfloat16.
+      value: the new entries of the diagonal.
+      negated: whether the other entries change their sign.
     """
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
@@ -174,57 +190,57 @@ def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.A
     return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
 
 
-# Of what follows, arguments and results are values of MLIR, and arrays of them in each thread. In a
-# tile, thread 32 w + 4 i + j has rows 16 w + i and 16 w + i + 8, and of each 8 columns 2 j and
-# 2 j + 1; its registers are ordered by columns, then rows.
+# The functions below take and return MLIR values, or the array of values that a thread holds. Of a
+# tile, thread 32 w + 4 i + j holds rows 16 w + i and 16 w + i + 8, and of each 8 columns those
+# numbered 2 j and 2 j + 1. Its registers are ordered by columns, then by rows.
 
 
 def integer(value: int) -> Any:
-    """A constant of 32 bits."""
+    """Makes a 32-bit constant."""
     return mgpu.c(value, ir.IntegerType.get_signless(32))
 
 
 def thread_index() -> Any:
-    """The index of a thread in its block."""
-    # Side effects keep LLVM from computing once, and keeping in all registers there are, what
-    # follows from the index.
+    """Returns the index of this thread in its block."""
+    # LLVM would compute all that follows from the index once and keep it, in more registers than
+    # there are. It may not reuse an instruction that is declared to have side effects.
     return utils.inline_ptx(
         "mov.u32 $0, %tid.x;", result_types=integer(0).type, has_side_effects=True
     )
 
 
 def address_of(ref: Any) -> Any:
-    """Where something lies in shared memory, in bytes."""
+    """Returns the address of a reference in shared memory, in bytes."""
     return llvm.ptrtoint(integer(0).type, utils.memref_ptr(ref))
 
 
 def to_bits(pair: Any) -> Any:
-    """Two numbers of 16 bits as an integer, the first one in its lower half."""
+    """Returns a pair of 16-bit numbers as an integer, the first one in its lower half."""
     return utils.bitcast(pair, integer(0).type)
 
 
 def widen_bits(bits: Any) -> list[Any]:
-    """Two numbers of bfloat16 in float32."""
+    """Converts a pair of bfloat16 numbers to float32."""
     f32 = ir.F32Type.get()
     first, second = arith.shli(bits, integer(16)), arith.andi(bits, integer(-(1 << 16)))
     return [utils.bitcast(first, f32), utils.bitcast(second, f32)]
 
 
 def pair_of(first: Any, second: Any) -> Any:
-    """Two numbers as a register of a tile."""
+    """Makes a register of a tile of two numbers."""
     undefined = llvm.mlir_undef(ir.VectorType.get((2,), first.type))
     result = llvm.insertelement(undefined, first, position=integer(0))
     return llvm.insertelement(result, second, position=integer(1))
 
 
 def narrow_to_bits(first: Any, second: Any) -> Any:
-    """Two numbers of float32, rounded to bfloat16."""
+    """Rounds two float32 numbers to a pair of bfloat16."""
     convert = "cvt.rn.bf16x2.f32 $0, $1, $2;"
     return utils.inline_ptx(convert, second, first, result_types=integer(0).type)
 
 
 def tile_of(registers: Sequence[Any], columns: int, dtype: Any) -> Any:
-    """A tile with these registers, each an integer or a pair of numbers."""
+    """Makes a tile of its registers, each an integer or a pair of numbers."""
     pair = ir.VectorType.get((2,), dtype)
     registers = [x if x.type == pair else utils.bitcast(x, pair) for x in registers]
     layout = mgpu.WGMMA_LAYOUT
@@ -237,7 +253,7 @@ def tile_of(registers: Sequence[Any], columns: int, dtype: Any) -> Any:
 
 
 def like(array: Any, registers: Sequence[Any], dtype: Any = None) -> Any:
-    """A tile as large as another one, and of its type if that is not given."""
+    """Makes a tile of registers, in the shape of another one, and in its type if none is given."""
     return tile_of(registers, array.shape[1], array.mlir_dtype if dtype is None else dtype)
 
 
@@ -258,7 +274,7 @@ def _halves_of(_: Any, x: Any) -> list[Any]:
     for pair in x.registers.flat:
         numbers = [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
         high = narrow_to_bits(*numbers)
-        # LLVM would fuse the subtraction with what x is a product of, and negate beforehand.
+        # In PTX, because LLVM would fuse the subtraction with the product that x came from.
         rest = [
             utils.inline_ptx("sub.rn.f32 $0, $1, $2;", exact, rounded, result_types=exact.type)
             for exact, rounded in zip(numbers, widen_bits(high), strict=True)
@@ -268,13 +284,16 @@ def _halves_of(_: Any, x: Any) -> list[Any]:
     return [like(x, half, ir.BF16Type.get()) for half in halves]
 
 
-# Four registers in a row are four quarters, 8 x 8, of a block of 16 x 16: first operands of tensor
-# cores take them so, and so they are loaded and stored, a row of a quarter by each thread.
+# Four consecutive registers hold the four quarters, 8 x 8, of a block of 16 x 16, in the order in
+# which tensor cores take their first operand. One instruction loads or stores such a block; each
+# thread gives the address of one row of a quarter.
 
 
 def _addresses(ref: Any, columns: int, number: Any | None) -> list[Any]:
-    """Where a thread's rows of quarters lie, for each 16 columns; `swizzled`, that is, the 16 bytes
-    of 8 columns change places with others of the row, by its number.
+    """Returns the address of this thread's row of a quarter, for each 16 columns.
+
+    Tiles are swizzled in shared memory: group g of 8 columns, 16 bytes, of row i lies where group
+    `g xor (i % 8)` would.
     """
     thread = thread_index()
     in_quarter = arith.andi(thread, integer(7))
@@ -286,14 +305,14 @@ def _addresses(ref: Any, columns: int, number: Any | None) -> list[Any]:
     place = arith.shli(arith.xori(in_quarter, right), integer(4))
     address = arith.addi(arith.shli(row, integer(7)), place)
     if number is not None:
-        place = arith.muli(number.registers.item(), integer(2 * PART))
+        place = arith.muli(number.registers.item(), integer(2 * STRIP))
         address = arith.xori(address, place)
     address = arith.addi(address, address_of(ref))
     return [arith.xori(address, integer(32 * i)) for i in range(columns // 16)]
 
 
 def _load(_: Any, ref: Any, number: Any | None = None) -> Any:
-    columns = TILE if number is None else PART
+    columns = TILE if number is None else STRIP
     dtype = ir.MemRefType(ref.type).element_type
     i32 = integer(0).type
     registers = []
@@ -328,13 +347,13 @@ def _store(_: Any, refs: Sequence[Any], tiles: Sequence[Any]) -> None:
     utils.commit_shared()
 
 
-def _store_parts(_: Any, refs: Sequence[Any], parts: Sequence[Any], number: Any) -> None:
+def _store_strips(_: Any, refs: Sequence[Any], strips: Sequence[Any], number: Any) -> None:
     utils.warpgroup_barrier()
-    for ref, part in zip(refs, parts, strict=True):
-        _write(ref, part, number)
+    for ref, strip in zip(refs, strips, strict=True):
+        _write(ref, strip, number)
 
 
-def _store_exp2_of_row(_: Any, ref: Any, part: Any, number: Any, row: int) -> None:
+def _store_exp2_of_row(_: Any, ref: Any, strip: Any, number: Any, row: int) -> None:
     warp, in_warp = divmod(row, 16)
     half, in_half = divmod(in_warp, 8)
     thread = arith.andi(thread_index(), integer(127))
@@ -342,9 +361,9 @@ def _store_exp2_of_row(_: Any, ref: Any, part: Any, number: Any, row: int) -> No
         arith.CmpIPredicate.eq, arith.shrui(thread, integer(2)), integer(8 * warp + in_half)
     )
     column = arith.shli(arith.andi(thread, integer(3)), integer(1))
-    column = arith.addi(column, arith.muli(number.registers.item(), integer(PART)))
+    column = arith.addi(column, arith.muli(number.registers.item(), integer(STRIP)))
     with mgpu.when(holds):
-        for i, pair in enumerate(part.registers.flat[half::2]):
+        for i, pair in enumerate(strip.registers.flat[half::2]):
             for j in range(2):
                 power = llvm.extractelement(pair, position=integer(j))
                 power = utils.inline_ptx(
@@ -381,7 +400,11 @@ def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
 
 
 def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:
-    """Shifts ones into the pairs of a row, 16 bits for each column up to the diagonal."""
+    """`keep_triangle`, of fragmented arrays.
+
+    The mask of a pair is made by one shift: of ones, by 16 bits for each column from the pair to
+    the diagonal.
+    """
     thread = thread_index()
     row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
     row = arith.addi(row, arith.andi(arith.shrui(thread, integer(1)), integer(TILE - 16)))

@@ -1,4 +1,4 @@
-"""How kernels in Pallas for Mosaic GPU are compiled: for Hopper GPUs, or for an interpreter."""
+"""Compiles Pallas kernels with Mosaic GPU, for Hopper GPUs or for an interpreter on a CPU."""
 
 import contextlib
 import contextvars
@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.arrays import vary_alike
 
 TILE = 64
-"""Rows and columns of the tiles that kernels work on; tensor cores take so many rows at a time."""
+"""Rows and columns of a tile: tensor cores take so many rows at a time."""
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -29,7 +29,7 @@ def hopper_gpu() -> Any:
 
 
 def is_interpreted() -> bool:
-    """Whether the kernel being traced is for the interpreter."""
+    """Returns whether the kernel that is being traced is for the interpreter."""
     return _interpreted.get()
 
 
@@ -53,11 +53,12 @@ def as_computed(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What kernels are compiled for.
+    """The machine that kernels are compiled for.
 
     Attributes:
-      multiprocessors: how many the GPU has.
-      interpret: run on a CPU, tensor cores not modelled.
+      multiprocessors: number of multiprocessors of the GPU.
+      interpret: whether kernels run in the interpreter, on a CPU. It checks for races between
+        warpgroups, but computes products of tiles with `jnp.dot`.
     """
 
     multiprocessors: int = 132
@@ -74,10 +75,21 @@ class Target:
         warpgroups: int = 1,
         reduction_scratch_bytes: int = 0,
     ) -> Callable[..., Any]:
-        """A kernel; `grid` names its axes, the fastest first, "warpgroup" those of its blocks.
+        """Makes a kernel of a function.
 
-        Reductions across warps take place in the reduction scratch. All warpgroups of a block would
-        share it, without knowing of each other, so it is for blocks of one.
+        Args:
+          body: gets references to the operands and results in global memory, then to the scratch
+            memory: as keyword arguments, if `scratch_types` is a dict.
+          name: of the kernel, in profiles.
+          out_type: shapes and dtypes of the results, as a pytree.
+          grid: the size of each axis, by its name, the fastest axis first.
+          scratch_types: shared memory and barriers, as a pytree.
+          warpgroups: number of warpgroups in a block, the axis "warpgroup".
+          reduction_scratch_bytes: shared memory for reductions across warps. Warpgroups would
+            overwrite each other's results there, so that a block with any must have one warpgroup.
+
+        Returns:
+          A function from operands to results.
         """
 
         def traced_body(*args: Any, **kwargs: Any) -> None:

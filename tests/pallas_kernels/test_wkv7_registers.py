@@ -8,16 +8,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.registers import (
-    PART,
+    STRIP,
     TILE_LAYOUT,
-    Part,
+    Strip,
     halves_of,
     keep_triangle,
     load,
     narrow,
     store,
     store_exp2_of_row,
-    store_parts,
+    store_strips,
     widen,
     with_diagonal,
 )
@@ -129,37 +129,37 @@ def test_diagonals(negated, interpret):
 
 
 @on_each_device
-def test_tiles_are_loaded_and_stored_whole_and_in_parts(interpret):
+def test_tiles_are_loaded_and_stored_whole_and_in_strips(interpret):
     tiles = small_integers(2).at[0].set(jnp.arange(TILE * TILE).reshape(TILE, TILE) % 251)
 
     def change(x, y):
         store((y, load(x)))  # whole
-        part = jnp.int32(1)
+        number = jnp.int32(1)
         plgpu.commit_smem()
-        store_parts(part, (y, narrow(widen(load(Part(x, part))) * 0.5)))
+        store_strips(number, (y, narrow(widen(load(Strip(x, number))) * 0.5)))
         plgpu.commit_smem()
         return load(y)
 
     expected = np.asarray(tiles[0], np.float64)
-    expected[:, PART:] *= 0.5
+    expected[:, STRIP:] *= 0.5
     expected = np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64)
     np.testing.assert_array_equal(in_shared_memory(change, tiles, interpret), expected)
 
 
 @on_each_device
 @pytest.mark.parametrize("first", ["shared", "transposed", "registers"])
-@pytest.mark.parametrize("second", ["shared", "transposed", "part"])
+@pytest.mark.parametrize("second", ["shared", "transposed", "strip"])
 def test_sums_of_products(first, second, interpret):
     tiles = small_integers(4)
 
     def multiply(x, y, z, result):
         x = {"shared": x, "transposed": transposed(x), "registers": load(x)}[first]
-        if second == "part":
-            for i in range(TILE // PART):
+        if second == "strip":
+            for i in range(TILE // STRIP):
                 index = jnp.int32(i)
-                begin = widen(load(Part(z, index)))
-                (part,) = products([(x, Part(y, index))], start=[begin])
-                store_parts(index, (result, narrow(part)))
+                begin = widen(load(Strip(z, index)))
+                (strip,) = products([(x, Strip(y, index))], start=[begin])
+                store_strips(index, (result, narrow(strip)))
             plgpu.commit_smem()
             return load(result)
         y = transposed(y) if second == "transposed" else y
@@ -170,7 +170,7 @@ def test_sums_of_products(first, second, interpret):
     x, y, z, _ = np.asarray(tiles, np.float64)
     x = x.T if first == "transposed" else x
     y = y.T if second == "transposed" else y
-    expected = z + x @ y if second == "part" else x @ z + z + (x + z) @ y
+    expected = z + x @ y if second == "strip" else x @ z + z + (x + z) @ y
     assert np.abs(expected).max() < 256
     np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
 
@@ -181,8 +181,10 @@ def test_rows_are_stored_as_powers_of_two(row, interpret):
     powers = jnp.asarray(np.random.default_rng(0).integers(-8, 9, (TILE, TILE)), jnp.float32)
 
     def body(x_gmem, result_gmem, vector):
-        for i in range(TILE // PART):
-            x = plgpu.load(x_gmem.at[:, pl.ds(i * PART, PART)], layout=TILE_LAYOUT, optimized=False)
+        for i in range(TILE // STRIP):
+            x = plgpu.load(
+                x_gmem.at[:, pl.ds(i * STRIP, STRIP)], layout=TILE_LAYOUT, optimized=False
+            )
             store_exp2_of_row(vector, x, row, jnp.int32(i))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(vector, result_gmem)

@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import grid_place
-from pallas_kernels.hopper.registers import Part, halves_of, narrow, store, store_parts
+from pallas_kernels.hopper.registers import Strip, halves_of, narrow, store, store_strips
 from pallas_kernels.hopper.ring import slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import TILE_BYTES, anew, load32, tiles_smem, transposed
@@ -14,7 +14,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     before_token,
     chunk_of,
     decays_from_middle,
-    for_each_part,
+    for_each_strip,
     load_masks,
     number_of_chunks,
     prefix_sums,
@@ -140,18 +140,18 @@ def state_gradients(
             plgpu.barrier_wait(loaded.at[loading(step)])
             for j in range(blocks):
 
-                def decay(number, j=j):
+                def decay(strip, j=j):
                     t = tiles_of(anew(slot))
-                    w, b, r, a = (Part(x[j], number) for x in (t.low, t.x, t.y, t.z))
+                    w, b, r, a = (Strip(x[j], strip) for x in (t.low, t.x, t.y, t.z))
                     g = decays_from_middle(w, sums_smem)
                     store_decays_of_chunk(w, g, t.after[j], t.before[j])
                     high, low = halves_of(load32(b) * since_token(g))
                     of_r = narrow(load32(r) * (until_token(g) * scale))
                     of_a = masks.entered(narrow(load32(a) * before_token(g, w)))
                     values = ((t.x[j], high), (t.low[j], low), (t.y[j], of_r), (t.z[j], of_a))
-                    store_parts(number, *values)
+                    store_strips(strip, *values)
 
-                for_each_part(decay)
+                for_each_strip(decay)
             selections = [(masks.leaving, [*t.x, *t.low]), (masks.entered, t.y)] if bounds else []
             A_tiles = A_smem.at[warpgroup], t.x[0]
             store((t.X, solve(t, transposed(t.X), masks.upper, selections, A_tiles)))

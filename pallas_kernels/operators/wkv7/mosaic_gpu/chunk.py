@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.registers import (
-    PART,
-    Part,
+    STRIP,
+    Strip,
     keep_triangle,
     load,
     store_exp2_of_row,
@@ -91,7 +91,7 @@ def since_token(g: jax.Array) -> jax.Array:
     return jnp.exp2(-g)
 
 
-def store_decays_of_chunk(w: Part, g: jax.Array, until_middle: Any, from_middle: Any) -> None:
+def store_decays_of_chunk(w: Strip, g: jax.Array, until_middle: Any, from_middle: Any) -> None:
     """Writes `exp(m)` and `exp(gL - m)` to vectors over channels in shared memory.
 
     They are read after the next barrier.
@@ -106,12 +106,12 @@ def store_decays_of_chunk(w: Part, g: jax.Array, until_middle: Any, from_middle:
     store_exp2_of_row(from_middle, g, TILE - 1, w.number)
 
 
-def for_each_part(body: Callable[[jax.Array], None]) -> None:
+def for_each_strip(body: Callable[[jax.Array], None]) -> None:
     """Calls a function for both parts of the columns of tiles, and waits for all threads.
 
     One after the other, by the same instructions: for whole tiles registers would not suffice.
     """
-    jax.lax.fori_loop(0, anew(TILE // PART), lambda number, _: body(number), None)
+    jax.lax.fori_loop(0, anew(TILE // STRIP), lambda strip, _: body(strip), None)
     plgpu.commit_smem()
 
 

@@ -10,12 +10,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import Place, divide, place_of
 from pallas_kernels.hopper.registers import (
-    Part,
+    Strip,
     halves_of,
     load,
     narrow,
     store,
-    store_parts,
+    store_strips,
 )
 from pallas_kernels.hopper.ring import slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
@@ -31,7 +31,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     before_token,
     chunk_of,
     decays_from_middle,
-    for_each_part,
+    for_each_strip,
     load_masks,
     number_of_chunks,
     prefix_sums,
@@ -318,9 +318,9 @@ def _walk(
             plgpu.barrier_wait(loaded.at[loading(step)])
             for j in range(blocks):
 
-                def decay(number, j=j):
+                def decay(strip, j=j):
                     r, t = tiles_of(anew(slot))
-                    w, a, k, b = (Part(x[j], number) for x in (t.low, t.x, t.y, t.z))
+                    w, a, k, b = (Strip(x[j], strip) for x in (t.low, t.x, t.y, t.z))
                     g = decays_from_middle(w, sums_smem)
                     store_decays_of_chunk(w, g, t.before[j], t.after[j])
                     since = since_token(g)
@@ -331,11 +331,11 @@ def _walk(
                     if inverting:
                         values.append((scratch_smem[0].at[anew(warpgroup)], of_b[1]))
                     if outputs:
-                        of_r = load32(Part(r[j], number)) * (until_token(g) * scale)
+                        of_r = load32(Strip(r[j], strip)) * (until_token(g) * scale)
                         values.append((r[j], narrow(of_r)))
-                    store_parts(number, *values)
+                    store_strips(strip, *values)
 
-                for_each_part(decay)
+                for_each_strip(decay)
             plgpu.barrier_arrive(decayed.at[slot])
             if inverting:
                 _, t = tiles_of(anew(slot))

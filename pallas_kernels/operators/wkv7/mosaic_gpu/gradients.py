@@ -14,7 +14,7 @@ from pallas_kernels.hopper.tiles import (
     anew,
     load32,
     products,
-    split,
+    store_halves,
     tiles_smem,
     transposed,
 )
@@ -211,9 +211,9 @@ def input_gradients(
             (state,) = products([(transposed(V), t.k), (transposed(U), t.b)], start=[state])
             of_state = state * load32(t.ds)
             terms = t.rows, t.s
-            total = sums(masks().upper, split(inclusive, *terms), -exclusive)
-            total = sums(lambda x: [masks().leaving(x)], split(of_state, *terms), total)
-            split(total, *terms)
+            total = sums(masks().upper, store_halves(inclusive, *terms), -exclusive)
+            total = sums(lambda x: [masks().leaving(x)], store_halves(of_state, *terms), total)
+            store_halves(total, *terms)
             plgpu.barrier_arrive(summed)
 
         def decay_columns(step):
@@ -260,7 +260,7 @@ def input_gradients(
             t = tiles_at(step)
             plgpu.barrier_wait(summed)
             of_rows = load32(t.rows) + load32(t.s)
-            total = sums(masks().upper, split(-inclusive, t.v, t.u), of_rows)
+            total = sums(masks().upper, store_halves(-inclusive, t.v, t.u), of_rows)
             write(columns_smem.at[1], total, of_input(d_log_decay_gmem))
 
         @pl.when(warpgroup == _ROWS)

@@ -20,7 +20,7 @@ from pallas_kernels.hopper.tiles import (
     TILE_BYTES,
     load32,
     products,
-    split,
+    store_halves,
     tiles_smem,
     transposed,
 )
@@ -130,7 +130,7 @@ def inverses(
                 of_a, of_b = load32(a[j]), load32(b[j])
                 g = decays_from_middle(w[j], sums_smem)
                 a_halves.append(halves_of(of_a * before_token(g, w[j])))
-                split(of_b * since_token(g), b_high[j], b_low[j])
+                store_halves(of_b * since_token(g), b_high[j], b_low[j])
             (A,) = products(
                 [
                     (x, transposed(y[j]))
