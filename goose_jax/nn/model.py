@@ -19,7 +19,6 @@ from goose_jax.nn.time_mix import Tokens
 from goose_jax.state import RWKV7State, check_state
 from pallas_kernels import LayerWeights, decode_layers
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.decode_layers.weights import MATRICES
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]
@@ -133,12 +132,11 @@ class RWKV7(nnx.Module):
         Matrices are cast to the compute dtype, and the ranks of low-rank matrices are padded with
         zeros. Other parameters are returned as they are stored.
         """
-        dtype = self.config.compute_dtype
-        values = {}
-        for name, (module, parameter) in LAYER_WEIGHT_PATHS.items():
-            value = getattr(getattr(self.blocks, module), parameter)[...]
-            values[name] = value.astype(dtype) if name in MATRICES else value
-        return LayerWeights(**values).with_padded_ranks()
+        values = {
+            name: getattr(getattr(self.blocks, module), parameter)[...]
+            for name, (module, parameter) in LAYER_WEIGHT_PATHS.items()
+        }
+        return LayerWeights(**values).prepared(self.config.compute_dtype)
 
     def decode(
         self,

@@ -187,8 +187,10 @@ def test_what_is_no_saved_conversation_is_named(model, tmp_path):
     safetensors.numpy.save_file({"wkv": np.zeros(3)}, weights)
     with pytest.raises(ValueError, match=r"model\.safetensors is no saved conversation of goose"):
         load_chat(weights, model)
-    path.unlink()
-    save_chat(path, conversation, model)
+    safetensors.numpy.save_file({}, path, {"format": "goose-jax chat 1"})
+    with pytest.raises(ValueError, match=r"of goose-jax \(format 'goose-jax chat 2'\)"):
+        load_chat(path, model)
+    save_chat(path, conversation, model)  # replaces a conversation of an older format
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a\.chat is no saved conversation: "):
         load_chat(path, model)

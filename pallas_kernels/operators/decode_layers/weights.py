@@ -116,6 +116,18 @@ class LayerWeights:
     channel_key: FloatArray
     channel_value: FloatArray
 
+    def prepared(self, dtype: Any) -> Self:
+        """Returns the weights as decoding reads them, so that no step has to change them.
+
+        Args:
+          dtype: dtype of the activations, which matrices are cast to. Other weights keep theirs.
+
+        Returns:
+          The weights, with ranks of low-rank matrices padded to multiples of 64.
+        """
+        matrices = {name: getattr(self, name).astype(dtype) for name in MATRICES}
+        return dataclasses.replace(self, **matrices).with_padded_ranks()
+
     def with_padded_ranks(self, multiple: int = 64) -> Self:
         """The same with zeros added to the low-rank matrices, so that ranks are multiples.
 
