@@ -18,7 +18,7 @@ import tyro
 from decode import random_model
 
 from goose_jax import RWKV7Config
-from goose_jax.chat import ChatSession, ReplySettings
+from goose_jax.chat.session import BLOCK_SIZE, ChatSession, ReplySettings
 from goose_jax.text import ByteTokenizer
 
 
@@ -87,8 +87,7 @@ def main(settings: Settings) -> None:
     )
     compiling, _ = reply(session)
     first, whole = np.median([reply(session) for _ in range(settings.rounds)], axis=0)
-    block = 4
-    rate = (settings.new_tokens - block) / (whole - first)
+    rate = (settings.new_tokens - BLOCK_SIZE) / (whole - first)
     print("| first text at the first message, s | first text, ms | tokens/s | whole reply, s |")
     print("| --- | --- | --- | --- |")
     print(f"| {compiling:.1f} | {1e3 * first:.0f} | {rate:.1f} | {whole:.2f} |")

@@ -14,7 +14,9 @@ from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
 
-_BLOCK_SIZE = 4  # tokens between two calls of `stopped`
+BLOCK_SIZE = 4
+"""Number of tokens between two calls of `stopped`."""
+
 _SAMPLING = SamplingConfig(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
 
 
@@ -148,7 +150,7 @@ class ChatSession:
             seed=(settings.seed + self._replies) % SEEDS,
             state=before.state,
             on_tokens=lambda new: writer.push(new[0].tolist()) or stopped(),
-            block_size=_BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
         )
         interrupted = stopped()
         writer.finish(complete=not interrupted)
@@ -221,4 +223,4 @@ class _ReplyWriter:
         self._write_text(text)
 
 
-__all__ = ["ChatSession", "Conversation", "Ending", "ReplySettings"]
+__all__ = ["BLOCK_SIZE", "ChatSession", "Conversation", "Ending", "ReplySettings"]

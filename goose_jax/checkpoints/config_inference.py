@@ -26,7 +26,7 @@ def infer_config(
     layout: Layout,
     source: str,
     *,
-    untold_value_rank: int | None = None,
+    default_value_rank: int | None = None,
     **settings: Any,
 ) -> RWKV7Config:
     """Infers the configuration of a model, and checks all names, shapes and dtypes.
@@ -35,7 +35,7 @@ def infer_config(
       tensors: all tensors of the file by name.
       layout: layout of the file.
       source: name of the file, for the error.
-      untold_value_rank: rank of the value residual for a model of one layer whose file holds no
+      default_value_rank: rank of the value residual for a model of one layer whose file holds no
         value residual, which the first layer does not use. None means the official rank.
       **settings: fields of `RWKV7Config` that cannot be inferred.
 
@@ -47,7 +47,7 @@ def infer_config(
     sizes = _read_sizes(tensors, layout, num_layers)
     if problems := _problems(tensors, layout, num_layers, sizes):
         raise CheckpointError(f"{source} is no RWKV-7 checkpoint: " + "; ".join(problems))
-    value_rank = {"value_rank": sizes.get("value_rank", untold_value_rank)}
+    value_rank = {"value_rank": sizes.get("value_rank", default_value_rank)}
     return RWKV7Config(
         vocab_size=sizes["vocab"],
         hidden_size=sizes["C"],

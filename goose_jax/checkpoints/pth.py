@@ -25,7 +25,7 @@ ZIP_SIGNATURE = b"PK\x03\x04"
 def read_pth(path: Path | str) -> dict[str, StoredTensor] | list[StoredTensor]:
     """Returns the tensors of a `.pth` file, by name or as a list. Values are not read yet.
 
-    No code in the file is executed. A file whose pickle names a function is refused.
+    No code in the file is executed. A file whose pickle names anything but tensors is refused.
 
     Args:
       path: the file.
