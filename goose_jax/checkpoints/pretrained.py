@@ -179,9 +179,13 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         return ForeignCheckpoint(found, "pth", _with_dtype(config, found), _metadata(config))
     settings = fla_folder.read_settings(path)
     tensors, layout = fla_folder.read_tensors(path)
-    fields = {"norm_eps": settings.get("norm_eps", 1e-5)} | overrides
-    fields["default_value_rank"] = settings.get("v_low_rank_dim")
-    config = infer_config(tensors, layout, str(path), **fields)
+    config = infer_config(
+        tensors,
+        layout,
+        str(path),
+        default_value_rank=settings.get("v_low_rank_dim"),
+        **({"norm_eps": settings.get("norm_eps", 1e-5)} | overrides),
+    )
     fla_folder.check_sizes(path, settings, config)
     if "head_norm_eps" not in overrides:
         config = dataclasses.replace(config, head_norm_eps=config.head_size * config.norm_eps)
