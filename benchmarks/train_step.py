@@ -18,7 +18,8 @@ import tyro
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
-from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, next_token_batch
+from goose_jax.data import next_token_batch
+from goose_jax.training import OptimizerConfig, init_train_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,16 +10,13 @@ from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.checkpoints import CheckpointMetadata, load_checkpoint, save_checkpoint
+from goose_jax.data import encode_documents, random_batch, read_documents, split_documents
 from goose_jax.text import ByteTokenizer
 from goose_jax.training import (
     OptimizerConfig,
-    encode_documents,
     init_train_state,
     make_evaluation,
     make_train_step,
-    random_batch,
-    read_documents,
-    split_documents,
     with_params,
 )
 

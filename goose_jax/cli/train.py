@@ -12,11 +12,19 @@ import tyro
 
 from goose_jax.checkpoints import CheckpointMetadata
 from goose_jax.cli.train_settings import TrainSettings, known
-from goose_jax.cli.train_setup import TrainingText, continue_run, find_base, open_run, start_run
+from goose_jax.cli.train_setup import (
+    continue_run,
+    find_base,
+    load_text,
+    name_of_run,
+    open_run,
+    start_run,
+    windows_of,
+)
 from goose_jax.cli.tuning import Tuning
+from goose_jax.data import Batch, RandomWindows, TrainingText
 from goose_jax.generation import SamplingConfig, generate
 from goose_jax.text import Tokenizer, get_tokenizer
-from goose_jax.training.data import Batch, random_batch
 from goose_jax.training.evaluation import make_evaluation
 from goose_jax.training.loop import NonFiniteError, StepReport, StopRequest, train_steps
 from goose_jax.training.plots import check_matplotlib, plot_loss
@@ -47,15 +55,16 @@ def train(settings: Annotated[TrainSettings, tyro.conf.arg(name="")]) -> None:
         check_matplotlib()
     base, settings = find_base(settings, resumed=run is not None)
     tokenizer = get_tokenizer(known(settings.tokenizer))
-    text = TrainingText.load(settings, tokenizer)
+    text = load_text(settings, tokenizer)
+    batches = windows_of(settings, text)
     if run is None:
         tuning, state = start_run(settings, base, tokenizer)
-        run = RunDirectory.create(settings.out, text.name, settings.to_json())
+        run = RunDirectory.create(settings.out, name_of_run(settings), settings.to_json())
     else:
-        tuning, state = continue_run(settings, run, text, base)
+        tuning, state = continue_run(settings, run, batches, base)
     _print_summary(settings, run, text, tuning, state)
 
-    state = _Training(settings, run, text, tuning).fit(state)
+    state = _Training(settings, run, text, batches, tuning).fit(state)
 
     bits = [line[_HELD_OUT] for line in run.metrics() if _HELD_OUT in line]
     print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
@@ -82,8 +91,7 @@ def _print_summary(
     lines = [
         f"model:  {config.num_layers} layers, width {config.hidden_size}, "
         f"{config.num_heads} heads of {config.head_size}, {_millions(weights)} parameters",
-        f"text:   {settings.data or 'the standard library of this Python'}: {len(text.tokens)} "
-        f"tokens to train on, {held_out} bytes held out",
+        f"text:   {text.source}: {len(text.tokens)} tokens to train on, {held_out} bytes held out",
         f"device: {device.device_kind} ({jax.default_backend()}), computing in "
         f"{config.compute_dtype}",
         f"run:    {run.path}"
@@ -105,9 +113,14 @@ class _Training:
     """The run itself: steps, measurements and checkpoints."""
 
     def __init__(
-        self, settings: TrainSettings, run: RunDirectory, text: TrainingText, tuning: Tuning
+        self,
+        settings: TrainSettings,
+        run: RunDirectory,
+        text: TrainingText,
+        batches: RandomWindows,
+        tuning: Tuning,
     ) -> None:
-        self._settings, self._run, self._text, self._tuning = settings, run, text, tuning
+        self._settings, self._run, self._batches, self._tuning = settings, run, batches, tuning
         self._tuning_step = make_tuning_step(tuning.losses, settings.optimizer_config())
         self._evaluate = make_evaluation(
             tuning.model,
@@ -123,7 +136,7 @@ class _Training:
         settings = self._settings
         if int(state.step) == 0:
             self._measure(state)
-        steps = train_steps(self._step, state, self._batch, steps=settings.steps)
+        steps = train_steps(self._step, state, self._batches, steps=settings.steps)
         with (
             StopRequest(on_request=_tell_request) as stop,
             tqdm.tqdm(
@@ -156,16 +169,6 @@ class _Training:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._tuning_step(state, self._tuning.frozen, batch)
 
-    def _batch(self, step: int) -> Batch:
-        return random_batch(
-            self._text.tokens,
-            step,
-            batch_size=self._settings.batch_size,
-            sequence_length=known(self._settings.sequence_length),
-            seed=self._settings.seed,
-            microbatches=self._settings.microbatches,
-        )
-
     def _report(self, report: StepReport, progress: tqdm.tqdm) -> None:
         self._run.log(
             dataclasses.asdict(report) | {"tokens_per_second": round(report.tokens_per_second)}
@@ -182,7 +185,7 @@ class _Training:
         return f"{bits:.3f} bits per byte on held-out text"
 
     def _save(self, state: TrainState) -> None:
-        step, extra = int(state.step), {"text": self._text.checksum}
+        step, extra = int(state.step), {"text": self._batches.checksum}
         metadata = CheckpointMetadata(self._settings.tokenizer, step, extra)
 
         def write(path: Path) -> None:

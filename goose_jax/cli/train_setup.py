@@ -1,71 +1,57 @@
 """What a run of `goose-jax train` begins with: its settings, model, text and state."""
 
 import dataclasses
-import hashlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from goose_jax.checkpoints import load_checkpoint, load_optimizer_state
 from goose_jax.cli.train_settings import TrainSettings, known, option
 from goose_jax.cli.tuning import Full, Tuning, load_base, tuning_of
+from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
 from goose_jax.text import Tokenizer, open_tokenizer, tokenizer_name
 from goose_jax.training.adapter import check_base, load_adapter
-from goose_jax.training.corpus import (
-    Document,
-    encode_documents,
-    read_documents,
-    split_documents,
-    standard_library,
-)
 from goose_jax.training.optimizer import optimizer
 from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.step import TrainState, init_tuning_state
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingText:
-    """The text of a run.
+def load_text(settings: TrainSettings, tokenizer: Tokenizer) -> TrainingText:
+    """Reads, divides and encodes the text of a run.
 
-    Attributes:
-      name: for the run's folder.
-      tokens: `[N]` int32, to train on.
-      held_out: to measure on.
-      checksum: of `tokens`.
-      tokenizer: which made them.
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: if it is no text, or too short.
     """
+    if settings.data is None:
+        source, documents = "the standard library of this Python", standard_library()
+    else:
+        source = str(settings.data)
+        documents = read_documents(settings.data, pattern=settings.pattern)
+    return TrainingText.from_documents(
+        documents, tokenizer, source=source, held_out_bytes=settings.held_out_bytes
+    )
 
-    name: str
-    tokens: np.ndarray
-    held_out: list[Document]
-    checksum: str
-    tokenizer: Tokenizer
 
-    @classmethod
-    def load(cls, settings: TrainSettings, tokenizer: Tokenizer) -> "TrainingText":
-        """Reads, divides and encodes the text.
+def name_of_run(settings: TrainSettings) -> str:
+    """Returns what the folder of a new run is called, without its number."""
+    return "stdlib" if settings.data is None else settings.data.absolute().stem or "run"
 
-        Raises:
-          OSError: if it cannot be read.
-          ValueError: if it is no text, or too short.
-        """
-        if settings.data is None:
-            source, name, documents = "the standard library", "stdlib", standard_library()
-        else:
-            source, name = str(settings.data), settings.data.absolute().stem or "run"
-            documents = read_documents(settings.data, pattern=settings.pattern)
-        training, held_out = split_documents(documents, held_out_bytes=settings.held_out_bytes)
-        tokens = encode_documents(training, tokenizer)
-        if len(tokens) <= known(settings.sequence_length):
-            raise ValueError(
-                f"{source} is too short: {len(tokens)} tokens to train on, "
-                f"but {settings.sequence_length=}"
-            )
-        checksum = hashlib.sha256(tokens.tobytes()).hexdigest()
-        return cls(name, tokens, held_out, checksum, tokenizer)
+
+def windows_of(settings: TrainSettings, text: TrainingText) -> RandomWindows:
+    """Returns the batches that a run trains on.
+
+    Raises:
+      ValueError: if the text is too short.
+    """
+    return text.windows(
+        batch_size=settings.batch_size,
+        sequence_length=known(settings.sequence_length),
+        seed=settings.seed,
+        microbatches=settings.microbatches,
+    )
 
 
 def open_run(settings: TrainSettings) -> tuple[RunDirectory | None, TrainSettings]:
@@ -117,14 +103,14 @@ def start_run(
 
 
 def continue_run(
-    settings: TrainSettings, run: RunDirectory, text: TrainingText, base: RWKV7 | None
+    settings: TrainSettings, run: RunDirectory, batches: RandomWindows, base: RWKV7 | None
 ) -> tuple[Tuning, TrainState]:
     """What a run trains, and the state of its newest checkpoint.
 
     Args:
       settings: of the run.
       run: to be resumed.
-      text: which must be that of the run.
+      batches: which must be those of the run.
       base: the model beside which something is tuned; None takes that of the checkpoint.
 
     Raises:
@@ -141,7 +127,7 @@ def continue_run(
         check_base(adapter, base, known(settings.from_))
         tuning = tuning_of(dataclasses.replace(settings, state=None), base)
         params, metadata = adapter.params, adapter.metadata
-    if metadata.extra.get("text") != text.checksum:
+    if metadata.extra.get("text") != batches.checksum:
         raise ValueError(
             f"{run.path} cannot be resumed: it was trained on another text than is "
             f"{'in ' + str(settings.data) if settings.data else 'in this standard library'} now"
@@ -155,4 +141,12 @@ def continue_run(
     return tuning, TrainState(jnp.int32(metadata.step), params, opt_state)
 
 
-__all__ = ["TrainingText", "continue_run", "find_base", "open_run", "start_run"]
+__all__ = [
+    "continue_run",
+    "find_base",
+    "load_text",
+    "name_of_run",
+    "open_run",
+    "start_run",
+    "windows_of",
+]

@@ -1,25 +1,10 @@
-"""Training: text, batches, the official recipe, and a loop that can be interrupted."""
+"""Training: the official recipe, fine-tuning, and runs that can be interrupted."""
 
 from goose_jax.training.adapter import (
     Adapter,
     check_base,
     load_adapter,
     save_adapter,
-)
-from goose_jax.training.corpus import (
-    Document,
-    encode_documents,
-    read_documents,
-    split_documents,
-    standard_library,
-)
-from goose_jax.training.data import (
-    NOT_COUNTED,
-    Batch,
-    evaluation_batches,
-    next_token_batch,
-    pack_documents,
-    random_batch,
 )
 from goose_jax.training.evaluation import make_evaluation
 from goose_jax.training.initial_state import load_initial_state
@@ -40,10 +25,7 @@ from goose_jax.training.step import (
 )
 
 __all__ = [
-    "NOT_COUNTED",
     "Adapter",
-    "Batch",
-    "Document",
     "LoraConfig",
     "Metrics",
     "NonFiniteError",
@@ -53,8 +35,6 @@ __all__ = [
     "TrainState",
     "apply_lora",
     "check_base",
-    "encode_documents",
-    "evaluation_batches",
     "full_losses",
     "init_lora",
     "init_train_state",
@@ -69,14 +49,8 @@ __all__ = [
     "make_tuning_step",
     "mean_loss",
     "merge_lora",
-    "next_token_batch",
     "optimizer",
-    "pack_documents",
-    "random_batch",
-    "read_documents",
     "save_adapter",
-    "split_documents",
-    "standard_library",
     "state_losses",
     "token_losses",
     "train_steps",

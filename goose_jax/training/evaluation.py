@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from goose_jax.data import Batch, Document, encode_documents, evaluation_batches
 from goose_jax.nn import RWKV7
-from goose_jax.training.corpus import Document, Tokenizer, encode_documents
-from goose_jax.training.data import Batch, evaluation_batches
+from goose_jax.text import Tokenizer
 from goose_jax.training.step import Losses, Parameters, full_losses
 from pallas_kernels.types import Scalar
 

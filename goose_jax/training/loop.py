@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import jax
 
-from goose_jax.training.data import Batch
+from goose_jax.data import Batch
 from goose_jax.training.step import TrainState, TrainStep
 
 

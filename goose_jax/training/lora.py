@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from goose_jax.checkpoints.conversion import check_range
+from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
-from goose_jax.training.data import Batch
 from goose_jax.training.loss import L2WRAP, token_losses
 from goose_jax.training.step import Losses, Parameters
 from pallas_kernels.validation import check_positive

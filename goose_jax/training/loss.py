@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from goose_jax.data import NOT_COUNTED, Batch
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
-from goose_jax.training.data import NOT_COUNTED, Batch
 from pallas_kernels import cross_entropy
 from pallas_kernels.types import Scalar
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from goose_jax.config import RWKV7Config
+from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State, init_state
-from goose_jax.training.data import Batch
 from goose_jax.training.loss import L2WRAP, token_losses
 from goose_jax.training.step import Losses, Parameters
 

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
-from goose_jax.training.data import Batch
 from goose_jax.training.loss import L2WRAP, num_targets, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, optimizer
 from pallas_kernels.types import Scalar

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from goose_jax.text import ByteTokenizer
-from goose_jax.training import (
+from goose_jax.data import (
     NOT_COUNTED,
     Document,
+    RandomWindows,
+    TrainingText,
     encode_documents,
     evaluation_batches,
     next_token_batch,
@@ -14,6 +15,7 @@ from goose_jax.training import (
     split_documents,
     standard_library,
 )
+from goose_jax.text import ByteTokenizer
 
 
 def write(path, text):
@@ -230,3 +232,22 @@ def test_packing_keeps_every_document():
 def test_packing_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         pack_documents([[]], length=4)
+
+
+def test_a_training_text_gives_batches_of_what_is_not_held_out():
+    documents = [Document("a", "Honk! said the goose. " * 20)]
+    text = TrainingText.from_documents(
+        documents, ByteTokenizer(), source="geese", held_out_bytes=22
+    )
+    assert [document.text for document in text.held_out] == ["Honk! said the goose. "]
+    assert len(text.tokens) == 22 * 19 + 2  # a separator at each end
+    windows = text.windows(batch_size=2, sequence_length=8, seed=3, microbatches=4)
+    sizes = {"batch_size": 2, "sequence_length": 8, "seed": 3, "microbatches": 4}
+    for step in (0, 7):
+        expected = random_batch(text.tokens, step, **sizes)
+        np.testing.assert_array_equal(windows(step).inputs, expected.inputs)
+        np.testing.assert_array_equal(windows(step).targets, expected.targets)
+    assert windows.checksum == RandomWindows(text.tokens.copy(), **sizes).checksum
+    assert windows.checksum != RandomWindows(text.tokens[:-1], **sizes).checksum
+    with pytest.raises(ValueError, match="geese is too short: 420 tokens to train on, but"):
+        text.windows(batch_size=2, sequence_length=420, seed=0)

@@ -12,6 +12,7 @@ from flax import nnx
 from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pretrained, save_state
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, load_checkpoint
 from goose_jax.checkpoints.fingerprint import fingerprint
+from goose_jax.data import next_token_batch
 from goose_jax.training import (
     Adapter,
     LoraConfig,
@@ -26,7 +27,6 @@ from goose_jax.training import (
     lora_losses,
     make_tuning_step,
     merge_lora,
-    next_token_batch,
     save_adapter,
     state_losses,
     tuned_state,

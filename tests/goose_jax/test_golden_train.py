@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from goose_jax.training import (
-    OptimizerConfig,
-    init_train_state,
-    make_train_step,
-    next_token_batch,
-    with_params,
-)
+from goose_jax.data import next_token_batch
+from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, with_params
 from tests.goose_jax.official_weights import GOLDEN, golden_model, golden_weights, to_official
 from tests.helpers import relative_rms
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config, init_state
-from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, next_token_batch
+from goose_jax.data import next_token_batch
+from goose_jax.training import OptimizerConfig, init_train_state, make_train_step
 from pallas_kernels import cross_entropy
 from pallas_kernels.operators.wkv7.mosaic_gpu import differentiable
 from tests.goose_jax.official_weights import GOLDEN_CONFIG, golden_model, to_official

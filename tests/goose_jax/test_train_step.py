@@ -11,10 +11,15 @@ import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
-from goose_jax.training import (
+from goose_jax.data import (
     NOT_COUNTED,
     Batch,
     Document,
+    next_token_batch,
+    pack_documents,
+    random_batch,
+)
+from goose_jax.training import (
     Metrics,
     NonFiniteError,
     OptimizerConfig,
@@ -23,9 +28,6 @@ from goose_jax.training import (
     make_evaluation,
     make_train_step,
     mean_loss,
-    next_token_batch,
-    pack_documents,
-    random_batch,
     train_steps,
     with_params,
 )

@@ -19,7 +19,8 @@ from goose_jax import (
     save_state,
     take_rows,
 )
-from goose_jax.training import OptimizerConfig, init_train_state, make_train_step, random_batch
+from goose_jax.data import random_batch
+from goose_jax.training import OptimizerConfig, init_train_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 

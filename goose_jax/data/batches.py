@@ -1,11 +1,14 @@
-"""Batches of tokens. Only numpy: nothing here touches a device."""
+"""Batches of tokens. They are made with NumPy on the host; nothing here touches a device."""
 
-import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Array, Int
 
 from pallas_kernels.validation import check_positive
@@ -17,12 +20,12 @@ NOT_COUNTED = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one training step reads; with a leading axis A, as A microbatches.
+    """The tokens of one training step; a leading axis A divides them into A microbatches.
 
     Attributes:
-      inputs: `[(A,) B, T]` int32 tokens.
+      inputs: `[(A,) B, T]` int32, tokens that the model reads.
       targets: `[(A,) B, T]` int32, the token to predict at each place, or `NOT_COUNTED`.
-      segment_ids: `[(A,) B, T]` int32 (0 is padding), or None if every row is one sequence.
+      segment_ids: `[(A,) B, T]` int32, 0 for padding; None if every row is one sequence.
     """
 
     inputs: Int[Array | np.ndarray, "*batch B T"]
@@ -30,13 +33,30 @@ class Batch:
     segment_ids: Int[Array | np.ndarray, "*batch B T"] | None = None
 
 
-def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
-    """The batch in which every token predicts the next one of its sequence.
+class BatchSource(Protocol):
+    """Training data: one batch for each step, always the same one for the same step.
+
+    A run that is resumed at some step therefore reads what it would have read without the break.
+    """
+
+    @property
+    def checksum(self) -> str:
+        """Identifies the data. A run is resumed only with data of the same checksum."""
+        ...
+
+    def __call__(self, step: int) -> Batch:
+        """Returns the batch of a step, counted from 0."""
+        ...
+
+
+def next_token_batch(tokens: npt.ArrayLike, segment_ids: npt.ArrayLike | None = None) -> Batch:
+    """Returns the batch in which every token predicts the next token of its sequence.
 
     Args:
       tokens: `[(A,) B, T + 1]` integers.
-      segment_ids: `[(A,) B, T + 1]` integers, 0 for padding; consecutive equal ids, padding left
-        out, are one sequence. The last token of a sequence and padding predict nothing.
+      segment_ids: `[(A,) B, T + 1]` integers, 0 for padding. Tokens with equal ids are one
+        sequence if at most padding is between them. The last token of a sequence predicts nothing,
+        and padding predicts nothing. None makes each row one sequence.
 
     Returns:
       A batch of T tokens per row.
@@ -52,7 +72,8 @@ def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) 
     ids = np.asarray(segment_ids, np.int32)
     if ids.shape != tokens.shape:
         raise ValueError(f"segment_ids must have {tokens.shape=}, got {ids.shape=}")
-    # The nearest place to the right that is not padding: found from the right, as a minimum.
+    # For each place the nearest one to its right that is not padding: a running minimum from the
+    # right over the indices of such places.
     place = np.where(ids != 0, np.arange(ids.shape[-1]), ids.shape[-1] - 1)
     following = np.minimum.accumulate(place[..., ::-1], axis=-1)[..., ::-1][..., 1:]
     same = (np.take_along_axis(ids, following, -1) == ids[..., :-1]) & (ids[..., :-1] != 0)
@@ -61,7 +82,7 @@ def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) 
 
 
 def random_batch(
-    tokens: np.ndarray,
+    tokens: Int[np.ndarray, " N"],
     step: int,
     *,
     batch_size: int,
@@ -69,15 +90,13 @@ def random_batch(
     seed: int,
     microbatches: int = 1,
 ) -> Batch:
-    """Windows drawn at random from one row of tokens: a pure function of `seed` and `step`.
-
-    A run that is resumed at some step therefore sees what it would have seen without the break.
+    """Draws windows at random from one row of tokens, as a pure function of `seed` and `step`.
 
     Args:
       tokens: `[N]` integers, N > sequence_length.
       step: counts from 0.
       batch_size: B, rows of each microbatch.
-      sequence_length: T.
+      sequence_length: T, tokens of a row.
       seed: another seed gives other windows.
       microbatches: A; 1 gives a batch without the leading axis.
 
@@ -95,15 +114,58 @@ def random_batch(
     return next_token_batch(tokens[first[..., None] + np.arange(sequence_length + 1)])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomWindows:
+    """A `BatchSource` that draws its batches from one row of tokens with `random_batch`.
+
+    Attributes:
+      tokens: `[N]` integers, N > sequence_length.
+      batch_size: B, rows of each microbatch.
+      sequence_length: T, tokens of a row.
+      seed: another seed gives other windows.
+      microbatches: A; 1 gives batches without the leading axis.
+    """
+
+    tokens: Int[np.ndarray, " N"]
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    sequence_length: int
+    seed: int
+    microbatches: int = 1
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """The SHA-256 of the tokens, in hexadecimal digits."""
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    def __call__(self, step: int) -> Batch:
+        """Returns the batch of a step, counted from 0.
+
+        Raises:
+          ValueError: if the tokens do not fill one window, or a size is not a positive integer.
+        """
+        return random_batch(
+            self.tokens,
+            step,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            microbatches=self.microbatches,
+        )
+
+
 def evaluation_batches(
-    tokens: np.ndarray, *, batch_size: int, sequence_length: int
+    tokens: Int[np.ndarray, " N"], *, batch_size: int, sequence_length: int
 ) -> Iterator[Batch]:
-    """Batches `[B, T]` in which every token of a row but the first is a target exactly once.
+    """Yields batches `[B, T]` in which every token but the first is a target exactly once.
 
     Args:
       tokens: `[N]` integers, N >= 2.
       batch_size: B; the last batch is filled up with rows that are not counted.
-      sequence_length: T; each window starts without memory of the one before.
+      sequence_length: T; no window remembers the window before it.
+
+    Raises:
+      ValueError: if there are fewer than two tokens, or a size is not a positive integer.
     """
     check_positive("batch_size", batch_size)
     check_positive("sequence_length", sequence_length)
@@ -120,58 +182,12 @@ def evaluation_batches(
         yield Batch(some_inputs, some_targets)
 
 
-def pack_documents(
-    documents: Sequence[Sequence[int]], *, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lays tokenized documents side by side into rows of one length, each a segment of its own.
-
-    A document goes to the end of the row that it fills up best; one that is longer than a row is
-    cut into pieces, and each piece becomes a segment.
-
-    Args:
-      documents: sequences of token ids; empty ones are left out.
-      length: tokens of a row (T + 1 for `next_token_batch`).
-
-    Returns:
-      (tokens, segment_ids), both `[rows, length]` int32: segments are numbered from 1 in each row,
-      0 is padding.
-
-    Raises:
-      ValueError: if no document has a token.
-    """
-    check_positive("length", length)
-    pieces = [
-        np.asarray(document[start : start + length], np.int32)
-        for document in documents
-        for start in range(0, len(document), length)
-    ]
-    if not pieces:
-        raise ValueError("documents must hold at least one token")
-    rows: list[list[np.ndarray]] = []
-    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for piece in pieces:
-        best = bisect.bisect_left(rooms, (len(piece), -1))
-        if best == len(rooms):
-            rows.append([])
-            free, row = length, len(rows) - 1
-        else:
-            free, row = rooms.pop(best)
-        rows[row].append(piece)
-        bisect.insort(rooms, (free - len(piece), row))
-    tokens = np.zeros((len(rows), length), np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for i, row_pieces in enumerate(rows):
-        sizes = [len(piece) for piece in row_pieces]
-        tokens[i, : sum(sizes)] = np.concatenate(row_pieces)
-        segment_ids[i, : sum(sizes)] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    return tokens, segment_ids
-
-
 __all__ = [
     "NOT_COUNTED",
     "Batch",
+    "BatchSource",
+    "RandomWindows",
     "evaluation_batches",
     "next_token_batch",
-    "pack_documents",
     "random_batch",
 ]

@@ -1,37 +1,20 @@
-"""Text to train on: files of the user, or the sources of the running Python's standard library."""
+"""Documents to train on: the user's files, or the sources of Python's standard library."""
 
 import dataclasses
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int
 
+from goose_jax.text import Tokenizer
 from pallas_kernels.validation import check_positive
 
-# Tables and tests rather than programs, and packages that differ from machine to machine.
+# Tests, tables, and packages that differ from machine to machine.
 _LEFT_OUT_OF_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
-
-
-class Tokenizer(Protocol):
-    """What training asks of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below this."""
-        ...
-
-    @property
-    def end_of_document(self) -> int | None:
-        """The id that separates documents, or None if there is none."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +22,8 @@ class Document:
     """One text.
 
     Attributes:
-      name: where it comes from, for messages.
-      text: what it says.
+      name: where the text comes from, such as its path; messages name it.
+      text: the text.
     """
 
     name: str
@@ -55,16 +38,16 @@ class Document:
 def read_documents(path: Path, *, pattern: str = "*") -> list[Document]:
     """Reads a text file, or every text file in a folder and the folders below it.
 
-    Files and folders whose names start with a dot are left out, and so are files without text.
-    The order is that of the sorted paths.
+    Files and folders whose names start with a dot are left out, and so are empty files. Documents
+    are sorted by path.
 
     Args:
       path: a file or a folder.
-      pattern: which names count in a folder, as in "*.txt".
+      pattern: in a folder, only files whose names fit it are read, as in "*.txt".
 
     Raises:
       FileNotFoundError: if there is nothing at `path`.
-      ValueError: naming the file, if one is not UTF-8 text; or the folder, if it holds no text.
+      ValueError: if a file is not UTF-8 text, or there is no text; it names the file or folder.
       OSError: if a file cannot be read.
     """
     path = Path(path)
@@ -84,10 +67,9 @@ def read_documents(path: Path, *, pattern: str = "*") -> list[Document]:
 
 
 def standard_library() -> list[Document]:
-    """The modules of the running Python's standard library, tests and tables left out.
+    """Reads the modules of the running Python's standard library, without tests and tables.
 
-    Every Python has them, so they are a corpus that needs no download. Which they are depends on
-    the version of Python; the order does not depend on the machine.
+    This text needs no download. It depends on the version of Python, but not on the machine.
 
     Raises:
       ValueError: if this Python was installed without its sources.
@@ -130,17 +112,18 @@ def split_documents(
 ) -> tuple[list[Document], list[Document]]:
     """Divides documents into those to train on and those held out.
 
-    Whole documents are held out, drawn at random, as long as they fit. If none does, as with a
-    single file, the end of the longest document is held out instead. Of documents with the same
-    text only the first is used, so that nothing held out is also trained on.
+    Documents are drawn at random and held out whole, as long as they fit into `held_out_bytes`. If
+    none fits, as with a single file, the end of the longest document is held out instead. A text
+    that occurs several times is used once, so that nothing held out is also trained on.
 
     Args:
       documents: at least one.
       held_out_bytes: how much to hold out at most; never more than a tenth of the text.
-      seed: of the draw.
+      seed: another seed holds out other documents.
 
     Returns:
-      (training, held_out), both with text in them.
+      training: the documents to train on, at least one.
+      held_out: the documents held out, at least one.
 
     Raises:
       ValueError: if there is less than ten bytes of text, or nothing to hold out.
@@ -166,18 +149,21 @@ def split_documents(
 
 
 def _cut_end(document: Document, num_bytes: int) -> tuple[Document, Document]:
-    """The document without its last `num_bytes` or a few more (no character is cut), and those."""
+    """Cuts a document in two. The end has `num_bytes`, or a few more to keep a character whole."""
     data = document.text.encode()
     beginning = data[:-num_bytes].decode(errors="ignore")
     end = document.text[len(beginning) :]
     return dataclasses.replace(document, text=beginning), dataclasses.replace(document, text=end)
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of tokens `[T]` int32, with the separator around each.
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Int[np.ndarray, " N"]:
+    """Encodes all documents as one row of tokens, with `end_of_document` around each document.
 
-    The separator before the first document lets its first token be predicted like any other. With
-    a tokenizer that has none, documents follow each other directly.
+    The one before the first document lets the model predict the document's first token. If the
+    tokenizer has no such id, documents follow each other directly.
+
+    Returns:
+      `[N]` int32.
 
     Raises:
       ValueError: if the tokenizer gives an id outside its vocabulary, or no id at all.
@@ -200,7 +186,6 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> np.
 
 __all__ = [
     "Document",
-    "Tokenizer",
     "encode_documents",
     "read_documents",
     "split_documents",

@@ -1,0 +1,37 @@
+"""Text to train on, and batches of tokens as a function of a seed and a step."""
+
+from goose_jax.data.batches import (
+    NOT_COUNTED,
+    Batch,
+    BatchSource,
+    RandomWindows,
+    evaluation_batches,
+    next_token_batch,
+    random_batch,
+)
+from goose_jax.data.documents import (
+    Document,
+    encode_documents,
+    read_documents,
+    split_documents,
+    standard_library,
+)
+from goose_jax.data.packing import pack_documents
+from goose_jax.data.training_text import TrainingText
+
+__all__ = [
+    "NOT_COUNTED",
+    "Batch",
+    "BatchSource",
+    "Document",
+    "RandomWindows",
+    "TrainingText",
+    "encode_documents",
+    "evaluation_batches",
+    "next_token_batch",
+    "pack_documents",
+    "random_batch",
+    "read_documents",
+    "split_documents",
+    "standard_library",
+]
