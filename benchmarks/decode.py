@@ -1,15 +1,19 @@
-"""Speed of decoding and of reading prompts, on whatever device JAX finds.
+"""Measures the speed of decoding and of reading prompts on JAX's default device.
 
     python benchmarks/decode.py                 # three real sizes on a GPU, a tiny one on a CPU
     python benchmarks/decode.py --model 24 1024 --implementations mosaic_gpu
 
-Weights are random, in bfloat16 and with a vocabulary of 65,536 on a GPU; decoding is greedy. All
-goes through `generate` and `prefill` as a user calls them. The time of a token is the difference
-between generating many and few tokens, so that reading the prompt is not in it; each is the median
-of rounds, after one that compiles. One row is also measured far into a text, in turn with one at
-its beginning. The first token is that of a process that has compiled nothing yet, if there is one
-model. The last but one column compares with a copy, which reads and writes, the bytes that a token
-must move: all parameters but the embedding, once, and the states, once each way.
+Weights are random; on a GPU they are bfloat16 with a vocabulary of 65,536. Decoding is greedy. The
+benchmark calls `generate` and `prefill` as a user does.
+
+The time of a token is the difference between generating many and few tokens, which leaves out the
+time to read the prompt. Each time is the median of some rounds, after one round that compiles. A
+row far into a text is measured in turn with a row at its beginning. The time of the first token
+includes compilation; for the first model, nothing has been compiled before.
+
+The column "of the rate of a copy" takes the bytes that a token must move: all parameters but the
+embedding, read once, and the states, read and written once. It divides them by the bytes that a
+copy of an array reads and writes in the time of a token.
 """
 
 import dataclasses
@@ -37,17 +41,18 @@ class Settings:
     """What to measure.
 
     Attributes:
-      model: layers and hidden size; None takes those of the device.
-      vocab_size: of the model; None takes 65,536 on a GPU and 257 on a CPU.
-      dtype: of parameters and activations; None takes bfloat16 on a GPU and float32 on a CPU.
-      batch_sizes: to decode with.
-      implementations: of the decoding step; None takes both on a GPU and "xla" on a CPU.
-      prompt_length: of the prompt whose reading is measured.
-      position: tokens of a text after which decoding is measured again, with one row; None takes
-        100,000 on a GPU and 1,000 on a CPU.
-      new_tokens: that are generated, few and many.
-      block_size: tokens between two returns to Python.
-      rounds: of which the median is reported.
+      model: number of layers and hidden size; None takes three sizes on a GPU, a tiny one on a CPU.
+      vocab_size: size of the vocabulary; None takes 65,536 on a GPU and 257 on a CPU.
+      dtype: dtype of parameters and activations; None takes bfloat16 on a GPU and float32 on a CPU.
+      batch_sizes: numbers of rows to decode at the same time.
+      implementations: how tokens are read; None takes "xla" and "mosaic_gpu" on a GPU and "xla"
+        on a CPU.
+      prompt_length: tokens of the prompt whose reading is measured.
+      position: number of tokens after which decoding one row is measured again; None takes 100,000
+        on a GPU and 1,000 on a CPU.
+      new_tokens: the two numbers of tokens to generate, few and many.
+      block_size: tokens per block of `generate`.
+      rounds: number of rounds whose median is reported.
     """
 
     model: tuple[int, int] | None = None
@@ -63,7 +68,7 @@ class Settings:
 
 
 def random_model(config: RWKV7Config) -> RWKV7:
-    """A model of normal random numbers: made faster than by its initialisers."""
+    """Returns a model of normal random numbers, which takes less time than its initialisers."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
     leaves, structure = jax.tree.flatten(params)
 
@@ -81,13 +86,14 @@ def random_model(config: RWKV7Config) -> RWKV7:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
+    """Returns the time of one call, until its results are ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def bytes_per_token(model: RWKV7, batch_size: int) -> int:
-    """What must be moved for one token of each row."""
+    """Returns the bytes that one token of each row must move."""
     params = nnx.state(model)
     read = sum(x.nbytes for x in jax.tree.leaves(params)) - model.embedding[...].nbytes
     state = jax.eval_shape(lambda: init_state(model.config, batch_size))
@@ -149,9 +155,9 @@ def seconds_per_token(
     implementation: str,
     states: dict[str, RWKV7State | None],
 ) -> tuple[dict[str, float], float]:
-    """The time of a token of each row, by the state that comes before, and that of the first call.
+    """Returns the seconds per token after each of the states, and the seconds of the first call.
 
-    The states take turns, so that what else changes in the meantime is not taken for theirs.
+    The states are measured in turn, so that other changes of speed affect all of them alike.
     """
 
     def seconds(state: RWKV7State | None, count: int) -> float:

@@ -1,11 +1,12 @@
-"""Time and memory of a whole training step of RWKV-7, on whatever device JAX finds.
+"""Measures time and memory of a whole training step of RWKV-7 on JAX's default device.
 
     python benchmarks/train_step.py                                       # a small model, for a CPU
     python benchmarks/train_step.py --num-layers 24 --hidden-size 1024 --vocab-size 65536 \
         --batch-size 8 --sequence-length 4096 --compute-dtype bfloat16
 
-Tokens are random; the time is the median of rounds of asynchronous steps between two waits, after a
-warm-up. Memory is the device's peak, or what XLA plans where a device does not count it.
+Tokens are random. A round is some asynchronous steps and then one wait; the time is the median of
+the rounds, after a warm-up. Memory is the device's peak, or what XLA plans if the device does not
+count it.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ class Settings:
     """What to measure.
 
     Attributes:
-      num_layers: of the model.
-      hidden_size: of the model.
-      vocab_size: of the model.
+      num_layers: number of layers.
+      hidden_size: channels of the residual stream.
+      vocab_size: size of the vocabulary.
       batch_size: sequences per step.
       sequence_length: tokens per sequence.
-      compute_dtype: of activations.
-      remat: what the backward computes again.
-      implementation: of the WKV operator.
-      rounds: of which the median is reported.
-      steps: in each round.
+      compute_dtype: dtype of activations.
+      remat: `RWKV7Config.remat`, what the backward computes again.
+      implementation: `RWKV7Config.implementation`, of the WKV operator.
+      rounds: number of rounds whose median is reported.
+      steps: steps per round.
     """
 
     num_layers: int = 4

@@ -1,15 +1,16 @@
-"""Time, memory and error of the implementations of WKV7, on whatever device JAX finds.
+"""Measures time, memory and error of the implementations of WKV7 on JAX's default device.
 
     python benchmarks/wkv7.py                   # four shapes in bfloat16 on a GPU, one on a CPU
     python benchmarks/wkv7.py --shape 1 16384 4 64 --dtype float32 --implementations xla
 
-Times are medians over rounds of asynchronous calls between two waits, after a warm-up, the
-implementations in turn within each round; what depends on the calls in between is not counted.
-The backward gets random gradients of the outputs. Memory is what XLA plans besides inputs and
-results. Errors are relative RMS against the scan in float64, for the first shape made small enough
-for it. Where a GPU, torch and flash-linear-attention are there, `chunk_rwkv7` of the latter is also
-measured on the same inputs, unless others are named; it tries variants for minutes before its first
-result.
+Times are medians of rounds, after a warm-up. In each round the implementations take turns; each
+makes some asynchronous calls and then waits once. The backward gets random gradients of the
+outputs. Memory is what XLA plans besides inputs and results. Errors are relative RMS errors
+against the scan in float64, for the first shape, reduced to a size that the scan can manage.
+
+On a GPU where torch and flash-linear-attention (FLA) are installed, FLA's `chunk_rwkv7` is
+measured on the same inputs, unless `--implementations` leaves it out. It tries variants of its
+kernels for minutes before its first result.
 """
 
 import dataclasses
@@ -49,11 +50,13 @@ class Settings:
     """What to measure.
 
     Attributes:
-      shape: B, T, H, K; the values have K channels too. None takes those of the device.
-      dtype: of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
-      implementations: which to measure, also "FLA"; None takes those of the device.
-      rounds: of which the median is reported.
-      calls: between two waits; None takes 3 on a CPU, 20 on a GPU and 200 of less than 1 ms.
+      shape: B, T, H, K; values have K channels, too. None takes four shapes on a GPU, one on a CPU.
+      dtype: dtype of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
+      implementations: names from `IMPLEMENTATIONS`, or "FLA"; None takes those that suit the
+        device.
+      rounds: number of rounds whose median is reported.
+      calls: calls before a wait; None takes 3 on a CPU, 20 on a GPU, and 200 on a GPU if a call
+        takes less than 1 ms.
     """
 
     shape: Shape | None = None
@@ -64,7 +67,7 @@ class Settings:
 
 
 def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
-    """Random inputs as RWKV-7 makes them, and a random gradient of the outputs."""
+    """Returns random inputs as RWKV-7 makes them, and a random gradient of the outputs."""
     keys = jax.random.split(jax.random.key(0), 7)
     r, k, v, kk, rate, decay, do = (jax.random.normal(key, shape) for key in keys)
     kk /= jnp.linalg.norm(kk, axis=-1, keepdims=True)
@@ -73,6 +76,7 @@ def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
 
 
 def forward(function, inputs, do):
+    """Returns the output. `do` is unused, so that both programs take the same arguments."""
     return function(*inputs)[0]
 
 
@@ -82,7 +86,7 @@ def forward_and_backward(function, inputs, do):
 
 
 class Program:
-    """A compiled call on inputs in the device's memory."""
+    """A compiled call on inputs that are in the device's memory."""
 
     def __init__(self, what, implementation: str, arguments: tuple):
         start = time.perf_counter()
@@ -92,11 +96,11 @@ class Program:
         self.compile_seconds = time.perf_counter() - start
 
     def results(self) -> list[np.ndarray]:
-        """Output and gradients."""
+        """Returns the output and, with the backward, the gradients."""
         return [np.asarray(x) for x in jax.tree.leaves(self._compiled(*self._arguments))]
 
     def seconds(self, calls: int) -> float:
-        """The mean over so many calls."""
+        """Returns the mean time of a call."""
         start = time.perf_counter()
         for _ in range(calls):
             results = self._compiled(*self._arguments)
@@ -104,12 +108,12 @@ class Program:
         return (time.perf_counter() - start) / calls
 
     def memory(self) -> int:
-        """Bytes besides inputs and results."""
+        """Returns the bytes that XLA plans besides inputs and results."""
         return self._compiled.memory_analysis().temp_size_in_bytes
 
 
 def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, Any]]:
-    """Forward, and forward with backward, by implementation."""
+    """Returns the programs of each implementation: forward, and forward with backward."""
     arguments = (inputs, do)
     programs: dict[str, tuple[Any, Any]] = {
         name: tuple(Program(what, name, arguments) for what in (forward, forward_and_backward))
@@ -124,7 +128,7 @@ def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, An
 
 
 def median_times(programs: dict, settings: Settings) -> dict[str, tuple[float, float]]:
-    """Milliseconds of the two programs of each implementation."""
+    """Returns the milliseconds of the two programs of each implementation."""
     calls = {name: [_calls(program, settings) for program in programs[name]] for name in programs}
 
     def once(name: str) -> list[float]:
@@ -149,7 +153,7 @@ def relative_rms(x, reference) -> float:
 
 
 def measure_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> dict[str, list[float]]:
-    """Errors of the output and of the gradients of the inputs, by implementation."""
+    """Returns the errors of the output and of the gradients of the inputs, by implementation."""
     inputs, do = make_inputs(shape, dtype)
     with jax.enable_x64():
         exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))(
@@ -188,10 +192,10 @@ def main(settings: Settings) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for shape in shapes:
         programs = make_programs(names, *make_inputs(shape, dtype))
-        for name, (of_forward, of_both) in median_times(programs, settings).items():
+        for name, (forward_ms, both_ms) in median_times(programs, settings).items():
             both = programs[name][1]
             print(
-                f"| {', '.join(map(str, shape))} | {name} | {of_forward:.3f} | {of_both:.3f} "
+                f"| {', '.join(map(str, shape))} | {name} | {forward_ms:.3f} | {both_ms:.3f} "
                 f"| {both.memory() / 2**20:.0f} | {both.compile_seconds:.1f} "
                 f"| {errors[name][0]:.1e} | {max(errors[name][1:]):.1e} |",
                 flush=True,

@@ -1,7 +1,9 @@
-"""Calls WKV7 and its gradient once, on few tokens, for tools that watch the kernels.
+"""Calls WKV7 and its gradient once, on few tokens, for tools that check kernels while they run.
 
-Such as `compute-sanitizer --target-processes application-only --tool racecheck`, followed by
-`python benchmarks/wkv7_once.py --kind packed`.
+The command for a check of races is
+
+    compute-sanitizer --target-processes application-only --tool racecheck \
+        python benchmarks/wkv7_once.py --kind packed
 """
 
 import dataclasses
@@ -22,11 +24,11 @@ class Settings:
     """The call.
 
     Attributes:
-      kind: "plain"; "packed", two sequences in a row, which meet in the middle of a chunk of 64;
-        "per_segment", the same with a state for each.
-      tokens: of each of two rows; racecheck takes long for more.
+      kind: "plain"; "packed", with two sequences in each row, which meet inside a chunk of 64; or
+        "per_segment", packed and with a state for each sequence.
+      tokens: tokens in each of the two rows; racecheck takes long for more than 128.
       head_size: K and V.
-      implementation: of `wkv7`.
+      implementation: implementation of `wkv7`.
     """
 
     kind: Literal["plain", "packed", "per_segment"] = "plain"

@@ -1,10 +1,11 @@
-"""Time of the recurrent implementations of WKV7 where a model uses them: a few tokens at a time.
+"""Measures the time of the recurrent implementations of WKV7 on a few tokens, as in decoding.
 
     python benchmarks/wkv7_recurrent.py
 
-Calls follow one another within one program, each with the state that the one before it left, as in
-decoding: what is reported is the time of a call, the median over rounds. The states, read and
-written once, are compared with a copy. The backward is that of one call, with random gradients.
+One program makes many calls, each with the final state of the call before it. The time is that of
+one call, the median of some rounds. The column "of a copy" takes the bytes of the states, read
+and written once, and divides them by the bytes that a copy of an array moves in this time. The
+backward of each call gets random gradients.
 """
 
 import dataclasses
@@ -24,13 +25,13 @@ class Settings:
     """What to measure.
 
     Attributes:
-      batch_sizes: B.
-      tokens: T of a call.
-      heads: H, of 64 channels each; None takes 32 on a GPU and 2 elsewhere.
-      dtype: of the inputs; states have float32.
-      implementations: which to measure; None takes those of the device.
-      calls: in one program.
-      rounds: of which the median is reported.
+      batch_sizes: values of B.
+      tokens: values of T, the tokens of a call.
+      heads: H, heads of 64 channels each; None takes 32 on a GPU and 2 elsewhere.
+      dtype: dtype of the inputs; states are float32.
+      implementations: names from `wkv7.IMPLEMENTATIONS`; None takes those that suit the device.
+      calls: calls in one program.
+      rounds: number of rounds whose median is reported.
     """
 
     batch_sizes: tuple[int, ...] = (1, 128)
@@ -63,6 +64,7 @@ def forward_and_backward(function, inputs, do, state, calls):
 
 
 def milliseconds(what, implementation: str, arguments: tuple, settings: Settings) -> float:
+    """Returns the time of one call of `what`, `forward` or `forward_and_backward`."""
     program = jax.jit(
         functools.partial(what, IMPLEMENTATIONS[implementation], calls=settings.calls)
     )
@@ -90,13 +92,13 @@ def main(settings: Settings) -> None:
             inputs, do = make_inputs((B, T, H, 64), settings.dtype)
             state = jax.random.normal(jax.random.key(1), (B, H, 64, 64), jnp.float32)
             for name in names:
-                of_forward, of_both = (
+                forward_ms, both_ms = (
                     milliseconds(what, name, (inputs, do, state), settings)
                     for what in (forward, forward_and_backward)
                 )
                 print(
-                    f"| {B}, {T}, {H}, 64 | {name} | {of_forward:.4f} "
-                    f"| {2e3 * state.nbytes / of_forward / rate:.0%} | {of_both:.4f} |",
+                    f"| {B}, {T}, {H}, 64 | {name} | {forward_ms:.4f} "
+                    f"| {2e3 * state.nbytes / forward_ms / rate:.0%} | {both_ms:.4f} |",
                     flush=True,
                 )
 

@@ -1,6 +1,8 @@
-"""Scan decoding: prompts of different lengths in one batch, streamed, then continued.
+"""Decodes prompts of different lengths in one batch, then goes on from their state and streams.
 
-python examples/generate.py [CHECKPOINT]    (without one, a random model: it writes nonsense)
+    python examples/generate.py [CHECKPOINT]
+
+Without a checkpoint, the model is random and writes nonsense.
 """
 
 import sys
@@ -23,7 +25,7 @@ def main(checkpoint: str | None = None) -> Generation:
     tokenizer = ByteTokenizer()
     sampling = SamplingConfig(temperature=0.8, top_p=0.9)
 
-    # Two prompts, one program: reading them is one compiled call, and so are 16 new tokens.
+    # One compiled call reads both prompts. Each further call generates a block of 16 tokens.
     prompts = ["def main(", "import"]
     result = generate(
         model,
@@ -36,7 +38,7 @@ def main(checkpoint: str | None = None) -> Generation:
     for prompt, tokens in zip(prompts, result.sequences, strict=True):
         print(repr(prompt + tokenizer.decode(tokens)))
 
-    # The state has read all of that and has a constant size. Go on from it, and stream.
+    # The state has read the prompts and their continuations, and has a constant size.
     decoder = StreamingDecoder(tokenizer)
 
     def show(new_tokens: list[np.ndarray]) -> None:

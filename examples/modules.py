@@ -1,4 +1,4 @@
-"""The layers of RWKV-7 in a model of one's own: it learns to continue sine waves."""
+"""Uses the layers of RWKV-7 in another model, which learns to continue sine waves."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ CONFIG = RWKV7Config(
 
 
 class Forecaster(nnx.Module):
-    """Predicts the next number of a series from all before it."""
+    """Predicts the next number of a series from all numbers before it."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         C, layers = CONFIG.hidden_size, range(CONFIG.num_layers)
@@ -28,7 +28,7 @@ class Forecaster(nnx.Module):
         self.head = nnx.Linear(C, 1, rngs=rngs)
 
     def __call__(self, series: jax.Array) -> jax.Array:
-        """Predictions `[B, T]`, each of the number that follows."""
+        """Returns predictions `[B, T]`, each of the number after the one read."""
         x = self.embedding(series[..., None])  # [B, T, C]
         v_first = None  # the first time mix sets it, the others read it
         for i in range(CONFIG.num_layers):

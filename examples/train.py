@@ -1,7 +1,4 @@
-"""The official recipe in a training loop of one's own: data, step, evaluation, checkpoint.
-
-python examples/train.py
-"""
+"""Trains a small model by the official recipe: data, step, evaluation, checkpoint."""
 
 import tempfile
 from pathlib import Path

@@ -1,7 +1,6 @@
-"""Plain definitions in JAX, to be differentiated automatically, in float64.
+"""Plain definitions in JAX, which the tests differentiate automatically, in float64.
 
-Each says what is to be computed in the most direct way, without the rearrangements that
-docs/rwkv7.md derives.
+Each is written in the most direct way, without the rearrangements that docs/rwkv7.md derives.
 """
 
 import functools
@@ -34,7 +33,7 @@ def _gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evaluate(function: Callable[..., Any], *inputs: Any) -> Any:
-    """The value of a function in float64. Compiled once for each function and shape."""
+    """Returns the value of a function in float64. Compiles it once for each shape."""
     with jax.enable_x64(True):
         return numpy(_compiled(function)(*inputs))
 
@@ -42,22 +41,23 @@ def evaluate(function: Callable[..., Any], *inputs: Any) -> Any:
 def differentiate(
     function: Callable[..., Any], inputs: Arrays, cotangents: Any, **constants: Any
 ) -> tuple[Any, Arrays]:
-    """The value of a function of named inputs in float64, and the gradients as `d<name>`."""
+    """Returns the value of a function of named inputs in float64, and gradients as `d<name>`."""
     with jax.enable_x64(True):
         outputs, gradients = _gradients(function)(inputs, constants, cotangents)
     return numpy(outputs), numpy({f"d{name}": x for name, x in gradients.items()})
 
 
 def update(S, log_decay, k, v, a, b):
-    """The state after one token."""
+    """Returns the state after one token."""
     return jnp.exp(log_decay)[:, None] * S + jnp.outer(b, a @ S) + jnp.outer(k, v)
 
 
 def recurrence(r, log_decay, k, v, a, b, S0, scale, restart=None, S_before=0.0, S_after=0.0):
-    """Outputs, exit state, and the states after each token; zero state before each restart.
+    """Returns outputs, exit state, and the states after each token.
 
-    `S_before` and `S_after` `[T, K, V]` are added to the states before and after each token. Their
-    gradients at zero are those of the states.
+    The state before a token with `restart` is zero. `S_before` and `S_after` `[T, K, V]` are
+    added to the states before and after each token: if they are zero, their gradients are the
+    gradients of these states.
     """
     restart = jnp.zeros(len(r), bool) if restart is None else jnp.asarray(restart)
     changes = [jnp.broadcast_to(x, (len(r), *S0.shape)) for x in (S_before, S_after)]
@@ -73,14 +73,18 @@ def recurrence(r, log_decay, k, v, a, b, S0, scale, restart=None, S_before=0.0, 
 
 
 def packed_recurrence(r, log_decay, k, v, a, b, S0, scale, kept, restart):
-    """Outputs and exit state when only the tokens at `kept` exist, and other outputs are zero."""
+    """Returns outputs and exit state of the tokens at `kept` only. Other outputs are zero."""
     tokens = [x[kept] for x in (r, log_decay, k, v, a, b)]
     o, S1, _ = recurrence(*tokens, S0, scale, restart[kept])
     return jnp.zeros((len(r), v.shape[1])).at[kept].set(o), S1
 
 
 def affine_map(r, log_decay, k, v, a, b):
-    """What a run of tokens does to the identity without values, and to nothing with them."""
+    """Returns the affine map from entry to exit state, from runs that start from special states.
+
+    P is the exit state of a run that starts from the identity and has zero values, Q that of a run
+    that starts from zero.
+    """
     keys = r.shape[1]
     no_values = jnp.zeros((len(r), keys))
     P = recurrence(r, log_decay, k, no_values, a, b, jnp.eye(keys), 1.0)[1]
@@ -96,7 +100,7 @@ def token_shift(x, x_before, mix):
 
 
 def low_rank(x, down, up, bias, choice):
-    """`choice` is one-hot over tanh, the sigmoid and no function."""
+    """Returns the low-rank map; `choice` is one-hot over tanh, the sigmoid and no function."""
     inner = x @ down
     functions = jnp.stack([jnp.tanh(inner), jax.nn.sigmoid(inner), inner])
     return jnp.tensordot(choice, functions, 1) @ up + bias[None]
@@ -134,7 +138,7 @@ def channel_mix(mixed, key_weight, value_weight):
 
 
 def cross_entropy(hidden, weight, target, l2wrap):
-    """The loss of each token, and what stands behind L2Wrap's gradient."""
+    """Returns the loss of each token, and the term whose gradient L2Wrap adds."""
     logits = hidden @ weight
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0]
     return -chosen, 0.5 * l2wrap * logits.max(axis=1) ** 2

@@ -1,4 +1,4 @@
-"""Reads docs/rwkv7.md: its blocks of code, its tables of numbers, its prose; damages blocks."""
+"""Reads blocks of code, tables of numbers and prose of docs/rwkv7.md, and damages the blocks."""
 
 import ast
 import copy
@@ -18,23 +18,23 @@ def text() -> str:
 
 
 def fences() -> list[tuple[str, str]]:
-    """Info string and content of every fenced block, in order."""
+    """Returns info string and content of every fenced block, in order."""
     return FENCE.findall(text())
 
 
 @functools.cache
 def blocks() -> dict[str, str]:
-    """The blocks of code by name, in order."""
+    """Returns the blocks of code by name, in order."""
     return {info.removeprefix("python "): code for info, code in fences()}
 
 
 def prose() -> str:
-    """The page without fenced blocks and comments."""
+    """Returns the page without fenced blocks and comments."""
     return re.sub(r"<!--.*?-->", "", FENCE.sub("", text()))
 
 
 def tables() -> dict[str, list[list[str]]]:
-    """The tables of numbers by name: rows of cells, without the heading."""
+    """Returns the tables of numbers by name: rows of cells, without the heading."""
     return {
         name: [[cell.strip() for cell in row[1:-1].split("|")] for row in body.splitlines()[2:]]
         for name, body in TABLE.findall(text())
@@ -42,7 +42,7 @@ def tables() -> dict[str, list[list[str]]]:
 
 
 def assigned_names(code: str) -> set[str]:
-    """Names that a block binds."""
+    """Returns the names that a block binds."""
     nodes = ast.walk(ast.parse(code))
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
@@ -84,7 +84,7 @@ FUNCTIONS = {
 
 
 def _damage(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """What may stand in a node's place, and a description."""
+    """Yields wrong replacements for a node, each with a description of the fault."""
     if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS:
         wrong = copy.deepcopy(node)
         wrong.op = OPERATORS[type(node.op)]()
@@ -127,14 +127,14 @@ class _Replace(ast.NodeTransformer):
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes in the order in which `_Replace` meets them."""
+    """Yields all nodes in the order in which `_Replace` visits them."""
     yield node
     for child in ast.iter_child_nodes(node):
         yield from _walk(child)
 
 
 def mutants(code: str) -> Iterator[tuple[str, str]]:
-    """Copies of a block with one fault each, and a description of the fault."""
+    """Yields copies of a block with one fault each, and a description of the fault."""
     tree = ast.parse(code)
     for position, node in enumerate(_walk(tree)):
         for replacement, fault in _damage(node):

@@ -1,4 +1,4 @@
-"""The numbers in the tables of docs/rwkv7.md, measured."""
+"""Measures the numbers in the tables of docs/rwkv7.md."""
 
 from collections.abc import Callable
 
@@ -154,11 +154,11 @@ EXACT: dict[str, Callable[[], Rows]] = {
     "tree_levels": tree_levels,
     "costs": costs,
 }
-"""Tables of numbers that are the same on every machine, to the digits that are printed."""
+"""Functions that measure numbers which are the same on every machine, to the digits printed."""
 
 ROUNDING: dict[str, Callable[[], Rows]] = {
     "inverse": inverse,
     "decay_gradient": decay_gradient,
     "state_dtype": state_dtype,
 }
-"""Tables that contain rounding errors, which differ a little from machine to machine."""
+"""Functions that measure rounding errors, which differ a little from machine to machine."""

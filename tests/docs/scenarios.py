@@ -1,9 +1,4 @@
-"""What docs/rwkv7.md is run on: for each scenario which blocks, from which inputs, to what result.
-
-`inputs` are the names that the page calls given. `expected` are values that the definitions and
-automatic differentiation give: whenever a block binds one of these names, it must have that value.
-`finally_` checks what is no such equality. Everything is float64.
-"""
+"""Scenarios that run the blocks of docs/rwkv7.md and check their results. Everything is float64."""
 
 import dataclasses
 import functools
@@ -28,16 +23,29 @@ HELPERS = ("sums", "pairs_of_blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
+    """Some blocks, with what they start from and what they must compute.
+
+    Attributes:
+      blocks: names of the blocks, in the order in which they run.
+      inputs: values of the names that the page takes as given.
+      expected: values from the definitions and automatic differentiation. Whenever a block binds
+        one of these names, it must have this value.
+      finally_: checks names after all blocks ran, where equality with `expected` is not enough.
+    """
+
     blocks: tuple[str, ...]
     inputs: Arrays
     expected: Arrays
     finally_: Callable[[Arrays], None] = lambda names: None
 
     def run(self, changed: dict[str, str] | None = None) -> Arrays:
-        """Runs the blocks and compares; `changed` has other code for some of them.
+        """Runs the blocks, compares their results, and returns all names.
+
+        Args:
+          changed: other code for some of the blocks.
 
         Raises:
-          AssertionError: where a block computes something else than it should.
+          AssertionError: a block computes another value than `expected`.
         """
         code = document.blocks() | (changed or {})
         names = {"np": np, "code": code, **self.inputs}
@@ -65,7 +73,7 @@ def random(seed: int) -> np.random.Generator:
 
 
 def frozen(arrays: Arrays) -> Arrays:
-    """Marks arrays read-only, so that no block can change what others are given."""
+    """Returns the arrays, marked read-only so that no block can change the inputs of others."""
     for x in arrays.values():
         if isinstance(x, np.ndarray):
             x.setflags(write=False)
@@ -73,7 +81,7 @@ def frozen(arrays: Arrays) -> Arrays:
 
 
 def tokens(seed: int, length: int = T) -> Arrays:
-    """Inputs of the operator as RWKV-7 makes them."""
+    """Returns inputs of the operator as RWKV-7 makes them."""
     rng = random(seed)
     r, k, kk = rng.normal(size=(3, length, K))
     kk /= np.linalg.norm(kk, axis=1, keepdims=True)
@@ -137,7 +145,7 @@ def step_scenario(seed: int) -> Scenario:
         del at_t["r"]
         return definitions.update(S, **at_t | {"v": v})
 
-    columns = np.eye(K)[:, :, None] * np.ones(V)  # column c of the transition: what e_c becomes
+    columns = np.eye(K)[:, :, None] * np.ones(V)  # e_c becomes column c of the transition
     transition = evaluate(jax.vmap(lambda S: step(S, jnp.zeros(V))[:, 0]), columns).T
     eigenvalues = np.sort(np.linalg.eigvals(transition).real)
     expected = {
@@ -205,7 +213,7 @@ TOKENS = ("r", "log_decay", "k", "v", "a", "b")
 
 @functools.cache
 def sequential(seed: int, unbounded: bool = False) -> tuple[Arrays, Arrays]:
-    """Inputs of a run of tokens, and what the recurrence says of them, gradients included."""
+    """Returns inputs of a run of tokens, and the recurrence's results and gradients for them."""
     given = {**tokens(seed), "S0": borders(seed)["S0"]}
     if unbounded:
         choice = random(seed).random((T, K))
@@ -223,7 +231,7 @@ def sequential(seed: int, unbounded: bool = False) -> tuple[Arrays, Arrays]:
 
 
 def sequence_scenario() -> Scenario:
-    """The recurrence and its gradient, from the logits of the decay on."""
+    """The recurrence and its gradient, starting from the logits of the decay."""
     given, results = sequential(5)
     ratio = given["log_decay"] / MIN_LOG_DECAY
     logits = np.log(ratio / (1 - ratio))
@@ -255,7 +263,7 @@ def sequence_scenario() -> Scenario:
 
 
 def pair_weights(given: Arrays, same: np.ndarray | None = None) -> Arrays:
-    """The four matrices, entry by entry from products of decays."""
+    """Returns the four matrices of weights, entry by entry from products of decays."""
     decay = np.exp(given["log_decay"])
     weights = {name: np.zeros((T, T)) for name in ("A_rk", "A_rb", "A_ak", "A_ab")}
     for name, A in weights.items():
@@ -275,7 +283,7 @@ CHUNK_BACKWARD = ("gradient_of_values", "gradient_of_weights", "gradient_of_inpu
 
 
 def chunk_scenario() -> Scenario:
-    """Everything about one chunk, compared with the recurrence."""
+    """All formulas of one chunk, compared with the recurrence."""
     given, results = sequential(6)
     U = np.einsum("tk,tkv->tv", given["a"], results["S"][:-1])
     expected = {**results, **pair_weights(given), "U": U, "S_after": results["S"][1:]}
@@ -292,7 +300,7 @@ def chunk_scenario() -> Scenario:
 
 
 def reference_scenario() -> Scenario:
-    """The same with exponents taken from the middle of the chunk."""
+    """The formulas of one chunk with exponents measured from the middle of the chunk."""
     given, results = sequential(7)
     g = np.cumsum(given["log_decay"], axis=0)
     entry = given["r"] * np.exp(g), given["a"] * np.exp(g - given["log_decay"])
@@ -301,7 +309,7 @@ def reference_scenario() -> Scenario:
     expected |= {"read_by_removal": entry[1] @ given["S0"]}
 
     def finally_(names):
-        # At the lowest decay the exponents are exactly those that the page gives.
+        # At the lowest decay, exponents must be exactly as large as the page says.
         lowest = {**names, "log_decay": np.full((T, K), MIN_LOG_DECAY)}
         for block in ("cumulated", "reference", "scaled"):
             exec(names["code"][block], lowest)
@@ -342,7 +350,7 @@ def tree_scenario() -> Scenario:
 
 
 def naive_segments(segment_ids: Any) -> Arrays:
-    """Segments by walking along the row."""
+    """Returns the segments, found by walking along the row."""
     valid, start, index, last_id, current = [], [], [], None, -1
     for segment_id in segment_ids:
         valid.append(segment_id != 0)
@@ -353,7 +361,7 @@ def naive_segments(segment_ids: Any) -> Arrays:
     return {"valid": np.array(valid), "start": np.array(start), "index": np.array(index)}
 
 
-PACKED_ROWS = {  # ids, and the id that the entry state belongs to; 12 tokens without padding
+PACKED_ROWS = {  # ids, and the id of the segment before the row; 12 tokens are not padding
     "boundaries": ([0, 1, 1, 1, 0, 1, 2, 2, 2, 3, 2, 3, 3, 0, 3, 0], None),
     "no padding first": ([1, 1, 0, 0, 2, 2, 2, 2, 1, 1, 0, 3, 3, 3, 3, 0], None),
     "starts anew": ([4, 4, 4, 4, 0, 0, 1, 2, 1, 1, 1, 1, 0, 0, 9, 8], 3),
@@ -391,7 +399,7 @@ def packed_scenario(row: str, tree: bool) -> Scenario:
     blocks += ("masks", "entry_and_exit", "solve", "outputs", "gradient_of_values")
     blocks += ("gradient_of_weights", "masked_gradient")
     blocks += ("tree_gradient",) if tree else ("gradient_of_inputs", "cumulative")
-    # Until they are masked, gradients at padding are those of inputs that were zero.
+    # Before "padding_gradient" masks them, gradients at padding need not be zero.
     final = {name: expected.pop(name) for name in [f"d{name}" for name in TOKENS]}
     same = results["index"][:, None] == results["index"]
     zeroed = {name: np.where(results["valid"][:, None], given[name], 0) for name in TOKENS}
@@ -415,7 +423,7 @@ def restart_scenario() -> Scenario:
 
 
 def most_chunks(length: int, segments: int, chunk: int) -> int:
-    """Over all ways to cut a row of tokens into segments."""
+    """Returns the largest number of chunks over all ways to cut a row of tokens into segments."""
     if segments == 1:
         return -(-length // chunk)
     return max(
@@ -481,7 +489,7 @@ def compose_scenario() -> Scenario:
 
 
 class Counted(np.ndarray):
-    """An array that counts operations: those of matrix products, and others on matrices."""
+    """An array that counts the operations of matrix products, and other operations on matrices."""
 
     products = 0
     others = 0
@@ -503,7 +511,7 @@ class Counted(np.ndarray):
 
 
 def count(names: Arrays, *blocks: str) -> tuple[int, int]:
-    """Runs blocks and returns how many operations of each kind they did."""
+    """Runs blocks and returns how many operations of both kinds they did."""
     Counted.products = Counted.others = 0
     for block in blocks:
         exec(document.blocks()[block], names)
@@ -511,7 +519,7 @@ def count(names: Arrays, *blocks: str) -> tuple[int, int]:
 
 
 def costs_scenario() -> Scenario:
-    """The formulas of section 10, against what the blocks of sections 3 to 6 do."""
+    """The formulas of section 10, compared with counts of operations in sections 3 to 6."""
     given = sequential(14)[0]
     counted = {n: x.view(Counted) if isinstance(x, np.ndarray) else x for n, x in given.items()}
     names = {"np": np, **counted}
@@ -586,7 +594,7 @@ def sigmoid_scenario() -> Scenario:
 def key_update_scenario(floor: bool) -> Scenario:
     inputs = normal(25, k=(T, K), alpha=(T, K), removal_scale=(K,), replacement_mix=(K,))
     inputs["alpha"] = 1 / (1 + np.exp(-inputs["alpha"]))
-    if floor:  # keys below the floor, zero, and just above, alone: their gradients are huge
+    if floor:  # only keys around it, because their gradients are huge
         inputs = {n: x[:3] if x.ndim == 2 else x for n, x in inputs.items()}
         length = np.linalg.norm(inputs["k"] * inputs["removal_scale"], axis=1, keepdims=True)
         inputs["k"] = inputs["k"] / length * np.array([[3e-13], [0], [1.5e-12]])

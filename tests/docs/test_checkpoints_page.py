@@ -1,4 +1,4 @@
-"""docs/checkpoints.md runs, and its table is the key map."""
+"""The code of docs/checkpoints.md runs, and its table is the key map."""
 
 import pathlib
 import re

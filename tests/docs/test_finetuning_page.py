@@ -1,4 +1,4 @@
-"""docs/finetuning.md runs, and the numbers it gives are the command's defaults."""
+"""The code of docs/finetuning.md runs, and its numbers are the command's defaults."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""docs/model.md runs, and its table lists the parameters that there are."""
+"""The code of docs/model.md runs, and its table lists all parameters."""
 
 import pathlib
 import re

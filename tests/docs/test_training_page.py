@@ -1,4 +1,4 @@
-"""docs/training.md runs, and so does the example it names."""
+"""The code of docs/training.md and examples/train.py run."""
 
 import pathlib
 import re
