@@ -1,0 +1,39 @@
+"""README, CHANGELOG and pyproject.toml agree with the package."""
+
+import pathlib
+import re
+import tomllib
+
+import pytest
+
+import goose_jax
+import pallas_kernels
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_readme_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 16, 257)
+    assert names["result"].tokens.shape == (1, 32)
+
+
+def test_both_packages_have_the_version_of_the_changelog():
+    assert goose_jax.__version__ == pallas_kernels.__version__
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", pallas_kernels.__version__]
+
+
+def test_tests_run_on_the_releases_of_jax_that_the_extra_cuda_admits():
+    extras = PROJECT["optional-dependencies"]
+    (cuda,) = extras["cuda"]
+    (tests,) = [requirement for requirement in extras["test"] if requirement.startswith("jax>")]
+    oldest, _ = bounds = cuda.removeprefix("jax[cuda13]").split(",")
+    assert tests.removeprefix("jax").split(",") == bounds
+    assert f"jax{oldest}" in PROJECT["dependencies"]
+    assert f"JAX from {oldest.removeprefix('>=')} to " in README
