@@ -9,8 +9,8 @@ import tyro
 from goose_jax.checkpoints import load_pretrained, save_pretrained
 from goose_jax.checkpoints.pretrained import CheckpointKind
 from goose_jax.config import Dtype
-from goose_jax.training.adapter import check_base, load_adapter
 from goose_jax.training.lora import merge_lora
+from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
 
 
 def merge(
@@ -42,7 +42,7 @@ def merge(
     if out.exists():
         raise FileExistsError(f"{out} exists; a checkpoint is not written over anything")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        found = load_adapter(adapter)
+        found = load_tuning_checkpoint(adapter)
         if found.lora is None:
             raise ValueError(f"{adapter} holds initial states, which cannot be merged; use --state")
         config = found.base_config

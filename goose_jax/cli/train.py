@@ -26,10 +26,11 @@ from goose_jax.data import Batch, RandomWindows, TrainingText
 from goose_jax.generation import SamplingConfig, generate
 from goose_jax.text import Tokenizer, get_tokenizer
 from goose_jax.training.evaluation import make_evaluation
-from goose_jax.training.loop import NonFiniteError, StepReport, StopRequest, train_steps
 from goose_jax.training.plots import check_matplotlib, plot_loss
 from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.step import Metrics, Parameters, TrainState, make_tuning_step
+from goose_jax.training.stop_request import StopRequest
+from goose_jax.training.training_loop import NonFiniteError, StepReport, train_steps
 
 _HELD_OUT = "held_out_bits_per_byte"
 _PROGRESS = (

@@ -12,10 +12,10 @@ from goose_jax.cli.tuning import Full, Tuning, load_base, tuning_of
 from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
 from goose_jax.text import Tokenizer, open_tokenizer, tokenizer_name
-from goose_jax.training.adapter import check_base, load_adapter
-from goose_jax.training.optimizer import optimizer
+from goose_jax.training.optimizer import make_optimizer
 from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.step import TrainState, init_tuning_state
+from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
 
 
 def load_text(settings: TrainSettings, tokenizer: Tokenizer) -> TrainingText:
@@ -123,7 +123,7 @@ def continue_run(
         tuning: Tuning = Full(model)
         params = tuning.initial
     else:
-        adapter = load_adapter(path)
+        adapter = load_tuning_checkpoint(path)
         check_base(adapter, base, known(settings.from_))
         tuning = tuning_of(dataclasses.replace(settings, state=None), base)
         params, metadata = adapter.params, adapter.metadata
@@ -134,7 +134,7 @@ def continue_run(
         )
     if metadata.step >= settings.steps:
         raise ValueError(f"{run.path} has made all of its {settings.steps} steps")
-    like = jax.eval_shape(optimizer(settings.optimizer_config()).init, params)
+    like = jax.eval_shape(make_optimizer(settings.optimizer_config()).init, params)
     opt_state = load_optimizer_state(path, like)
     # The state's buffers are used up by the first step, the model's are not.
     params = jax.tree.map(jnp.copy, params)

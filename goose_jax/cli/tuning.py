@@ -19,10 +19,10 @@ from goose_jax.cli.train_settings import TrainSettings, known
 from goose_jax.config import default_compute_dtype
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
-from goose_jax.training.adapter import Adapter, save_adapter
 from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import Losses, Parameters, full_losses, with_params
+from goose_jax.training.tuning_checkpoint import TuningCheckpoint, save_tuning_checkpoint
 
 STATE_FILE = "state.pth"
 
@@ -80,7 +80,7 @@ class _Beside:
         self, path: Path, trained: Parameters, metadata: CheckpointMetadata, opt_state: Any
     ) -> None:
         """Writes a checkpoint of what is trained."""
-        adapter = Adapter(
+        adapter = TuningCheckpoint(
             params=trained,
             lora=self._lora,
             base_config=self.model.config,
@@ -88,7 +88,7 @@ class _Beside:
             base_path=str(self._path.absolute()),
             metadata=metadata,
         )
-        save_adapter(path, adapter, opt_state=opt_state)
+        save_tuning_checkpoint(path, adapter, opt_state=opt_state)
 
 
 class Lora(_Beside):

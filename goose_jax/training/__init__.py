@@ -1,17 +1,10 @@
 """Training: the official recipe, fine-tuning, and runs that can be interrupted."""
 
-from goose_jax.training.adapter import (
-    Adapter,
-    check_base,
-    load_adapter,
-    save_adapter,
-)
 from goose_jax.training.evaluation import make_evaluation
 from goose_jax.training.initial_state import load_initial_state
-from goose_jax.training.loop import NonFiniteError, StepReport, StopRequest, train_steps
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
 from goose_jax.training.loss import mean_loss, token_losses
-from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, optimizer
+from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import (
     Metrics,
@@ -23,9 +16,16 @@ from goose_jax.training.step import (
     make_tuning_step,
     with_params,
 )
+from goose_jax.training.stop_request import StopRequest
+from goose_jax.training.training_loop import NonFiniteError, StepReport, train_steps
+from goose_jax.training.tuning_checkpoint import (
+    TuningCheckpoint,
+    check_base,
+    load_tuning_checkpoint,
+    save_tuning_checkpoint,
+)
 
 __all__ = [
-    "Adapter",
     "LoraConfig",
     "Metrics",
     "NonFiniteError",
@@ -33,6 +33,7 @@ __all__ = [
     "StepReport",
     "StopRequest",
     "TrainState",
+    "TuningCheckpoint",
     "apply_lora",
     "check_base",
     "full_losses",
@@ -41,16 +42,16 @@ __all__ = [
     "init_tuning_state",
     "init_wkv",
     "learning_rate_schedule",
-    "load_adapter",
     "load_initial_state",
+    "load_tuning_checkpoint",
     "lora_losses",
     "make_evaluation",
+    "make_optimizer",
     "make_train_step",
     "make_tuning_step",
     "mean_loss",
     "merge_lora",
-    "optimizer",
-    "save_adapter",
+    "save_tuning_checkpoint",
     "state_losses",
     "token_losses",
     "train_steps",

@@ -1,7 +1,8 @@
 """Bits per byte on held-out text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from goose_jax.training.step import Losses, Parameters, full_losses
 from pallas_kernels.types import Scalar
 
 
+class Evaluation(Protocol):
+    """Measures bits per byte of held-out text."""
+
+    def __call__(self, trained: Parameters, frozen: Parameters | None = None) -> float:
+        """Returns bits per byte of the model that consists of these parameters."""
+        ...
+
+
 def make_evaluation(
     model: RWKV7,
     documents: Sequence[Document],
@@ -21,21 +30,31 @@ def make_evaluation(
     batch_size: int,
     sequence_length: int,
     losses: Losses | None = None,
-) -> Callable[..., float]:
-    """Compiles `bits_per_byte = evaluate(params)`.
+) -> Evaluation:
+    """Returns a function that measures bits per byte of held-out text.
 
-    It is the cross entropy of all tokens of the text (in windows of `sequence_length` that know
-    nothing of each other), in bits, per byte of the text's UTF-8. Ends of documents are tokens
-    that cost bits and have no bytes. So models with different tokenizers can be compared. (Only the
-    text's very first token costs nothing, if the tokenizer has no end of a document.)
+    Bits per byte are the cross entropy of all tokens of the text, in bits, divided by the bytes of
+    the text in UTF-8; so models with different tokenizers can be compared. The text is read in
+    windows, each without memory of the window before it. The ends of documents are tokens too: they
+    add bits, but no bytes. If the tokenizer has no end of a document, the very first token of the
+    text adds no bits.
 
     Args:
       model: gives the structure; its parameters are not used.
       documents: the held-out text.
-      tokenizer: of the model.
-      batch_size: windows that are read at once.
+      tokenizer: the tokenizer of the model.
+      batch_size: number of windows that are read at once.
       sequence_length: tokens of a window.
-      losses: of a model that is fine-tuned; what is compiled is then `evaluate(trained, frozen)`.
+      losses: the losses of a model that is fine-tuned, such as `lora_losses(model, config)`; None
+        takes `full_losses(model)`.
+
+    Returns:
+      `evaluate(trained, frozen=None)`, which returns bits per byte as a float. `trained` and
+      `frozen` are the first two arguments of `losses`.
+
+    Raises:
+      ValueError: if the tokenizer gives ids outside of its vocabulary, or a size is not a positive
+        integer.
     """
     losses = full_losses(model) if losses is None else losses
     num_bytes = sum(document.num_bytes for document in documents)
@@ -48,14 +67,14 @@ def make_evaluation(
     )
 
     @jax.jit
-    def sum_of_losses(params: Parameters, frozen: Parameters | None, batch: Batch) -> Scalar:
-        return jnp.sum(losses(params, frozen, batch))
+    def sum_of_losses(trained: Parameters, frozen: Parameters | None, batch: Batch) -> Scalar:
+        return jnp.sum(losses(trained, frozen, batch))
 
-    def evaluate(params: Parameters, frozen: Parameters | None = None) -> float:
-        nats = sum(float(sum_of_losses(params, frozen, batch)) for batch in batches)
+    def evaluate(trained: Parameters, frozen: Parameters | None = None) -> float:
+        nats = sum(float(sum_of_losses(trained, frozen, batch)) for batch in batches)
         return nats / math.log(2) / num_bytes
 
     return evaluate
 
 
-__all__ = ["make_evaluation"]
+__all__ = ["Evaluation", "make_evaluation"]

@@ -5,16 +5,17 @@ from pathlib import Path
 from goose_jax.checkpoints import load_state
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
-from goose_jax.training.adapter import check_base, load_adapter
 from goose_jax.training.state_tuning import tuned_state
+from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
 
 
 def load_initial_state(path: Path, model: RWKV7) -> RWKV7State:
-    """Loads the state of one row that a text begins with.
+    """Loads the state that a text begins with, as a batch of one row.
 
     Args:
-      path: a file that `load_state` reads, or the folder of a run of state tuning.
-      model: the model that continues from the state.
+      path: a file that `load_state` reads; or the folder of a run of state tuning, or of one of its
+        checkpoints.
+      model: the model that continues from the state. For a folder it must be the frozen model.
 
     Raises:
       OSError: if the file or folder cannot be read.
@@ -22,11 +23,11 @@ def load_initial_state(path: Path, model: RWKV7) -> RWKV7State:
     """
     if not path.is_dir():
         return load_state(path, model.config)
-    adapter = load_adapter(path)
-    if adapter.kind != "state":
+    checkpoint = load_tuning_checkpoint(path)
+    if checkpoint.kind != "state":
         raise ValueError(f"{path} holds adapters and no state; merge them into their model")
-    check_base(adapter, model, "the model")
-    return tuned_state(adapter.params, model.config)
+    check_base(checkpoint, model, "the model")
+    return tuned_state(checkpoint.params, model.config)
 
 
 __all__ = ["load_initial_state"]

@@ -1,9 +1,9 @@
 """LoRA: low-rank adapters of the projection matrices ("LoRA", arXiv:2106.09685).
 
 An adapter replaces a matrix `W` (`[in, out]`, as in `x @ W`) by `W + alpha / rank * down @ up`,
-where `down` (`[in, rank]`, the paper's A) starts at random and `up` (`[rank, out]`, its B) at zero.
-The matrices are made before the model runs, from parameters and adapters, so that what is trained
-is what `merge_lora` writes.
+where `down` (`[in, rank]`, A in the paper) starts at random values, and `up` (`[rank, out]`, B in
+the paper) at zero. The sum is formed before the model runs, so training sees the matrices that
+`merge_lora` writes.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class LoraConfig:
     """The size and the weight of adapters.
 
     Attributes:
-      rank: of the products that are added.
-      alpha: the products are scaled by `alpha / rank`.
+      rank: rank of the product that is added to each matrix.
+      alpha: the product is scaled by `alpha / rank`.
 
     Raises:
-      ValueError: at construction, naming the number that is out of range.
+      ValueError: if a number is out of range; the message names it.
     """
 
     rank: int = 16
@@ -51,18 +51,18 @@ class LoraConfig:
 
 
 def init_lora(params: Parameters, config: LoraConfig, key: Key[Array, ""]) -> Parameters:
-    """New adapters, which do not change the model yet.
+    """Makes new adapters, which do not change the model yet.
 
-    Entries of `down` are uniform in `+-1 / sqrt(in)`, as in the PEFT library.
+    Entries of `down` are uniform between `-1 / sqrt(in)` and `1 / sqrt(in)`, as in PEFT.
 
     Args:
-      params: of the model; only shapes count.
-      config: of the adapters.
-      key: for `down`.
+      params: parameters of the model, as `nnx.to_pure_dict` makes them; only shapes are used.
+      config: size of the adapters.
+      key: random key for `down`.
 
     Returns:
-      By names as in `LORA_WEIGHTS`: `{"down": [layers, in, rank], "up": [layers, rank, out]}`, in
-      float32.
+      A dict by module and name of the matrix, as in `LORA_WEIGHTS`, that holds
+      `{"down": [layers, in, rank], "up": [layers, rank, out]}` in float32.
     """
     names = [(module, name) for module, names in LORA_WEIGHTS.items() for name in names]
     lora: Parameters = {module: {} for module in LORA_WEIGHTS}
@@ -81,14 +81,17 @@ def init_lora(params: Parameters, config: LoraConfig, key: Key[Array, ""]) -> Pa
 def apply_lora(
     params: Parameters, lora: Parameters, config: LoraConfig, dtype: Any = None
 ) -> Parameters:
-    """The parameters of the model with adapters: a pure function of both.
+    """Adds adapters to the parameters of a model. This is a pure function of both.
 
     Args:
-      params: of the model.
-      lora: as `init_lora` makes it.
-      config: of the adapters.
-      dtype: that the changed matrices are rounded to, after a sum in float32 at least; None takes
-        their own.
+      params: parameters of the model.
+      lora: adapters, as `init_lora` makes them.
+      config: configuration of the adapters.
+      dtype: dtype of the changed matrices, which are summed in float32 at least and then rounded;
+        None keeps the dtype of each matrix.
+
+    Returns:
+      A tree like `params`. Parameters without an adapter are shared with it.
     """
     blocks = dict(params["blocks"])
     for module, adapters in lora.items():
@@ -101,15 +104,19 @@ def apply_lora(
 
 
 def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> Losses:
-    """The losses of a model with adapters: those are trained, all its parameters are frozen.
+    """Returns losses for training adapters while all parameters of the model are frozen.
 
-    The changed matrices are formed in the model's compute dtype, to which the model would round
-    them anyway; so they and their gradient each take as much memory as the model's own do in it.
+    The changed matrices are formed in the compute dtype, to which the model would round them
+    anyway. During a step, they and their gradients need the memory of two sets of these matrices in
+    that dtype.
 
     Args:
       model: gives the structure; its parameters are not used.
-      config: of the adapters.
-      l2wrap: see `token_losses`.
+      config: configuration of the adapters.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
+
+    Returns:
+      `losses(lora, params, batch)`, which returns `[B, T]` float32.
     """
     graphdef, dtype = nnx.graphdef(model), model.config.compute_dtype
 
@@ -124,17 +131,17 @@ def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> 
 def merge_lora(
     model: RWKV7, lora: Parameters, config: LoraConfig, *, dtype: str | None = None
 ) -> RWKV7:
-    """The model with its adapters made part of its matrices; `model` is left as it is.
+    """Returns a model whose matrices include the adapters; `model` does not change.
 
     Args:
-      model: that the adapters were trained on.
+      model: the model that the adapters were trained beside.
       lora: the adapters.
-      config: of the adapters.
-      dtype: name of the dtype of all parameters of the result; None keeps the model's. In fewer
-        bits than the adapters were trained with, a small change may be rounded away.
+      config: configuration of the adapters.
+      dtype: name of the dtype of all parameters of the result; None keeps the model's. A small
+        change may be rounded away in a dtype with fewer bits than the adapters were trained with.
 
     Raises:
-      CheckpointError: if values are beyond the range of float16.
+      CheckpointError: if a value is beyond the range of float16.
       ValueError: if `dtype` is unknown.
     """
     merged = dataclasses.replace(model.config, param_dtype=dtype or model.config.param_dtype)

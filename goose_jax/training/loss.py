@@ -10,22 +10,23 @@ from pallas_kernels import cross_entropy
 from pallas_kernels.types import Scalar
 
 L2WRAP = 1e-4
-"""The official factor of the pull on each row's largest logit."""
+"""The official factor of the pull on each token's largest logit."""
 
 
 def token_losses(
     model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP, state: RWKV7State | None = None
 ) -> Float[Array, "B T"]:
-    """The cross entropy of each target, in nats; 0 where the target is not counted.
+    """Returns the cross entropy of each target, in nats; 0 where a target is not counted.
 
-    Full logits never exist. To the gradient of each counted loss, `l2wrap` times the row's largest
-    logit is added at that logit; the value of the loss does not show it.
+    The logits of all tokens are never in memory at once. For each counted target, `l2wrap` times
+    the token's largest logit is added to the gradient of that logit. The value of the loss does not
+    change. Source: `L2Wrap` in the training code of RWKV-LM.
 
     Args:
-      model: its config gives the compute dtype.
-      batch: without the axis of microbatches.
-      l2wrap: 0 turns the pull off.
-      state: that rows begin with; None is the start of a text.
+      model: the model; it computes in the compute dtype of its config.
+      batch: a batch without the axis of microbatches.
+      l2wrap: factor of the pull on large logits; 0 turns it off.
+      state: the state that each row begins with; None for the start of a text.
 
     Returns:
       `[B, T]` float32.
@@ -40,13 +41,13 @@ def token_losses(
 
 
 def mean_loss(model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP) -> Scalar:
-    """The mean of `token_losses` over the counted targets; 0 if there is none."""
+    """Returns the mean of `token_losses` over the counted targets; 0 if there is none."""
     losses = token_losses(model, batch, l2wrap=l2wrap)
     return jnp.sum(losses) / jnp.maximum(num_targets(batch), 1)
 
 
 def num_targets(batch: Batch) -> Scalar:
-    """How many targets of a batch count, over all its axes; int32."""
+    """Returns the number of counted targets over all axes of a batch; int32."""
     return jnp.sum(batch.targets != NOT_COUNTED)
 
 

@@ -1,10 +1,10 @@
-"""The optimizer of the official recipe: AdamW with its groups, its schedule and its clipping.
+"""The optimizer of the official recipe: AdamW with two groups, a schedule and clipping.
 
-Source: RWKV-LM's x070 training code. Of the parameters,
+Source: the x070 training code of RWKV-LM. Two rules depend on the parameter:
 
-- the matrices of the embedding, the head and the projections decay, and nothing else does: not the
-  low-rank matrices, the mixes, the norms or the biases;
-- the base of the log decay (the official `w0`) learns at twice the rate of everything else.
+- Weight decay applies to the embedding, the head and the projection matrices. It does not apply to
+  low-rank matrices, mixes, norms and biases.
+- The base of the log decay (the official `w0`) learns at twice the rate of all other parameters.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ DECAYED_WEIGHTS = (
     "channel_mix.key",
     "channel_mix.value",
 )
-"""Ends of the paths of parameters that weight decay shrinks."""
+"""Ends of the paths of the parameters that weight decay applies to."""
 
 FASTER_PARAMETERS = ("time_mix.decay_base",)
-"""Ends of the paths of parameters with a learning rate of their own."""
+"""Ends of the paths of the parameters with a learning rate of their own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,21 @@ class OptimizerConfig:
     """The numbers of the recipe.
 
     Attributes:
-      total_steps: optimizer steps at which the learning rate arrives at its end.
-      learning_rate: at the peak. The official runs used 6e-4 (12 layers, width 768), 4e-4 (24,
-        1024) and 3e-4 (24, 2048).
-      final_learning_rate: at the end of the cosine.
-      warmup_steps: steps over which the rate climbs from 1% of the cosine.
+      total_steps: number of optimizer steps after which the learning rate is at its end.
+      learning_rate: the learning rate at its peak. The official runs used 6e-4 (12 layers, width
+        768), 4e-4 (24 layers, width 1024) and 3e-4 (24 layers, width 2048).
+      final_learning_rate: the learning rate at the end of the cosine.
+      warmup_steps: number of steps over which the rate climbs from 1% of the cosine to all of it.
       beta1: decay of Adam's first moment.
       beta2: decay of Adam's second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate; 0.1 for large corpora, 0.001 for small.
-      max_gradient_norm: longer gradients are scaled down to this global norm.
+      eps: added to the square root of the second moment.
+      weight_decay: each step takes this share, times the learning rate, off the decayed parameters.
+        The official recipe has 0.1 for large corpora and 0.001 for small ones.
+      max_gradient_norm: a gradient with a larger global norm is scaled down to this norm.
       decay_base_rate: factor on the learning rate of the base of the log decay.
 
     Raises:
-      ValueError: at construction, naming the first number that makes no sense.
+      ValueError: if a number is out of range; the message names it.
     """
 
     total_steps: int
@@ -89,7 +90,10 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> Callable[[Any], Scalar]:
-    """The learning rate at each step, counted from 0: a cosine, scaled up linearly at its start."""
+    """Returns the learning rate as a function of the step, which counts from 0.
+
+    The rate follows a cosine, which is scaled up linearly during the warm-up.
+    """
     warmup, total = config.warmup_steps, config.total_steps
     end = config.final_learning_rate / config.learning_rate if config.learning_rate else 0.0
 
@@ -104,11 +108,11 @@ def learning_rate_schedule(config: OptimizerConfig) -> Callable[[Any], Scalar]:
     return schedule
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The recipe as an optax transformation, for the parameters of an `RWKV7` (or parts of one).
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns the recipe as an optax transformation.
 
-    Parameters are recognised by the ends of their paths, so the tree may be the plain dict of
-    `nnx.to_pure_dict` or an `nnx.State`.
+    The parameters may be the nested dict of `nnx.to_pure_dict` or an `nnx.State`, of an `RWKV7` or
+    of a part of one. The end of a parameter's path tells which rules apply to it.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
@@ -120,7 +124,7 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decayed_weights(params: Any) -> Any:
-    """Which parameters decay: a tree of booleans like `params`."""
+    """Returns a tree like `params` that is True for each parameter with weight decay."""
     return jax.tree.map_with_path(lambda path, _: _ends_with(path, DECAYED_WEIGHTS), params)
 
 
@@ -135,7 +139,7 @@ def _scale_named(names: tuple[str, ...], factor: float) -> optax.GradientTransfo
 
 
 def _ends_with(path: Any, names: tuple[str, ...]) -> bool:
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the value inside an nnx.Param
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the path goes into the nnx.Param
         path = path[:-1]
     full = "." + jax.tree_util.keystr(path, simple=True, separator=".")
     return full.endswith(tuple("." + name for name in names))
@@ -147,5 +151,5 @@ __all__ = [
     "OptimizerConfig",
     "decayed_weights",
     "learning_rate_schedule",
-    "optimizer",
+    "make_optimizer",
 ]

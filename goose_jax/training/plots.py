@@ -1,4 +1,4 @@
-"""The loss curve as a picture. Needs matplotlib (the extra "plots")."""
+"""The loss curve as a picture. It needs matplotlib (the extra "plots")."""
 
 import importlib.util
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_SMOOTHING_SHARE = 50  # the smooth curve averages over this part of the steps
+_SMOOTHING_SHARE = 50  # the smooth curve averages over 1/50 of the steps
 
 
 def check_matplotlib() -> None:
@@ -25,9 +25,10 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path, *, title: str) -
     """Draws the training loss and held-out bits per byte over the steps, as a PNG.
 
     Args:
-      metrics: with "step" and either "loss" (nats per token) or "held_out_bits_per_byte".
-      path: of the picture, which is written over.
-      title: above it.
+      metrics: dicts with "step", and with "loss" (nats per token) or "held_out_bits_per_byte" if
+        they are to be drawn.
+      path: the file to write; an existing file is overwritten.
+      title: text above the curves.
     """
     from matplotlib.figure import Figure  # an extra; a Figure by itself needs no display
 

@@ -1,10 +1,10 @@
 """The folder of a training run.
 
-settings.json     how the run was started
-metrics.jsonl     one JSON object per line, each with the "step" it belongs to
+settings.json     the settings that the run was started with
+metrics.jsonl     one JSON object per line, each with the number of its "step"
 loss.png          the loss curve
-state.pth         after state tuning: the initial states, for the official ecosystem
-checkpoints/      one checkpoint per directory, named by its step
+state.pth         after state tuning: the initial state as a file of the official ecosystem
+checkpoints/      one directory per checkpoint, named by the number of steps
 """
 
 import json
@@ -18,7 +18,10 @@ from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
 
 
 class RunDirectory:
-    """A run's folder and what is written into it.
+    """The folder of a training run.
+
+    Args:
+      path: the folder, which must exist. `create` makes a new one, and `open` finds that of a run.
 
     Attributes:
       path: the folder.
@@ -29,7 +32,12 @@ class RunDirectory:
 
     @classmethod
     def create(cls, parent: Path, name: str, settings: Mapping[str, Any]) -> "RunDirectory":
-        """Makes `parent/name-1`, or with the first higher number that is free.
+        """Makes the folder `parent/name-1`, or the one with the next number that is free.
+
+        Args:
+          parent: folder of runs, which is made if it does not exist.
+          name: name of the run.
+          settings: values that JSON can hold, for "settings.json".
 
         Raises:
           OSError: if the folder cannot be made.
@@ -49,7 +57,10 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunDirectory", dict[str, Any]]:
-        """A run to be resumed, and its settings; forgets metrics of steps that were not saved.
+        """Opens a run to resume it, and removes the metrics of steps after its newest checkpoint.
+
+        Returns:
+          The folder, and the settings that `create` wrote.
 
         Raises:
           FileNotFoundError: if there is no run at `path`.
@@ -70,24 +81,28 @@ class RunDirectory:
 
     @property
     def newest_checkpoint(self) -> Path:
-        """The directory of the newest checkpoint; there must be one."""
+        """The directory of the newest checkpoint.
+
+        Raises:
+          IndexError: if there is none.
+        """
         return list_checkpoints(self.path)[-1]
 
     @property
     def metrics_file(self) -> Path:
-        """Where `log` writes."""
+        """The file that `log` writes to."""
         return self.path / "metrics.jsonl"
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics."""
+        """Appends one line to the metrics; `values` must have a "step"."""
         with self.metrics_file.open("a") as stream:
             stream.write(json.dumps(dict(values)) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of the metrics.
+        """Yields the lines of the metrics.
 
         Raises:
-          ValueError: naming the line that is damaged.
+          ValueError: if a line is damaged; the message names it.
         """
         if not self.metrics_file.exists():
             return
@@ -100,7 +115,13 @@ class RunDirectory:
                 ) from error
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
-        """Lets `write` make a checkpoint, then removes older ones but for the newest `keep`."""
+        """Makes a checkpoint, and then removes all but the newest `keep` checkpoints.
+
+        Args:
+          step: number of steps made.
+          write: writes the checkpoint to the path that it is given.
+          keep: number of checkpoints to keep.
+        """
         write(checkpoint_path(self.path, step))
         for old in list_checkpoints(self.path)[:-keep]:
             shutil.rmtree(old)

@@ -1,7 +1,7 @@
 """State tuning: only the state that a text begins with is trained, one `[K, V]` for each head.
 
-The result takes the place of a long prompt that nothing has to read. Token shifts stay zero, as in
-the files of the official ecosystem (`save_state` with "time_state").
+The tuned state does what a long prompt does, but the model does not have to read it. Token shifts
+stay zero, as in the files of the official ecosystem (`save_state` with "time_state").
 """
 
 import dataclasses
@@ -19,15 +19,21 @@ from goose_jax.training.step import Losses, Parameters
 
 
 def init_wkv(config: RWKV7Config) -> Parameters:
-    """What is trained, before the first step: `{"wkv": [layers, H, K, V]}`, float32, zero."""
+    """Returns the parameters before the first step: `{"wkv": [layers, H, K, V]}`, float32 zeros."""
     return {"wkv": init_state(config, 1).wkv[:, 0].astype(jnp.float32)}
 
 
 def wkv_of(state: RWKV7State) -> Parameters:
-    """What is trained, to go on from a state of one text, as `load_state` gives it.
+    """Returns the parameters with which state tuning continues from a given state.
+
+    Args:
+      state: a state of one row, such as `load_state` returns.
+
+    Returns:
+      `{"wkv": [layers, H, K, V]}`, float32.
 
     Raises:
-      ValueError: if the state is of several texts, or a token shift is not zero.
+      ValueError: if the state has several rows, or a token shift is not zero.
     """
     if state.wkv.shape[1] != 1:
         raise ValueError(f"state must be that of one text, got {state.wkv.shape=}")
@@ -37,12 +43,12 @@ def wkv_of(state: RWKV7State) -> Parameters:
 
 
 def tuned_state(tuned: Parameters, config: RWKV7Config, batch_size: int = 1) -> RWKV7State:
-    """The state that a text begins with.
+    """Returns the state that texts begin with.
 
     Args:
-      tuned: as `init_wkv` makes it.
-      config: of the model.
-      batch_size: B, how many texts begin with it.
+      tuned: the tuned parameters, `{"wkv": [layers, H, K, V]}`.
+      config: configuration of the model.
+      batch_size: B, number of rows; all rows begin with the same state.
     """
     state = init_state(config, batch_size)
     wkv = jnp.broadcast_to(tuned["wkv"][:, None], state.wkv.shape).astype(state.wkv.dtype)
@@ -50,14 +56,17 @@ def tuned_state(tuned: Parameters, config: RWKV7Config, batch_size: int = 1) -> 
 
 
 def state_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
-    """The losses of a model every row of whose batches begins with the state that is trained.
+    """Returns losses for training the initial state while all parameters of the model are frozen.
 
-    All of the model's parameters are frozen. A batch with segments is refused (`ValueError`): only
-    the first one of a row would begin with the state.
+    Every row of a batch begins with the state. The losses raise `ValueError` for a batch with
+    segment ids, because only the first segment of a row would begin with the state.
 
     Args:
       model: gives the structure; its parameters are not used.
-      l2wrap: see `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
+
+    Returns:
+      `losses(tuned, params, batch)`, which returns `[B, T]` float32.
     """
     graphdef, config = nnx.graphdef(model), model.config
 

@@ -13,23 +13,23 @@ from jaxtyping import Array, Float, Int
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.training.loss import L2WRAP, num_targets, token_losses
-from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, optimizer
+from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from pallas_kernels.types import Scalar
 
 type Parameters = dict[str, Any]
-"""A nested dict of arrays by attribute name, as `nnx.to_pure_dict` makes it."""
+"""A nested dict of arrays by name, as `nnx.to_pure_dict` makes it."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What changes from step to step.
+    """The values that a training step changes.
 
     Attributes:
-      step: int32, optimizer steps made.
-      params: what is trained, in float32: the parameters of the model, or in fine-tuning what is
-        put beside them.
-      opt_state: of the optimizer.
+      step: int32, number of optimizer steps made.
+      params: the trained parameters, in float32: all parameters of the model, or in fine-tuning
+        beside a frozen model the adapters or the initial state.
+      opt_state: state of the optimizer.
     """
 
     step: Int[Array, ""]
@@ -40,13 +40,13 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What one step reports, before its update.
+    """The measurements of one step, made before its update.
 
     Attributes:
       loss: mean cross entropy of the counted targets, in nats.
-      gradient_norm: global norm of the gradient, before clipping.
-      learning_rate: of this step.
-      tokens: int32, how many targets were counted.
+      gradient_norm: global norm of the gradient before clipping.
+      learning_rate: learning rate of the step.
+      tokens: int32, number of counted targets.
     """
 
     loss: Scalar
@@ -58,40 +58,41 @@ class Metrics:
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 type TuningStep = Callable[[TrainState, Parameters | None, Batch], tuple[TrainState, Metrics]]
 type Losses = Callable[[Parameters, Parameters | None, Batch], Float[Array, "B T"]]
-"""`token_losses` of what is trained, what is frozen, and a batch."""
+"""Returns `token_losses` from the trained parameters, the frozen ones (or None), and a batch."""
 
 
 def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
-    """The state before the first step, with a copy of the model's parameters.
+    """Returns the state before the first step, with a copy of the model's parameters.
 
     Raises:
-      ValueError: if the parameters are stored in fewer than 32 bits, where most updates would be
-        rounded away. (`compute_dtype` may be bfloat16.)
+      ValueError: if the parameters have fewer than 32 bits, in which most updates would be rounded
+        away. (`compute_dtype` may be bfloat16.)
     """
     params: Parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     if jnp.finfo(model.config.param_dtype).bits < 32:
         raise ValueError(f"training needs param_dtype='float32', got {model.config.param_dtype=}")
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config).init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
 
 def with_params(model: RWKV7, params: Parameters) -> RWKV7:
-    """A model of the same structure with the given parameters; `model` is left as it is."""
+    """Returns a model of the same structure with other parameters; `model` does not change."""
     return nnx.merge(nnx.graphdef(model), params)
 
 
 def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2WRAP) -> TrainStep:
-    """Compiles `state, metrics = train_step(state, batch)`.
+    """Returns the compiled function `state, metrics = train_step(state, batch)`.
 
-    The state that goes in is used up: its buffers become those of the state that comes out.
+    The step uses up the state that it is given: its buffers are donated to the new state.
 
-    A batch with a leading axis of microbatches is worked off one microbatch at a time and makes one
-    optimizer step, the same as with all rows in one batch: every counted target has equal weight.
+    A batch with a leading axis of microbatches is read one microbatch at a time, and makes one
+    optimizer step. The step equals the step on all rows in one batch: every counted target has the
+    same weight.
 
     Args:
       model: gives the structure; its parameters are not used.
-      config: of the optimizer.
-      l2wrap: see `token_losses`.
+      config: numbers of the optimizer.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
     """
     step = _step(full_losses(model, l2wrap=l2wrap), config)
 
@@ -102,11 +103,14 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
 
 
 def full_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
-    """The losses of a model all of whose parameters are trained: nothing is frozen.
+    """Returns losses for training all parameters of a model.
 
     Args:
       model: gives the structure; its parameters are not used.
-      l2wrap: see `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
+
+    Returns:
+      `losses(params, frozen, batch)`, which ignores `frozen` and returns `[B, T]` float32.
     """
     graphdef = nnx.graphdef(model)
 
@@ -118,33 +122,33 @@ def full_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
 
 
 def init_tuning_state(trained: Parameters, config: OptimizerConfig) -> TrainState:
-    """The state before the first step of fine-tuning, with a copy of what is trained.
-
-    The optimizer's state is that of `trained` alone.
+    """Returns the state before the first step of fine-tuning, with a copy of what is trained.
 
     Args:
-      trained: as `init_lora` or `init_wkv` makes it.
-      config: of the optimizer.
+      trained: the parameters to train, such as `init_lora` or `init_wkv` makes. Only these have a
+        state of the optimizer.
+      config: numbers of the optimizer.
     """
     trained = jax.tree.map(jnp.copy, trained)
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer(config).init(trained))
+    return TrainState(jnp.zeros((), jnp.int32), trained, make_optimizer(config).init(trained))
 
 
 def make_tuning_step(losses: Losses, config: OptimizerConfig) -> TuningStep:
-    """Compiles `state, metrics = tuning_step(state, frozen, batch)`.
+    """Returns the compiled function `state, metrics = tuning_step(state, frozen, batch)`.
 
-    As `make_train_step`, but what is frozen is an argument: it is neither used up nor part of the
-    program, has no state of the optimizer, and no gradient of it is asked for.
+    The step uses up `state`, and reads microbatches one at a time, as the step of `make_train_step`
+    does. `frozen` is an argument: it is not part of the program, its buffers are kept, and it has
+    neither gradients nor a state of the optimizer.
 
     Args:
-      losses: from `lora_losses` or `state_losses`.
-      config: of the optimizer.
+      losses: the losses to minimise, such as `lora_losses(model, config)`.
+      config: numbers of the optimizer.
     """
     return jax.jit(_step(losses, config), donate_argnums=0)
 
 
 def _step(losses: Losses, config: OptimizerConfig) -> TuningStep:
-    transformation = optimizer(config)
+    transformation = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
     def loss(trained: Parameters, frozen: Parameters | None, batch: Batch, count: Scalar) -> Scalar:

@@ -20,13 +20,13 @@ from goose_jax.checkpoints import (
     save_checkpoint,
 )
 from goose_jax.checkpoints.native import checkpoint_path
-from goose_jax.training import OptimizerConfig, optimizer
+from goose_jax.training import OptimizerConfig, make_optimizer
 
 CONFIG = RWKV7Config(
     vocab_size=11, hidden_size=32, num_layers=2, head_size=16, compute_dtype="float32"
 )
 METADATA = CheckpointMetadata(tokenizer="byte", step=7, extra={"text": "abc"})
-TRANSFORMATION = optimizer(OptimizerConfig(total_steps=50))
+TRANSFORMATION = make_optimizer(OptimizerConfig(total_steps=50))
 
 
 def make_model(param_dtype="float32"):

@@ -16,7 +16,7 @@ from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.main import main
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.text import VocabularyTokenizer
-from goose_jax.training import load_adapter, load_initial_state, merge_lora
+from goose_jax.training import load_initial_state, load_tuning_checkpoint, merge_lora
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -101,7 +101,7 @@ def full(tune):
 def trained(kind, run):
     if kind == "full":
         return nnx.to_pure_dict(nnx.state(load_pretrained(run)[0]))
-    return load_adapter(run).params
+    return load_tuning_checkpoint(run).params
 
 
 def lines_of(run):
@@ -145,7 +145,7 @@ def test_adapters_are_merged(lora, folder, tmp_path, capsys):
     assert "with adapters of rank 16 merged" in capsys.readouterr().out
     merged, metadata = load_pretrained(out)
     assert (metadata.step, metadata.tokenizer) == (4, str(folder / "words.txt"))
-    adapter = load_adapter(lora)
+    adapter = load_tuning_checkpoint(lora)
     base, _ = load_pretrained(folder / "base.pth")
     expected = merge_lora(base, adapter.params, adapter.lora)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(merged), nnx.state(expected))

@@ -14,20 +14,20 @@ from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, load_chec
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.data import next_token_batch
 from goose_jax.training import (
-    Adapter,
     LoraConfig,
     OptimizerConfig,
+    TuningCheckpoint,
     apply_lora,
     check_base,
     full_losses,
     init_lora,
     init_tuning_state,
     init_wkv,
-    load_adapter,
+    load_tuning_checkpoint,
     lora_losses,
     make_tuning_step,
     merge_lora,
-    save_adapter,
+    save_tuning_checkpoint,
     state_losses,
     tuned_state,
     with_params,
@@ -232,7 +232,7 @@ def test_adapters_that_make_no_sense(numbers, message):
 
 @pytest.fixture
 def adapter(model, adapters):
-    return Adapter(
+    return TuningCheckpoint(
         params=adapters,
         lora=LORA,
         base_config=model.config,
@@ -243,28 +243,28 @@ def adapter(model, adapters):
 
 
 def test_what_is_saved_is_loaded(tmp_path, model, adapter):
-    save_adapter(tmp_path / "lora", adapter)
-    loaded = load_adapter(tmp_path / "lora")
+    save_tuning_checkpoint(tmp_path / "lora", adapter)
+    loaded = load_tuning_checkpoint(tmp_path / "lora")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, adapter.params)
     for field in ("lora", "base_config", "base_fingerprint", "base_path", "metadata", "kind"):
         assert getattr(loaded, field) == getattr(adapter, field)
     states = dataclasses.replace(adapter, lora=None, params=noisy(init_wkv(CONFIG), 2))
-    save_adapter(tmp_path / "state", states)
-    loaded = load_adapter(tmp_path / "state")
+    save_tuning_checkpoint(tmp_path / "state", states)
+    loaded = load_tuning_checkpoint(tmp_path / "state")
     assert loaded.kind == "state"
     np.testing.assert_array_equal(loaded.params["wkv"], states.params["wkv"])
 
     with pytest.raises(FileExistsError):
-        save_adapter(tmp_path / "lora", adapter)
+        save_tuning_checkpoint(tmp_path / "lora", adapter)
     with pytest.raises(CheckpointError, match="and not the model: for adapters use goose-jax mer"):
         load_checkpoint(tmp_path / "lora")
     save_pretrained(model, tmp_path / "model", "native")
     with pytest.raises(CheckpointError, match="holds a model, and nothing that was tuned"):
-        load_adapter(tmp_path / "model")
+        load_tuning_checkpoint(tmp_path / "model")
     file = tmp_path / "lora" / "adapter.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"kind": "state"}))
     with pytest.raises(CheckpointError, match=r"damaged: adapter\.json is not what was written"):
-        load_adapter(tmp_path / "lora")
+        load_tuning_checkpoint(tmp_path / "lora")
 
 
 def test_the_base_is_known_by_all_of_its_weights(tmp_path, model, adapter):

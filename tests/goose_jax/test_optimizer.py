@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
-from goose_jax.training import OptimizerConfig, learning_rate_schedule, optimizer
+from goose_jax.training import OptimizerConfig, learning_rate_schedule, make_optimizer
 from goose_jax.training.optimizer import decayed_weights
 from tests.helpers import relative_rms
 
@@ -67,7 +67,7 @@ def test_updates_are_those_of_the_recipe(params):
     weights = filled(params, seed=0)
     gradients = [filled(params, seed=step + 1) for step in range(3)]
 
-    transformation = optimizer(config)
+    transformation = make_optimizer(config)
     state = transformation.init(weights)
     updated = weights
     for gradient in gradients:
@@ -95,7 +95,7 @@ def test_short_gradients_are_not_scaled(params):
     gradient = jax.tree.map(lambda leaf: leaf * 1e-6, filled(params, seed=1))
     adam = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-18)
     expected, _ = adam.update(gradient, adam.init(weights))
-    transformation = optimizer(dataclasses.replace(CONFIG, weight_decay=0.0))
+    transformation = make_optimizer(dataclasses.replace(CONFIG, weight_decay=0.0))
     updates, _ = transformation.update(gradient, transformation.init(weights), weights)
     rate = float(learning_rate_schedule(CONFIG)(0))
     np.testing.assert_allclose(updates["head"], -rate * expected["head"], rtol=1e-6)
