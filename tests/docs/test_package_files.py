@@ -11,6 +11,7 @@ import pallas_kernels
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -37,3 +38,14 @@ def test_tests_run_on_the_releases_of_jax_that_the_extra_cuda_admits():
     assert tests.removeprefix("jax").split(",") == bounds
     assert f"jax{oldest}" in PROJECT["dependencies"]
     assert f"JAX from {oldest.removeprefix('>=')} to " in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    folders = ("goose_jax", "pallas_kernels", "tests", "benchmarks", "examples")
+    files = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"[\w/]+\.py\b", text):
+        assert any(f"/{path}".endswith(f"/{name}") for path in files), name
