@@ -1,3 +1,5 @@
+"""The code of docs/operators.md runs, and its table lists all operators."""
+
 import dataclasses
 import itertools
 import pathlib
@@ -20,18 +22,19 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 CONVERSION, LAYER, DECODING, SHARDED = BLOCKS
+INPUTS = ("r", "log_decay", "k", "v", "a", "b")
 
 
 def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
     keys, values = (1, 7, 2, 4), (1, 7, 2, 3)
-    drawn = draw(0, r=keys, w=keys, k=keys, v=values, a=keys, b=keys, h0=(3, 2, 4, 3))
+    drawn = draw(0, r=keys, log_decay=keys, k=keys, v=values, a=keys, b=keys, h0=(3, 2, 4, 3))
     names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
-    names["w"] = -jnp.abs(names["w"])
+    names["log_decay"] = -jnp.abs(names["log_decay"])
     cu_seqlens = np.array([0, 2, 3, 7])
     exec(CONVERSION, names, result := {"cu_seqlens": jnp.asarray(cu_seqlens)})
     for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
         o, state = pallas_kernels.wkv7(
-            *(names[name][:, start:stop] for name in "rwkvab"),
+            *(names[name][:, start:stop] for name in INPUTS),
             initial_state=names["h0"][n : n + 1],
             implementation="reference",
         )
@@ -49,8 +52,8 @@ def test_layer_runs():
     names["segment_ids"] = jnp.array([[1, 1, 2, 2, 2], [0, 1, 1, 0, 2]])
 
     def project(xr, xw, xk, xv, xa, xg):
-        r, w, k, v, alpha, gate = (x.reshape(shape) for x in (xr, xw, xk, xv, xa, xg))
-        return r, k, v, -jnp.abs(w), 1 / (1 + jnp.exp(-alpha)), v, gate
+        r, decay, k, v, alpha, gate = (x.reshape(shape) for x in (xr, xw, xk, xv, xa, xg))
+        return r, k, v, -jnp.abs(decay), 1 / (1 + jnp.exp(-alpha)), v, gate
 
     names["project"] = project
     exec(LAYER, names)
@@ -59,10 +62,10 @@ def test_layer_runs():
 
 
 def test_sharded_runs():
-    drawn = draw(0, **dict.fromkeys("rwkvab", (2, 5, 2, 4)))
+    drawn = draw(0, **dict.fromkeys(INPUTS, (2, 5, 2, 4)))
     names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
-    names["w"] = -0.5 * jax.nn.sigmoid(names["w"])
-    direct = pallas_kernels.wkv7(*(names[name] for name in "rwkvab"))
+    names["log_decay"] = -0.5 * jax.nn.sigmoid(names["log_decay"])
+    direct = pallas_kernels.wkv7(*(names[name] for name in INPUTS))
     names["mesh"] = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
     names["wkv7"] = pallas_kernels.wkv7
     exec(SHARDED, names)
