@@ -1,11 +1,31 @@
 """Which implementation of an operator runs, and what errors mean.
 
-An implementation raises `NotImplementedError` when it cannot serve a call that is itself valid
-(another one may), and `ValueError` or `TypeError` when the caller erred.
+An implementation raises `NotServed` for a valid call that it does not serve, and `ValueError` or
+`TypeError` for a call that is wrong. Only `NotServed` lets another implementation try.
+
+Whether the device suits an implementation is a second question. `implementation=None` asks it for
+the device in context. It is not asked of a named implementation, so that any machine can lower a
+program for a device that it does not have.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from pallas_kernels.devices import device_in_context
+
+
+class NotServed(NotImplementedError):  # noqa: N818
+    """An implementation does not serve a valid call; another one may."""
+
+
+def _check_hopper() -> None:
+    device = device_in_context()
+    if not device.is_hopper:
+        raise NotServed(f"mosaic_gpu needs a Hopper GPU, got {device.kind!r}")
+
+
+DEVICE_CHECKS: Mapping[str, Callable[[], None]] = {"mosaic_gpu": _check_hopper}
+"""For implementations that need a certain device, a function that raises `NotServed` on others."""
 
 
 def dispatch[R](
@@ -15,20 +35,21 @@ def dispatch[R](
     *args: Any,
     **kwargs: Any,
 ) -> R:
-    """Runs an operator through the named implementation, or through the first that can.
+    """Runs an operator through the named implementation, or through the first that serves the call.
 
     Args:
       operator: the operator's public name, for messages.
       implementations: name to function, the preferred ones first.
       implementation: a name from `implementations`, which then never falls back to another; or
-        None, which tries them in order and moves on only at a `NotImplementedError`.
+        None, which tries those that suit the device in context, in order, and moves on only at a
+        `NotServed`.
       *args: handed to the implementation.
       **kwargs: handed to the implementation.
 
     Raises:
       ValueError: if the name is unknown.
-      NotImplementedError: if the named implementation cannot serve this call.
-      ExceptionGroup: of `NotImplementedError`s, if None was given and no implementation can.
+      NotServed: if the named implementation does not serve this call.
+      ExceptionGroup: of `NotServed`, if None was given and no implementation serves this call.
     """
     if implementation is not None:
         if implementation not in implementations:
@@ -40,8 +61,13 @@ def dispatch[R](
     refusals = []
     for name, function in implementations.items():
         try:
+            if name in DEVICE_CHECKS:
+                DEVICE_CHECKS[name]()
             return function(*args, **kwargs)
-        except NotImplementedError as refusal:
+        except NotServed as refusal:
             refusal.add_note(f"while trying {operator} with implementation={name!r}")
             refusals.append(refusal)
     raise ExceptionGroup(f"{operator}: no implementation serves this call", refusals)
+
+
+__all__ = ["NotServed", "dispatch"]

@@ -1,7 +1,10 @@
 """What the tests of both packages share."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -10,3 +13,15 @@ def relative_rms(x: Any, reference: Any) -> float:
     x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
     assert x.shape == reference.shape, (x.shape, reference.shape)
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
+
+
+@contextlib.contextmanager
+def in_mesh_of(kind: str, multiprocessors: int) -> Iterator[None]:
+    """Lets JAX trace for a GPU that this machine need not have, as users do to lower for it."""
+    device = jax.sharding.AbstractDevice(kind, multiprocessors, "gpu")
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh(
+            (1,), ("batch",), (jax.sharding.AxisType.Auto,), abstract_device=device
+        )
+    ):
+        yield

@@ -115,7 +115,7 @@ def generate(
     Raises:
       TypeError: if `state` or `sampling` has the wrong type.
       ValueError: if an argument is out of range. The message names the argument.
-      NotImplementedError: if a named implementation does not serve this model or device.
+      NotServed: if a named implementation does not serve this model or device.
 
     Example:
       >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1)

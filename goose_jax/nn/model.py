@@ -165,7 +165,7 @@ class RWKV7(nnx.Module):
         Raises:
           TypeError: for wrong dtypes, naming the argument.
           ValueError: for wrong shapes, and ids out of range, as `hidden` does.
-          NotImplementedError: if a named implementation does not serve this model or device.
+          NotServed: if a named implementation does not serve this model or device.
         """
         check_int("tokens", tokens, "B", {})
         implementations: dict[str, Callable[..., tuple[Tokens, RWKV7State]]] = {

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import NotServed
+
 SHARED_MEMORY_BYTES = 224 * 1024
 """Room for slots in a block on an H100 or H200: all but 3 KiB, for vectors and barriers."""
 
@@ -102,11 +104,11 @@ def slots_that_fit(
       room: bytes of shared memory.
 
     Raises:
-      NotImplementedError: if not even one slot fits.
+      NotServed: if not even one slot fits.
     """
     slots = min(most, (room - others) // slot_bytes)
     if slots < 1:
-        raise NotImplementedError(
+        raise NotServed(
             f"mosaic_gpu needs {slot_bytes + others} bytes of shared memory, there are {room}"
         )
     return slots

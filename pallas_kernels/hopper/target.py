@@ -8,24 +8,20 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from pallas_kernels.arrays import vary_alike
+from pallas_kernels.devices import device_in_context
+from pallas_kernels.dispatch import NotServed
 
 TILE = 64
 """Rows and columns of a tile: tensor cores take so many rows at a time."""
 
+H100_MULTIPROCESSORS = 132
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
-
-
-def hopper_gpu() -> Any:
-    """The first device, if it can run the kernels; raises NotImplementedError otherwise."""
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"mosaic_gpu needs a GPU, got {jax.default_backend()=}")
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        raise NotImplementedError(f"mosaic_gpu needs compute capability 9.0, got {capability}")
-    return device
+_target = contextvars.ContextVar[Any]("target", default=None)
 
 
 def is_interpreted() -> bool:
@@ -61,7 +57,7 @@ class Target:
         warpgroups, but computes products of tiles with `jnp.dot`.
     """
 
-    multiprocessors: int = 132
+    multiprocessors: int = H100_MULTIPROCESSORS
     interpret: bool = False
 
     def kernel(
@@ -112,12 +108,80 @@ class Target:
             interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
         )
 
-        def call(*operands: jax.Array) -> Any:
-            results = kernel(*operands)
+        def call(*operands: Any) -> Any:
+            results = kernel(*(operands if self.interpret else _for_gpu(operands)))
             _, results = vary_alike(operands, results)  # inside of shard_map
             return results
 
         return call
 
 
-__all__ = ["TILE", "Target", "as_computed", "hopper_gpu", "is_interpreted"]
+def target_in_context() -> Target:
+    """Returns what kernels are compiled for: the GPU in context, else an H100."""
+    target = _target.get()
+    if target is not None:
+        return target
+    device = device_in_context()
+    if device.is_hopper and device.multiprocessors is not None:
+        return Target(multiprocessors=device.multiprocessors)
+    return Target()
+
+
+@contextlib.contextmanager
+def compile_for(target: Target) -> Iterator[None]:
+    """Compiles kernels for `target` instead of the GPU in context, as tests on a CPU do.
+
+    A jitted function that was traced before keeps the target that it was traced for.
+    """
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _for_gpu(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the operands of a kernel, and lets it be compiled for CUDA only.
+
+    The platform is known only when a program is lowered, so that a primitive must check it. JAX's
+    own error, on a CPU, names neither the implementation nor the platform.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    index = next(i for i, x in enumerate(leaves) if not isinstance(x, jax.Ref))
+    leaves[index] = _check_platform.bind(leaves[index])
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _refuse(platform: str) -> None:
+    raise NotServed(f"mosaic_gpu needs a Hopper GPU, got {platform=}")
+
+
+def _run_platform_check(x: jax.Array) -> jax.Array:
+    (platform,) = {device.platform for device in x.devices()}
+    if platform != "gpu":
+        _refuse(platform)
+    return x
+
+
+def _lower_platform_check(context: Any, x: Any) -> list[Any]:
+    for platform in context.platforms or context.module_context.platforms:
+        if platform != "cuda":
+            _refuse(platform)
+    return [x]
+
+
+_check_platform = Primitive("check_platform")
+_check_platform.def_abstract_eval(lambda x: x)
+_check_platform.def_impl(_run_platform_check)
+mlir.register_lowering(_check_platform, _lower_platform_check)
+batching.defvectorized(_check_platform)
+
+
+__all__ = [
+    "TILE",
+    "Target",
+    "as_computed",
+    "compile_for",
+    "is_interpreted",
+    "target_in_context",
+]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,8 @@ from flax import nnx
 from goose_jax import RWKV7, RWKV7Config, SamplingConfig, init_state
 from goose_jax.generation import decoding
 from goose_jax.nn import DecodingWeights, prepare_decoding
-from pallas_kernels.operators.decode_layers.mosaic_gpu import layers
-from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
-from tests.helpers import relative_rms
+from tests.helpers import in_mesh_of, relative_rms
 
 IMPLEMENTATIONS = ("xla", "reference")
 
@@ -157,16 +154,14 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", 8), ("float32", 0)])
-def test_none_takes_the_kernels_that_serve(dtype, kernels, monkeypatch):
+def test_none_takes_the_kernels_that_serve(dtype, kernels):
     config = RWKV7Config(vocab_size=5, hidden_size=256, num_layers=2, compute_dtype=dtype)
     weights = abstract_weights(config)
-    for module in (layers, differentiable):
-        device = types.SimpleNamespace(core_count=132)
-        monkeypatch.setattr(module, "hopper_gpu", lambda device=device: device)
     tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     state = jax.eval_shape(lambda: init_state(config, 2))
-    traced = read_prepared.trace(weights, tokens, state, implementation=None)
-    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with in_mesh_of("NVIDIA H100 80GB HBM3", 132):
+        traced = read_prepared.trace(weights, tokens, state, implementation=None)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert not changed_matrices(program, weights)
     of_layers = "heads" in program and "norm_mix" in program
     assert of_layers == (kernels > 0)

@@ -265,7 +265,7 @@ def test_the_step_through_all_layers_at_once_gives_the_same_tokens(model):
 
 
 def test_a_step_that_is_not_served_is_refused(model):
-    with pytest.raises(NotImplementedError, match="mosaic_gpu needs a"):
+    with pytest.raises(NotImplementedError, match="mosaic_gpu needs bfloat16"):
         generate(model, [[1]], max_new_tokens=1, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"implementation='cuda' is unknown.*'mosaic_gpu', 'xla'"):
         generate(model, [[1]], max_new_tokens=1, implementation="cuda")

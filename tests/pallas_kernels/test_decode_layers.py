@@ -5,7 +5,6 @@ The model's own tests compare the definition with the modules.
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from pallas_kernels import (
     value_residual,
     wkv7_recurrent,
 )
+from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
-from pallas_kernels.operators.decode_layers.mosaic_gpu import layers
 from pallas_kernels.operators.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
 from pallas_kernels.operators.decode_layers.mosaic_gpu.layers import check_served, run_layers
 from pallas_kernels.operators.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
@@ -141,13 +140,12 @@ def test_projections(rows):
     assert relative_rms(parts.sum(0)[:rows], expected[:rows]) < 1e-6
 
 
-def test_mapped_calls_follow_one_another(monkeypatch):
+def test_mapped_calls_follow_one_another():
     """At once, they could write over one state."""
-    monkeypatch.setattr(layers, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
     x, states, weights = shapes(1, 1, 256, 256, (64,) * 4)
 
     def run(xs, states, weights):
-        return jax.vmap(lambda x: decode_layers(x, *states, weights))(xs)
+        return jax.vmap(lambda x: call(x, states, weights, implementation="mosaic_gpu"))(xs)
 
     xs = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
     traced = jax.jit(run).trace(xs, states, weights)
@@ -296,10 +294,10 @@ def test_what_kernels_do_not_serve_is_refused():
             "F to be a multiple of 64, got F=32",
         ),
     ):
-        with pytest.raises(NotImplementedError, match=message):
+        with pytest.raises(NotServed, match=message):
             check_served(**({"x": x, "wkv": wkv, "weights": weights} | change))
     if jax.default_backend() == "cpu":
-        with pytest.raises(NotImplementedError, match="needs a GPU"):
+        with pytest.raises(NotServed, match="needs a Hopper GPU"):
             call(x, (x[None], wkv, x[None]), weights, implementation="mosaic_gpu")
 
 

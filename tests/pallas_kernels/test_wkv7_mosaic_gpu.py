@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7, wkv7_recurrent
+from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
 from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
@@ -296,8 +297,12 @@ def test_shard_map_compiles_for_cuda(kind):
 @on_cpu
 def test_other_devices_are_refused():
     arrays = dict.fromkeys(NAMES, jnp.ones((1, 4, 1, 64), jnp.bfloat16))
-    with pytest.raises(NotImplementedError, match=r"mosaic_gpu needs a GPU.*'cpu'"):
+    with pytest.raises(NotServed, match=r"mosaic_gpu needs a Hopper GPU.*'cpu'"):
         wkv7(**arrays, min_log_decay=RWKV7_BOUND, implementation="mosaic_gpu")
+    with pytest.raises(NotServed, match=r"mosaic_gpu needs a Hopper GPU.*'cpu'"):
+        jax.jit(functools.partial(wkv7, min_log_decay=RWKV7_BOUND, implementation="mosaic_gpu"))(
+            **arrays
+        )
     chosen = wkv7(**arrays, min_log_decay=RWKV7_BOUND)
     by_xla = wkv7(**arrays, min_log_decay=RWKV7_BOUND, implementation="xla")
     jax.tree.map(np.testing.assert_array_equal, chosen, by_xla)
@@ -324,7 +329,7 @@ def test_served(K, V, dtype):
 )
 def test_not_served(K, V, dtype, min_log_decay, message):
     k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(NotServed, match=message):
         check_served(k, v, min_log_decay)
 
 

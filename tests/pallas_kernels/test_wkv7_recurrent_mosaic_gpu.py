@@ -2,7 +2,6 @@
 Hopper GPU."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import wkv7_recurrent
+from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
-from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import differentiable
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
     check_recurrent_served,
     wkv7_token_by_token,
 )
-from tests.helpers import relative_rms
+from tests.helpers import in_mesh_of, relative_rms
 from tests.pallas_kernels.test_wkv7 import assert_matches, run, with_gradients
 from tests.pallas_kernels.test_wkv7_mosaic_gpu import (
     by_rows,
@@ -347,7 +346,7 @@ def test_states_are_kept_for_the_backward_only():
 @on_cpu
 def test_other_devices_are_refused():
     arrays = dict.fromkeys(NAMES, jnp.ones((1, 4, 1, 64), jnp.bfloat16))
-    with pytest.raises(NotImplementedError, match=r"mosaic_gpu needs a GPU.*'cpu'"):
+    with pytest.raises(NotServed, match=r"mosaic_gpu needs a Hopper GPU.*'cpu'"):
         on_gpu(**arrays)
 
 
@@ -372,15 +371,15 @@ def test_not_served(K, V, dtype, decay_dtype, message):
     with jax.enable_x64():
         k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
         log_decay = jax.ShapeDtypeStruct(k.shape, decay_dtype)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(NotServed, match=message):
         check_recurrent_served(log_decay, k, v)
 
 
 @pytest.mark.parametrize(("K", "chosen"), [(64, ["wkv7_recurrent_outputs"]), (32, [])])
-def test_none_takes_the_kernels_that_serve(K, chosen, monkeypatch):
-    monkeypatch.setattr(differentiable, "hopper_gpu", lambda: types.SimpleNamespace(core_count=132))
+def test_none_takes_the_kernels_that_serve(K, chosen):
     arguments = arguments_of("plain", K, K, jnp.bfloat16, T=1)
-    assert kernels_for_cuda(lambda arguments: wkv7_recurrent(**arguments), arguments) == chosen
+    with in_mesh_of("NVIDIA H100 80GB HBM3", 132):
+        assert kernels_for_cuda(lambda arguments: wkv7_recurrent(**arguments), arguments) == chosen
 
 
 # On a Hopper GPU. The definition is evaluated there too, in float64, by the scan that

@@ -57,7 +57,7 @@ def decode_layers(
     Raises:
       ValueError: for wrong shapes and names, with the argument and its value.
       TypeError: for wrong dtypes.
-      NotImplementedError: if a named implementation does not serve these arguments.
+      NotServed: if a named implementation does not serve these arguments.
     """
     sizes: dict[str, int] = {}
     check_float("x", x, "B C", sizes)

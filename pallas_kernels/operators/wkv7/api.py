@@ -105,7 +105,7 @@ def wkv7(
       ValueError: for wrong shapes, sizes, segment ids or names, with the argument and its value.
       TypeError: for wrong dtypes. All arrays except log_decay, initial_state and segment_ids
         share one of bfloat16, float16, float32, float64.
-      NotImplementedError: if a named implementation does not serve these arguments.
+      NotServed: if a named implementation does not serve these arguments.
     """
     inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v, "a": a, "b": b}
     check_inputs(inputs, scale, initial_state, segment_ids, num_segments)

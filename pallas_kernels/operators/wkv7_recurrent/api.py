@@ -280,7 +280,7 @@ def wkv7_recurrent(
       ValueError: for wrong shapes, sizes, segment ids or names, and unless exactly one of the pairs
         `a`, `b` and `kk`, `alpha` is given.
       TypeError: for wrong dtypes.
-      NotImplementedError: if a named implementation does not serve these arguments.
+      NotServed: if a named implementation does not serve these arguments.
     """
     pairs: dict[str, Any] = {"a": a, "b": b, "kk": kk, "alpha": alpha}
     given = {name: x for name, x in pairs.items() if x is not None}

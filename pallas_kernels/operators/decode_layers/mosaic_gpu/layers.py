@@ -19,7 +19,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.target import TILE, Target, hopper_gpu
+from pallas_kernels.dispatch import NotServed
+from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.decode_layers.mosaic_gpu.heads import HeadWeights, Vectors, heads
 from pallas_kernels.operators.decode_layers.mosaic_gpu.norm_mix import NormWeights, norm_mix
 from pallas_kernels.operators.decode_layers.mosaic_gpu.projections import (
@@ -48,9 +49,9 @@ def decode_layers_mosaic_gpu(
     """The operator of `pallas_kernels.decode_layers`, which documents the arguments.
 
     Raises:
-      NotImplementedError: for other devices, dtypes and sizes than the kernels are for.
+      NotServed: for other dtypes and sizes than the kernels are for.
     """
-    target = Target(multiprocessors=hopper_gpu().core_count)
+    target = target_in_context()
     check_served(x, wkv, weights)
 
     # One call after the other, because several could be given one state to write over.
@@ -62,24 +63,24 @@ def decode_layers_mosaic_gpu(
 
 
 def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
-    """Raises NotImplementedError for calls that the kernels do not serve on any device."""
+    """Raises NotServed for calls that the kernels do not serve on any device."""
     if x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"mosaic_gpu needs bfloat16 inputs, got {x.dtype=}")
+        raise NotServed(f"mosaic_gpu needs bfloat16 inputs, got {x.dtype=}")
     if wkv.dtype != jnp.float32:
-        raise NotImplementedError(f"mosaic_gpu needs states in float32, got {wkv.dtype=}")
+        raise NotServed(f"mosaic_gpu needs states in float32, got {wkv.dtype=}")
     if wkv.shape[-1] != TILE:
-        raise NotImplementedError(f"mosaic_gpu needs heads of 64, got {wkv.shape=}")
+        raise NotServed(f"mosaic_gpu needs heads of 64, got {wkv.shape=}")
     if x.shape[1] % (4 * TILE):
-        raise NotImplementedError(f"mosaic_gpu needs C to be a multiple of 256, got {x.shape=}")
+        raise NotServed(f"mosaic_gpu needs C to be a multiple of 256, got {x.shape=}")
     F = weights.channel_key.shape[-1]
     if F % TILE:
-        raise NotImplementedError(f"mosaic_gpu needs F to be a multiple of 64, got {F=}")
+        raise NotServed(f"mosaic_gpu needs F to be a multiple of 64, got {F=}")
     if any(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves((x, wkv, weights))):
-        raise NotImplementedError("mosaic_gpu needs check_vma=False in jax.shard_map")
+        raise NotServed("mosaic_gpu needs check_vma=False in jax.shard_map")
     for name in MATRICES:
         dtype = getattr(weights, name).dtype
         if dtype != x.dtype:
-            raise NotImplementedError(
+            raise NotServed(
                 f"mosaic_gpu needs matrices in {x.dtype=}, got weights.{name} in {dtype}"
             )
 

@@ -15,7 +15,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.target import TILE, Target, hopper_gpu
+from pallas_kernels.dispatch import NotServed
+from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.wkv7.common import prepare
 from pallas_kernels.operators.wkv7.mosaic_gpu.backward import state_gradients
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
@@ -179,25 +180,24 @@ def wkv7_mosaic_gpu(
     another dtype; sums and the state are float32.
 
     Raises:
-      NotImplementedError: for other devices, dtypes and head sizes, and without a bound on the
+      NotServed: for other dtypes and head sizes, and without a bound on the
         decay.
     """
-    device = hopper_gpu()
     check_served(k, v, min_log_decay)
-    target = Target(multiprocessors=device.core_count)
+    target = target_in_context()
     inputs = (r, log_decay, k, v, a, b)
     return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
 
 
 def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:
-    """Raises NotImplementedError for calls that the kernels do not serve on any device."""
+    """Raises NotServed for calls that the kernels do not serve on any device."""
     if k.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"mosaic_gpu needs inputs of 16 bits, got {k.dtype=}")
+        raise NotServed(f"mosaic_gpu needs inputs of 16 bits, got {k.dtype=}")
     K, V = k.shape[-1], v.shape[-1]
     if K % TILE or K > MAX_K or V % TILE:
-        raise NotImplementedError(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
+        raise NotServed(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
     if min_log_decay is None or min_log_decay < MIN_LOG_DECAY:
-        raise NotImplementedError(
+        raise NotServed(
             f"mosaic_gpu needs min_log_decay of at least {MIN_LOG_DECAY}, got {min_log_decay}"
         )
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arrays import vary_alike
-from pallas_kernels.hopper.target import TILE, Target, hopper_gpu
+from pallas_kernels.dispatch import NotServed
+from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.backward import recurrent_gradients
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.forward import recurrent_outputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
@@ -199,12 +200,11 @@ def wkv7_recurrent_mosaic_gpu(
       num_segments: see there.
 
     Raises:
-      NotImplementedError: for other devices, dtypes and head sizes.
+      NotServed: for other dtypes and head sizes.
     """
-    device = hopper_gpu()
     check_recurrent_served(log_decay, k, v)
     return wkv7_token_by_token(
-        Target(multiprocessors=device.core_count),
+        target_in_context(),
         (r, log_decay, k, v, *pair),
         initial_state,
         segment_ids,
@@ -216,15 +216,13 @@ def wkv7_recurrent_mosaic_gpu(
 
 
 def check_recurrent_served(log_decay: FloatArray, k: FloatArray, v: FloatArray) -> None:
-    """Raises NotImplementedError for calls that the kernels do not serve on any device."""
+    """Raises NotServed for calls that the kernels do not serve on any device."""
     for name, x in (("k", k), ("log_decay", log_decay)):
         if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            raise NotImplementedError(
-                f"mosaic_gpu needs inputs of 16 or 32 bits, got {name}.dtype={x.dtype}"
-            )
+            raise NotServed(f"mosaic_gpu needs inputs of 16 or 32 bits, got {name}.dtype={x.dtype}")
     K, V = k.shape[-1], v.shape[-1]
     if K % TILE or K > MAX_K or V % TILE:
-        raise NotImplementedError(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
+        raise NotServed(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
 
 
 __all__ = ["check_recurrent_served", "wkv7_recurrent_mosaic_gpu", "wkv7_token_by_token"]

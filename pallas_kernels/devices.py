@@ -1,0 +1,59 @@
+"""The device that a call is traced for, as far as JAX tells it."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+_HOPPER_CAPABILITY = "9.0"
+_HOPPER_NAMES = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What an implementation may ask of a device.
+
+    Attributes:
+      kind: its name, as in "NVIDIA H100 80GB HBM3", "cpu" or "TPU v5e".
+      is_hopper: whether it is a GPU of compute capability 9.0.
+      multiprocessors: the number of multiprocessors of a GPU; None where it is not known.
+    """
+
+    kind: str
+    is_hopper: bool
+    multiprocessors: int | None
+
+
+def device_in_context() -> Device:
+    """Returns the device of the mesh in context, else JAX's default device.
+
+    The mesh is that of `jax.set_mesh`, `jax.sharding.use_abstract_mesh` or `jax.shard_map`; the
+    default device is that of `jax.default_device`, else the first of `jax.devices()`.
+    """
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    if of_mesh is not None:
+        return _of_kind(of_mesh.device_kind, of_mesh.num_cores)
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return _of_device(jax.devices()[0] if default is None else default)
+
+
+def _of_kind(kind: str, multiprocessors: int | None) -> Device:
+    for device in jax.devices():
+        if device.device_kind == kind:
+            return _of_device(device)
+    # This process has no such device: it lowers a program for another machine.
+    return Device(kind, _HOPPER_NAMES.search(kind) is not None, multiprocessors)
+
+
+def _of_device(device: Any) -> Device:
+    return Device(
+        kind=device.device_kind,
+        is_hopper=getattr(device, "compute_capability", None) == _HOPPER_CAPABILITY,
+        multiprocessors=getattr(device, "core_count", None),
+    )
+
+
+__all__ = ["Device", "device_in_context"]
