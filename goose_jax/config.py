@@ -9,7 +9,7 @@ import jax
 
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive
 
-type Remat = Literal["none", "full", "dots"]
+type Remat = Literal["none", "dots", "full"]
 type Dtype = Literal["float32", "bfloat16", "float16"]
 """The dtypes that a user can choose for parameters and computation."""
 

@@ -1,222 +1,240 @@
-"""What `goose-jax train` can be told."""
+"""The settings of a run of `goose-jax train`: its flags with every default filled in."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import assert_never
 
-import tyro
+from goose_jax.cli.train_flags import TrainFlags, Tune
+from goose_jax.config import Dtype, Remat
+from goose_jax.training import LoraConfig, OptimizerConfig
 
-from goose_jax.config import Dtype, RWKV7Config, default_compute_dtype
-from goose_jax.training.lora import LoraConfig
-from goose_jax.training.optimizer import OptimizerConfig
-from pallas_kernels.validation import check_positive
-
-type Tune = Literal["full", "lora", "state"]
-
-_POSITIVE = (
-    "steps",
-    "batch_size",
-    "microbatches",
-    "sequence_length",
-    "held_out_bytes",
-    "evaluate_every",
-    "save_every",
-    "keep",
-)
-_PATHS = ("data", "out", "from_", "state")
-_OF_A_NEW_MODEL = {"num_layers": 2, "hidden_size": 128, "head_size": 64}
-_OF_LORA = {"lora_rank": 16, "lora_alpha": 32.0}
-_OF_A_NEW_RUN = {
-    "sequence_length": 128,
-    "learning_rate": 3e-3,
-    "final_learning_rate": 2e-4,
-    "weight_decay": 0.1,
-}
-_OF_FINE_TUNING = {"sequence_length": 512, "weight_decay": 0.0}
 _TUNING_RATES: dict[Tune, float] = {"full": 2e-5, "lora": 2e-4, "state": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What to train on, what to train, and how.
+class NewModel:
+    """Trains a new model.
 
     Attributes:
-      data: a UTF-8 text file, or a folder of them; by default the sources of this Python's standard
-        library.
-      pattern: which files of the folder count, as in "*.txt".
-      out: folder in which the run gets a folder of its own, with a number that is free.
-      resume: folder of a run to go on with; it keeps its settings, so no others can be given.
-      from_: checkpoint of a model to fine-tune: an official .pth, a folder in the Hugging Face
-        layout, a checkpoint of goose-jax or the folder of a run; by default a new model is trained.
-      tune: with --from, what is trained: full: the whole model; lora: adapters beside its matrices;
-        state: only the states that a text begins with. By default full.
-      lora_rank: with --tune lora, the rank of the adapters, by default 16.
-      lora_alpha: with --tune lora, the adapters count alpha / rank times, by default 32.
-      state: with --tune state, a file of initial states to start from; by default they are zero.
-      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
-        the checkpoint says, or byte for a new model.
-      num_layers: number of blocks of a new model, by default 2.
-      hidden_size: channels of its residual stream, a multiple of the head size, by default 128.
-      head_size: channels of its heads, by default 64.
-      frozen_dtype: with --tune lora or state, dtype of the frozen model's parameters; by default
-        that of the checkpoint.
-      compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
-      remat: what the backward pass computes again to save memory.
-      steps: optimizer steps.
-      batch_size: sequences that are read at once.
-      microbatches: batches whose gradients make one optimizer step.
-      sequence_length: tokens of a sequence, by default 128, with --from 512.
-      learning_rate: at its peak; by default 3e-3, with --from 2e-5 (full), 2e-4 (lora) or 0.1
-        (state).
-      final_learning_rate: at the end; by default 2e-4, with --from a tenth of that at the peak.
-      warmup_steps: steps until the peak.
-      weight_decay: of the large matrices, but not of adapters and states; by default 0.1, with
-        --from 0.
-      held_out_bytes: how much text is kept out of training to measure bits per byte on; at most a
-        tenth of all.
-      evaluate_every: steps between two such measurements; it is also done before and after.
-      save_every: steps between two checkpoints; one is also saved at the end and at Ctrl-C.
-      keep: how many of the newest checkpoints are kept.
-      plot: draw the loss curve (needs matplotlib).
-      prompt: what the sample at the end continues.
-      sample_length: tokens of the sample at the end; 0 for none.
-      seed: of the initial weights or adapters, the batches and the sample.
+      num_layers: number of blocks.
+      hidden_size: channels of the residual stream.
+      head_size: channels of a head.
     """
 
-    data: Path | None = None
-    pattern: str = "*"
-    out: Path = Path("runs")
-    resume: Path | None = None
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    tune: Tune | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    state: Path | None = None
-    tokenizer: str | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    head_size: int | None = None
-    frozen_dtype: Dtype | None = None
-    compute_dtype: Dtype | None = None
-    remat: Literal["none", "dots", "full"] = "none"
-    steps: int = 1200
-    batch_size: int = 8
-    microbatches: int = 1
-    sequence_length: int | None = None
-    learning_rate: float | None = None
-    final_learning_rate: float | None = None
-    warmup_steps: int = 30
-    weight_decay: float | None = None
-    held_out_bytes: int = 32768
-    evaluate_every: int = 300
-    save_every: int = 300
-    keep: int = 2
-    plot: bool = True
-    prompt: str = "def "
-    sample_length: int = 400
-    seed: int = 0
+    num_layers: int
+    hidden_size: int
+    head_size: int
 
-    def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        for name in ("sample_length", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.sample_length and not self.prompt:
-            raise ValueError("prompt must not be empty; sample_length=0 turns the sample off")
-        if self.resume is None:
-            self._check_fits_together()
 
-    def _check_fits_together(self) -> None:
-        tuned = ("tune", "frozen_dtype", *_OF_LORA, "state")
-        if self.from_ is None:
-            self._refuse(tuned, "needs --from CHECKPOINT, the model to tune")
-            return
-        self._refuse(_OF_A_NEW_MODEL, "cannot be given with --from: the checkpoint tells it")
-        if self.tune != "lora":
-            self._refuse(_OF_LORA, "needs --tune lora")
-        if self.tune != "state":
-            self._refuse(("state",), "needs --tune state")
-        if self.tune in (None, "full"):
-            self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """Trains all parameters of a model that exists.
 
-    def _refuse(self, names: Iterable[str], why: str) -> None:
-        given = [option(name) for name in names if getattr(self, name) is not None]
-        if given:
-            raise ValueError(f"{', '.join(given)} {why}")
+    Attributes:
+      base: path of the model's checkpoint.
+    """
 
-    def with_defaults(self) -> Self:
-        """These settings with a value for each that was left out and has one."""
-        if self.from_ is None:
-            defaults: dict[str, Any] = _OF_A_NEW_MODEL | _OF_A_NEW_RUN | {"tokenizer": "byte"}
-        else:
-            tune = self.tune or "full"
-            rate = _TUNING_RATES[tune] if self.learning_rate is None else self.learning_rate
-            rates = {"learning_rate": rate, "final_learning_rate": rate / 10}
-            defaults = _OF_FINE_TUNING | rates | {"tune": tune}
-            defaults |= _OF_LORA if tune == "lora" else {}
-        left_out = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **left_out)
+    base: Path
 
-    def to_json(self) -> dict[str, Any]:
-        """All but `resume`, as JSON can hold it."""
-        values = dataclasses.asdict(self)
-        del values["resume"]
-        for name in _PATHS:
-            if values[name] is not None:
-                values[name] = str(values[name] if name == "out" else values[name].absolute())
-        return values
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Trains LoRA adapters beside a model.
+
+    Attributes:
+      base: path of the model's checkpoint.
+      lora: size and weight of the adapters.
+      frozen_dtype: dtype of the model's parameters; None keeps that of the checkpoint.
+    """
+
+    base: Path
+    lora: LoraConfig
+    frozen_dtype: Dtype | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialState:
+    """Trains the state that texts begin with, beside a model.
+
+    Attributes:
+      base: path of the model's checkpoint.
+      start: path of a file of the state to start from; None starts from zeros.
+      frozen_dtype: dtype of the model's parameters; None keeps that of the checkpoint.
+    """
+
+    base: Path
+    start: Path | None
+    frozen_dtype: Dtype | None
+
+
+type Subject = NewModel | WholeModel | Adapters | InitialState
+"""What a run trains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The complete settings of a run. Where None is allowed, it is a choice of its own.
+
+    Attributes:
+      data: text file or folder to train on; None takes the standard library of this Python.
+      pattern: which files of the folder count.
+      out: folder in which the run gets a folder of its own.
+      subject: what is trained.
+      tokenizer: name or path of the tokenizer; None takes the one that the checkpoint names.
+      compute_dtype: dtype of activations; None takes the fastest one of this machine.
+      remat: what the backward pass computes again to save memory.
+      optimizer: numbers of the optimizer; its `total_steps` is the length of the run.
+      batch_size: sequences that are read at once.
+      microbatches: batches whose gradients make one optimizer step.
+      sequence_length: tokens of a sequence.
+      held_out_bytes: bytes of text to hold out at most.
+      evaluate_every: steps between two measurements.
+      save_every: steps between two checkpoints.
+      keep: number of checkpoints to keep.
+      plot: whether to draw the loss curve.
+      prompt: text that the sample at the end continues.
+      sample_length: tokens of the sample; 0 for none.
+      seed: seed of initial values, batches and the sample.
+    """
+
+    data: Path | None
+    pattern: str
+    out: Path
+    subject: Subject
+    tokenizer: str | None
+    compute_dtype: Dtype | None
+    remat: Remat
+    optimizer: OptimizerConfig
+    batch_size: int
+    microbatches: int
+    sequence_length: int
+    held_out_bytes: int
+    evaluate_every: int
+    save_every: int
+    keep: int
+    plot: bool
+    prompt: str
+    sample_length: int
+    seed: int
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TrainSettings":
-        """What `to_json` described.
+    def from_flags(cls, flags: TrainFlags) -> "TrainSettings":
+        """Fills in a value for each flag that was left out.
 
         Raises:
-          ValueError: if a value is unknown or out of range.
+          ValueError: if a value is out of range; the message names it.
         """
-        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"the run has settings that are unknown here: {unknown}")
-        paths = {name: Path(values[name]) for name in _PATHS if values.get(name)}
-        return cls(**(dict(values) | paths))
+        subject = _subject(flags)
+        is_new = isinstance(subject, NewModel)
+        rate = _or(flags.learning_rate, 3e-3 if is_new else _TUNING_RATES[_tune(flags)])
+        optimizer = OptimizerConfig(
+            total_steps=flags.steps,
+            learning_rate=rate,
+            final_learning_rate=_or(flags.final_learning_rate, 2e-4 if is_new else rate / 10),
+            warmup_steps=flags.warmup_steps,
+            weight_decay=_or(flags.weight_decay, 0.1 if is_new else 0.0),
+        )
+        return cls(
+            data=flags.data,
+            pattern=flags.pattern,
+            out=flags.out,
+            subject=subject,
+            tokenizer="byte" if is_new and flags.tokenizer is None else flags.tokenizer,
+            compute_dtype=flags.compute_dtype,
+            remat=flags.remat,
+            optimizer=optimizer,
+            batch_size=flags.batch_size,
+            microbatches=flags.microbatches,
+            sequence_length=_or(flags.sequence_length, 128 if is_new else 512),
+            held_out_bytes=flags.held_out_bytes,
+            evaluate_every=flags.evaluate_every,
+            save_every=flags.save_every,
+            keep=flags.keep,
+            plot=flags.plot,
+            prompt=flags.prompt,
+            sample_length=flags.sample_length,
+            seed=flags.seed,
+        )
 
-    def model_config(self, vocab_size: int) -> RWKV7Config:
-        """A new model's configuration, with a compute dtype that suits the machine."""
-        return RWKV7Config(
-            vocab_size=vocab_size,
-            hidden_size=known(self.hidden_size),
-            num_layers=known(self.num_layers),
-            head_size=known(self.head_size),
-            compute_dtype=self.compute_dtype or default_compute_dtype(),
+    def to_flags(self, tokenizer: str) -> TrainFlags:
+        """Returns flags that give these settings even if defaults change, for the run's folder.
+
+        Args:
+          tokenizer: name or path of the tokenizer that the run uses.
+        """
+        flags = TrainFlags(
+            data=self.data,
+            pattern=self.pattern,
+            out=self.out,
+            tokenizer=tokenizer,
+            compute_dtype=self.compute_dtype,
             remat=self.remat,
+            steps=self.optimizer.total_steps,
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
+            sequence_length=self.sequence_length,
+            learning_rate=self.optimizer.learning_rate,
+            final_learning_rate=self.optimizer.final_learning_rate,
+            warmup_steps=self.optimizer.warmup_steps,
+            weight_decay=self.optimizer.weight_decay,
+            held_out_bytes=self.held_out_bytes,
+            evaluate_every=self.evaluate_every,
+            save_every=self.save_every,
+            keep=self.keep,
+            plot=self.plot,
+            prompt=self.prompt,
+            sample_length=self.sample_length,
+            seed=self.seed,
         )
+        match self.subject:
+            case NewModel(num_layers=num_layers, hidden_size=hidden_size, head_size=head_size):
+                return dataclasses.replace(
+                    flags, num_layers=num_layers, hidden_size=hidden_size, head_size=head_size
+                )
+            case WholeModel(base=base):
+                return dataclasses.replace(flags, from_=base, tune="full")
+            case Adapters(base=base, lora=lora, frozen_dtype=dtype):
+                return dataclasses.replace(
+                    flags,
+                    from_=base,
+                    tune="lora",
+                    lora_rank=lora.rank,
+                    lora_alpha=lora.alpha,
+                    frozen_dtype=dtype,
+                )
+            case InitialState(base=base, start=start, frozen_dtype=dtype):
+                return dataclasses.replace(
+                    flags, from_=base, tune="state", state=start, frozen_dtype=dtype
+                )
+            case _:
+                assert_never(self.subject)
 
-    def optimizer_config(self) -> OptimizerConfig:
-        """The optimizer's configuration."""
-        return OptimizerConfig(
-            total_steps=self.steps,
-            learning_rate=known(self.learning_rate),
-            final_learning_rate=known(self.final_learning_rate),
-            warmup_steps=self.warmup_steps,
-            weight_decay=known(self.weight_decay),
+
+def _subject(flags: TrainFlags) -> Subject:
+    if flags.from_ is None:
+        return NewModel(
+            num_layers=_or(flags.num_layers, 2),
+            hidden_size=_or(flags.hidden_size, 128),
+            head_size=_or(flags.head_size, 64),
         )
-
-    def lora_config(self) -> LoraConfig:
-        """The configuration of the adapters."""
-        return LoraConfig(rank=known(self.lora_rank), alpha=known(self.lora_alpha))
-
-
-def known[T](value: T | None) -> T:
-    """A setting that has a default, after `with_defaults`."""
-    assert value is not None
-    return value
-
-
-def option(name: str) -> str:
-    """The flag of a setting."""
-    return "--" + name.rstrip("_").replace("_", "-")
+    match _tune(flags):
+        case "full":
+            return WholeModel(base=flags.from_)
+        case "lora":
+            lora = LoraConfig(rank=_or(flags.lora_rank, 16), alpha=_or(flags.lora_alpha, 32.0))
+            return Adapters(base=flags.from_, lora=lora, frozen_dtype=flags.frozen_dtype)
+        case "state":
+            return InitialState(
+                base=flags.from_, start=flags.state, frozen_dtype=flags.frozen_dtype
+            )
 
 
-__all__ = ["TrainSettings", "Tune", "known", "option"]
+def _tune(flags: TrainFlags) -> Tune:
+    return _or(flags.tune, "full")
+
+
+def _or[T](given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
+__all__ = ["Adapters", "InitialState", "NewModel", "Subject", "TrainSettings", "WholeModel"]

@@ -1,152 +1,170 @@
-"""What a run of `goose-jax train` begins with: its settings, model, text and state."""
+"""Opens what a run of `goose-jax train` begins with: its settings, model, tokenizer and text."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from goose_jax.checkpoints import load_checkpoint, load_optimizer_state
-from goose_jax.cli.train_settings import TrainSettings, known, option
-from goose_jax.cli.tuning import Full, Tuning, load_base, tuning_of
+from goose_jax.checkpoints import load_pretrained, load_state
+from goose_jax.cli.train_flags import TrainFlags, option
+from goose_jax.cli.train_settings import (
+    Adapters,
+    InitialState,
+    NewModel,
+    TrainSettings,
+    WholeModel,
+)
+from goose_jax.config import Dtype, RWKV7Config, default_compute_dtype
 from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
-from goose_jax.text import Tokenizer, open_tokenizer, tokenizer_name
-from goose_jax.training.optimizer import make_optimizer
-from goose_jax.training.run_directory import RunDirectory
-from goose_jax.training.step import TrainState, init_tuning_state
-from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
+from goose_jax.text import Tokenizer, get_tokenizer, open_tokenizer, tokenizer_name
+from goose_jax.training import FullTuning, LoraTuning, RunDirectory, StateTuning, Tuning
 
 
-def load_text(settings: TrainSettings, tokenizer: Tokenizer) -> TrainingText:
-    """Reads, divides and encodes the text of a run.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run begins with.
+
+    Attributes:
+      tuning: what is trained.
+      text: the text, with its tokenizer.
+      batches: the batches of the text.
+      tokenizer_name: name or path of the tokenizer.
+    """
+
+    tuning: Tuning
+    text: TrainingText
+    batches: RandomWindows
+    tokenizer_name: str
+
+
+def open_run(flags: TrainFlags) -> tuple[RunDirectory | None, TrainSettings]:
+    """Returns the run to resume, or None for a new run; and the settings.
 
     Raises:
-      OSError: if it cannot be read.
-      ValueError: if it is no text, or too short.
+      OSError: if the run does not exist.
+      ValueError: if the run is damaged, a setting is out of range, or flags were given beside
+        `--resume`.
     """
+    if flags.resume is None:
+        return None, TrainSettings.from_flags(flags)
+    changed = [
+        option(field.name)
+        for field in dataclasses.fields(flags)
+        if field.name != "resume" and getattr(flags, field.name) != field.default
+    ]
+    if changed:
+        raise ValueError(f"a resumed run keeps its settings; leave out {', '.join(changed)}")
+    run, values = RunDirectory.open(flags.resume)
+    return run, TrainSettings.from_flags(TrainFlags.from_json(values))
+
+
+def prepare(settings: TrainSettings, run: RunDirectory | None) -> Prepared:
+    """Opens the model, the tokenizer and the text. Each is opened once.
+
+    Args:
+      settings: settings of the run.
+      run: the run to resume; None for a new run.
+
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: if a file is damaged, the text is too short, or the tokenizer does not fit.
+    """
+    match settings.subject:
+        case NewModel() | WholeModel() if run is not None:
+            return _resume_model(settings, run)
+        case NewModel() as subject:
+            return _new_model(settings, subject)
+        case WholeModel() as subject:
+            return _whole_model(settings, subject)
+        case Adapters() as subject:
+            return _adapters(settings, subject)
+        case InitialState() as subject:
+            return _initial_state(settings, subject, resumed=run is not None)
+
+
+def name_of_run(settings: TrainSettings) -> str:
+    """Returns the name of a new run's folder, without its number."""
+    return "stdlib" if settings.data is None else settings.data.absolute().stem or "run"
+
+
+def _new_model(settings: TrainSettings, subject: NewModel) -> Prepared:
+    name = settings.tokenizer or "byte"
+    tokenizer = get_tokenizer(name)
+    text, batches = _load_text(settings, tokenizer)
+    config = RWKV7Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=subject.hidden_size,
+        num_layers=subject.num_layers,
+        head_size=subject.head_size,
+        compute_dtype=settings.compute_dtype or default_compute_dtype(),
+        remat=settings.remat,
+    )
+    model = RWKV7(config, rngs=nnx.Rngs(settings.seed))
+    return Prepared(FullTuning(model), text, batches, name)
+
+
+def _resume_model(settings: TrainSettings, run: RunDirectory) -> Prepared:
+    path = run.newest_checkpoint
+    tuning = FullTuning.from_checkpoint(path)
+    name = tokenizer_name(path, given=settings.tokenizer, recorded=None)
+    tokenizer = open_tokenizer(name, tuning.model.config.vocab_size)
+    return Prepared(tuning, *_load_text(settings, tokenizer), name)
+
+
+def _whole_model(settings: TrainSettings, subject: WholeModel) -> Prepared:
+    model, name, tokenizer = _open_base(settings, subject, "float32")
+    text, batches = _load_text(settings, tokenizer)
+    return Prepared(FullTuning(model), text, batches, name)
+
+
+def _adapters(settings: TrainSettings, subject: Adapters) -> Prepared:
+    model, name, tokenizer = _open_base(settings, subject, subject.frozen_dtype)
+    text, batches = _load_text(settings, tokenizer)
+    tuning = LoraTuning(model, subject.lora, base_path=subject.base, seed=settings.seed)
+    return Prepared(tuning, text, batches, name)
+
+
+def _initial_state(settings: TrainSettings, subject: InitialState, *, resumed: bool) -> Prepared:
+    model, name, tokenizer = _open_base(settings, subject, subject.frozen_dtype)
+    text, batches = _load_text(settings, tokenizer)
+    # A resumed run has its state in its checkpoint.
+    start = None
+    if subject.start is not None and not resumed:
+        start = load_state(subject.start, model.config)
+    tuning = StateTuning(model, base_path=subject.base, start=start)
+    return Prepared(tuning, text, batches, name)
+
+
+def _open_base(
+    settings: TrainSettings, subject: WholeModel | Adapters | InitialState, dtype: Dtype | None
+) -> tuple[RWKV7, str, Tokenizer]:
+    """Returns the model to fine-tune, and the name and the tokenizer of its text."""
+    model, metadata = load_pretrained(
+        subject.base,
+        dtype=dtype,
+        compute_dtype=settings.compute_dtype or default_compute_dtype(),
+        remat=settings.remat,
+    )
+    name = tokenizer_name(subject.base, given=settings.tokenizer, recorded=metadata.tokenizer)
+    return model, name, open_tokenizer(name, model.config.vocab_size)
+
+
+def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingText, RandomWindows]:
     if settings.data is None:
         source, documents = "the standard library of this Python", standard_library()
     else:
         source = str(settings.data)
         documents = read_documents(settings.data, pattern=settings.pattern)
-    return TrainingText.from_documents(
+    text = TrainingText.from_documents(
         documents, tokenizer, source=source, held_out_bytes=settings.held_out_bytes
     )
-
-
-def name_of_run(settings: TrainSettings) -> str:
-    """Returns what the folder of a new run is called, without its number."""
-    return "stdlib" if settings.data is None else settings.data.absolute().stem or "run"
-
-
-def windows_of(settings: TrainSettings, text: TrainingText) -> RandomWindows:
-    """Returns the batches that a run trains on.
-
-    Raises:
-      ValueError: if the text is too short.
-    """
-    return text.windows(
+    batches = text.windows(
         batch_size=settings.batch_size,
-        sequence_length=known(settings.sequence_length),
+        sequence_length=settings.sequence_length,
         seed=settings.seed,
         microbatches=settings.microbatches,
     )
+    return text, batches
 
 
-def open_run(settings: TrainSettings) -> tuple[RunDirectory | None, TrainSettings]:
-    """The run that is resumed, or None for a new one; and all of its settings.
-
-    Raises:
-      OSError: if there is no such run.
-      ValueError: if it is damaged, or settings were given that it has already.
-    """
-    if settings.resume is None:
-        return None, settings.with_defaults()
-    changed = [
-        option(field.name)
-        for field in dataclasses.fields(settings)
-        if field.name != "resume" and getattr(settings, field.name) != field.default
-    ]
-    if changed:
-        raise ValueError(f"a resumed run keeps its settings; leave out {', '.join(changed)}")
-    run, values = RunDirectory.open(settings.resume)
-    return run, TrainSettings.from_json(values).with_defaults()
-
-
-def find_base(settings: TrainSettings, *, resumed: bool) -> tuple[RWKV7 | None, TrainSettings]:
-    """The model to fine-tune, unless the run's own checkpoint is it; and the tokenizer's name."""
-    if settings.from_ is None or (resumed and settings.tune == "full"):
-        return None, settings
-    model, metadata = load_base(settings)
-    name = tokenizer_name(settings.from_, given=settings.tokenizer, recorded=metadata.tokenizer)
-    open_tokenizer(name, model.config.vocab_size)
-    return model, dataclasses.replace(settings, tokenizer=name)
-
-
-def start_run(
-    settings: TrainSettings, base: RWKV7 | None, tokenizer: Tokenizer
-) -> tuple[Tuning, TrainState]:
-    """What a new run trains, and the state before its first step.
-
-    Args:
-      settings: of the run.
-      base: the model to fine-tune; None makes a new one.
-      tokenizer: gives a new model's vocabulary.
-    """
-    config = settings.optimizer_config()
-    if base is None:
-        rngs = nnx.Rngs(settings.seed)
-        base = RWKV7(settings.model_config(tokenizer.vocab_size), rngs=rngs)
-    tuning = tuning_of(settings, base)
-    return tuning, init_tuning_state(tuning.initial, config)
-
-
-def continue_run(
-    settings: TrainSettings, run: RunDirectory, batches: RandomWindows, base: RWKV7 | None
-) -> tuple[Tuning, TrainState]:
-    """What a run trains, and the state of its newest checkpoint.
-
-    Args:
-      settings: of the run.
-      run: to be resumed.
-      batches: which must be those of the run.
-      base: the model beside which something is tuned; None takes that of the checkpoint.
-
-    Raises:
-      OSError: if the checkpoint cannot be read.
-      ValueError: if it is damaged, the text or the base is another, or no step is left.
-    """
-    path = run.newest_checkpoint
-    if base is None:
-        model, metadata = load_checkpoint(path)
-        tuning: Tuning = Full(model)
-        params = tuning.initial
-    else:
-        adapter = load_tuning_checkpoint(path)
-        check_base(adapter, base, known(settings.from_))
-        tuning = tuning_of(dataclasses.replace(settings, state=None), base)
-        params, metadata = adapter.params, adapter.metadata
-    if metadata.extra.get("text") != batches.checksum:
-        raise ValueError(
-            f"{run.path} cannot be resumed: it was trained on another text than is "
-            f"{'in ' + str(settings.data) if settings.data else 'in this standard library'} now"
-        )
-    if metadata.step >= settings.steps:
-        raise ValueError(f"{run.path} has made all of its {settings.steps} steps")
-    like = jax.eval_shape(make_optimizer(settings.optimizer_config()).init, params)
-    opt_state = load_optimizer_state(path, like)
-    # The state's buffers are used up by the first step, the model's are not.
-    params = jax.tree.map(jnp.copy, params)
-    return tuning, TrainState(jnp.int32(metadata.step), params, opt_state)
-
-
-__all__ = [
-    "continue_run",
-    "find_base",
-    "load_text",
-    "name_of_run",
-    "open_run",
-    "start_run",
-    "windows_of",
-]
+__all__ = ["Prepared", "name_of_run", "open_run", "prepare"]

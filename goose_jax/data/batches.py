@@ -40,6 +40,11 @@ class BatchSource(Protocol):
     """
 
     @property
+    def source(self) -> str:
+        """What messages call the data, such as its path."""
+        ...
+
+    @property
     def checksum(self) -> str:
         """Identifies the data. A run is resumed only with data of the same checksum."""
         ...
@@ -124,6 +129,7 @@ class RandomWindows:
       sequence_length: T, tokens of a row.
       seed: another seed gives other windows.
       microbatches: A; 1 gives batches without the leading axis.
+      source: what messages call the tokens.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -132,6 +138,7 @@ class RandomWindows:
     sequence_length: int
     seed: int
     microbatches: int = 1
+    source: str = "the tokens"
 
     @functools.cached_property
     def checksum(self) -> str:

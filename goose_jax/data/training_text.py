@@ -84,6 +84,7 @@ class TrainingText:
             sequence_length=sequence_length,
             seed=seed,
             microbatches=microbatches,
+            source=self.source,
         )
 
 

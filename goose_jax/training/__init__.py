@@ -1,10 +1,11 @@
 """Training: the official recipe, fine-tuning, and runs that can be interrupted."""
 
-from goose_jax.training.evaluation import make_evaluation
+from goose_jax.training.evaluation import Evaluation, make_evaluation
 from goose_jax.training.initial_state import load_initial_state
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
 from goose_jax.training.loss import mean_loss, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import (
     Metrics,
@@ -17,7 +18,9 @@ from goose_jax.training.step import (
     with_params,
 )
 from goose_jax.training.stop_request import StopRequest
+from goose_jax.training.trainer import Trainer, TrainerConfig
 from goose_jax.training.training_loop import NonFiniteError, StepReport, train_steps
+from goose_jax.training.tuning import FullTuning, LoraTuning, StateTuning, Tuning
 from goose_jax.training.tuning_checkpoint import (
     TuningCheckpoint,
     check_base,
@@ -26,13 +29,21 @@ from goose_jax.training.tuning_checkpoint import (
 )
 
 __all__ = [
+    "Evaluation",
+    "FullTuning",
     "LoraConfig",
+    "LoraTuning",
     "Metrics",
     "NonFiniteError",
     "OptimizerConfig",
+    "RunDirectory",
+    "StateTuning",
     "StepReport",
     "StopRequest",
     "TrainState",
+    "Trainer",
+    "TrainerConfig",
+    "Tuning",
     "TuningCheckpoint",
     "apply_lora",
     "check_base",

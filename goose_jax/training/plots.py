@@ -6,19 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from goose_jax.training.run_directory import HELD_OUT_METRIC
+
 _SMOOTHING_SHARE = 50  # the smooth curve averages over 1/50 of the steps
 
 
-def check_matplotlib() -> None:
-    """Checks that `plot_loss` can work.
-
-    Raises:
-      ValueError: with what to install, if matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
-        )
+def has_matplotlib() -> bool:
+    """Returns whether matplotlib, which `plot_loss` needs, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -34,8 +29,9 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path, *, title: str) -
 
     metrics = list(metrics)
     training = [(line["step"], line["loss"] / math.log(2)) for line in metrics if "loss" in line]
-    name = "held_out_bits_per_byte"
-    held_out = [(line["step"], line[name]) for line in metrics if name in line]
+    held_out = [
+        (line["step"], line[HELD_OUT_METRIC]) for line in metrics if HELD_OUT_METRIC in line
+    ]
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -58,4 +54,4 @@ def _smoothed(values: tuple[float, ...]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-__all__ = ["check_matplotlib", "plot_loss"]
+__all__ = ["has_matplotlib", "plot_loss"]

@@ -16,6 +16,9 @@ from typing import Any
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
 
+HELD_OUT_METRIC = "held_out_bits_per_byte"
+"""The name of the measurements on held-out text in the metrics."""
+
 
 class RunDirectory:
     """The folder of a training run.
@@ -73,20 +76,25 @@ class RunDirectory:
             settings = json.loads(file.read_text())
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
-        if not list_checkpoints(path):
-            raise CheckpointError(f"{path} has no checkpoint to resume from")
         run = cls(path)
         run._forget_after(int(run.newest_checkpoint.name))
         return run, settings
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The directories of all checkpoints, the oldest first."""
+        return list_checkpoints(self.path)
 
     @property
     def newest_checkpoint(self) -> Path:
         """The directory of the newest checkpoint.
 
         Raises:
-          IndexError: if there is none.
+          CheckpointError: if there is none.
         """
-        return list_checkpoints(self.path)[-1]
+        if not self.checkpoints:
+            raise CheckpointError(f"{self.path} has no checkpoint to resume from")
+        return self.checkpoints[-1]
 
     @property
     def metrics_file(self) -> Path:
@@ -123,7 +131,7 @@ class RunDirectory:
           keep: number of checkpoints to keep.
         """
         write(checkpoint_path(self.path, step))
-        for old in list_checkpoints(self.path)[:-keep]:
+        for old in self.checkpoints[:-keep]:
             shutil.rmtree(old)
 
     def _forget_after(self, step: int) -> None:
@@ -131,4 +139,4 @@ class RunDirectory:
         self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
-__all__ = ["RunDirectory"]
+__all__ = ["HELD_OUT_METRIC", "RunDirectory"]

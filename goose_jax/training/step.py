@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from goose_jax.config import RWKV7Config
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.training.loss import L2WRAP, num_targets, token_losses
@@ -68,11 +69,19 @@ def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
       ValueError: if the parameters have fewer than 32 bits, in which most updates would be rounded
         away. (`compute_dtype` may be bfloat16.)
     """
-    params: Parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if jnp.finfo(model.config.param_dtype).bits < 32:
-        raise ValueError(f"training needs param_dtype='float32', got {model.config.param_dtype=}")
-    params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    check_trainable(model.config)
+    return init_tuning_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config)
+
+
+def check_trainable(config: RWKV7Config) -> None:
+    """Checks the dtype of the parameters of a model that is to be trained.
+
+    Raises:
+      ValueError: if the parameters have fewer than 32 bits, in which most updates would be rounded
+        away.
+    """
+    if jnp.finfo(config.param_dtype).bits < 32:
+        raise ValueError(f"training needs param_dtype='float32', got {config.param_dtype=}")
 
 
 def with_params(model: RWKV7, params: Parameters) -> RWKV7:
@@ -191,6 +200,7 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "TuningStep",
+    "check_trainable",
     "full_losses",
     "init_train_state",
     "init_tuning_state",

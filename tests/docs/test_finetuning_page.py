@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.cli.train_flags import TrainFlags
+from goose_jax.cli.train_settings import Adapters, TrainSettings
 from goose_jax.training.lora import LORA_WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -29,16 +30,16 @@ def test_code_runs(capsys):
 
 def test_defaults_are_those_of_the_command():
     for tune in ("full", "lora", "state"):
-        settings = TrainSettings(from_=pathlib.Path("x"), tune=tune).with_defaults()
+        settings = TrainSettings.from_flags(TrainFlags(from_=pathlib.Path("x"), tune=tune))
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{tune}` |"))
-        assert float(row.split("|")[4]) == settings.learning_rate
-        assert settings.final_learning_rate == settings.learning_rate / 10
+        rate = settings.optimizer.learning_rate
+        assert float(row.split("|")[4]) == rate
+        assert settings.optimizer.final_learning_rate == rate / 10
+        assert settings.optimizer.weight_decay == 0
         assert settings.sequence_length == 512
-        assert settings.weight_decay == 0
-    settings = TrainSettings(from_=pathlib.Path("x"), tune="lora").with_defaults()
-    assert (
-        f"`--lora-rank` {settings.lora_rank}\nand `--lora-alpha` {settings.lora_alpha:g}." in PAGE
-    )
+        if isinstance(settings.subject, Adapters):
+            lora = settings.subject.lora
+            assert f"`--lora-rank` {lora.rank}\nand `--lora-alpha` {lora.alpha:g}." in PAGE
 
 
 def test_every_adapted_matrix_is_named():

@@ -14,7 +14,6 @@ from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pret
 from goose_jax.chat import ChatSession, ReplySettings, save_chat
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.main import main
-from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.text import VocabularyTokenizer
 from goose_jax.training import load_initial_state, load_tuning_checkpoint, merge_lora
 
@@ -256,16 +255,3 @@ def test_flags_that_do_not_fit_together(folder, tmp_path, capsys, arguments, mes
     common = (f"--out={tmp_path / 'runs'}", f"--data={folder / 'fox.txt'}", *SMALL)
     assert message in fails(capsys, "train", *arguments, *common)
     assert not (tmp_path / "runs").exists()
-
-
-def test_defaults_depend_on_what_is_tuned():
-    new = TrainSettings().with_defaults()
-    assert (new.learning_rate, new.num_layers, new.tune, new.tokenizer) == (3e-3, 2, None, "byte")
-    full = TrainSettings(from_=pathlib.Path("x")).with_defaults()
-    assert (full.tune, full.num_layers, full.weight_decay) == ("full", None, 0)
-    assert full.learning_rate == 2e-5
-    lora = TrainSettings(from_=pathlib.Path("x"), tune="lora", learning_rate=1.0, lora_rank=3)
-    lora = lora.with_defaults()
-    assert (lora.final_learning_rate, lora.lora_rank, lora.lora_alpha) == (0.1, 3, 32)
-    assert lora.with_defaults() == lora
-    assert TrainSettings.from_json(json.loads(json.dumps(lora.to_json()))).lora_rank == 3

@@ -21,7 +21,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from goose_jax.checkpoints import load_checkpoint
 from goose_jax.cli import main as command
 from goose_jax.cli.main import main
-from goose_jax.cli.train_settings import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -146,7 +145,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
 
 
 def test_a_run_is_not_written_over(finished, folder, monkeypatch):
-    monkeypatch.setattr("goose_jax.cli.train._Training.fit", lambda *_: sys.exit(9))
+    monkeypatch.setattr("goose_jax.training.Trainer.fit", lambda *_, **__: sys.exit(9))
     for number in (2, 3):
         with pytest.raises(SystemExit):
             main(["train", *SMALL, f"--data={folder / 'fox.txt'}", f"--out={folder / 'runs'}"])
@@ -304,12 +303,6 @@ def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
     (run / "settings.json").write_text(json.dumps(settings | {"data": str(other)}))
     err = fails(capsys, "train", f"--resume={run}")
     assert f"was trained on another text than is in {other} now" in err
-
-
-def test_settings_survive_being_written():
-    settings = TrainSettings(data=pathlib.Path("/a/b"), out=pathlib.Path("c"), steps=30)
-    assert TrainSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
-    assert TrainSettings.from_json(TrainSettings().to_json()) == TrainSettings()
 
 
 def raise_bug(arguments):

@@ -1,0 +1,271 @@
+"""The parts of a model that a run can train: all of it, LoRA adapters, or its initial state."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+
+from goose_jax.checkpoints import (
+    CheckpointError,
+    CheckpointMetadata,
+    load_checkpoint,
+    save_checkpoint,
+    save_state,
+)
+from goose_jax.checkpoints.fingerprint import fingerprint
+from goose_jax.checkpoints.native import find_checkpoint, read_description
+from goose_jax.nn import RWKV7
+from goose_jax.state import RWKV7State
+from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
+from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
+from goose_jax.training.step import (
+    Losses,
+    Parameters,
+    check_trainable,
+    full_losses,
+    with_params,
+)
+from goose_jax.training.tuning_checkpoint import (
+    TuningCheckpoint,
+    check_base,
+    load_tuning_checkpoint,
+    save_tuning_checkpoint,
+)
+
+STATE_FILE = "state.pth"
+"""The file in which a finished run of state tuning leaves the initial state."""
+
+
+class Tuning(Protocol):
+    """What a run trains, and how that is saved and loaded."""
+
+    @property
+    def model(self) -> RWKV7:
+        """The model. Its structure is used, and its parameters where they are frozen."""
+        ...
+
+    @property
+    def losses(self) -> Losses:
+        """The losses to minimise, a function of trained parameters, frozen ones and a batch."""
+        ...
+
+    @property
+    def frozen(self) -> Parameters | None:
+        """The parameters that are not trained; None if all are trained."""
+        ...
+
+    def init(self) -> Parameters:
+        """Returns the trained parameters before the first step."""
+        ...
+
+    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
+        """Loads the trained parameters and the metadata from a checkpoint that `save` wrote.
+
+        Raises:
+          FileNotFoundError: if `path` does not exist.
+          CheckpointError: if it is no such checkpoint, is damaged, or belongs to another model.
+        """
+        ...
+
+    def save(
+        self,
+        path: Path,
+        trained: Parameters,
+        metadata: CheckpointMetadata,
+        *,
+        opt_state: Any = None,
+    ) -> None:
+        """Writes a checkpoint to a new directory.
+
+        Raises:
+          FileExistsError: if `path` exists.
+          OSError: if writing fails. Incomplete files are removed.
+        """
+        ...
+
+    def export(self, folder: Path, trained: Parameters) -> None:
+        """Writes files that a finished run leaves in its folder beside checkpoints, if any."""
+        ...
+
+    def result(self, trained: Parameters) -> tuple[RWKV7, RWKV7State | None]:
+        """Returns the model that came out, and the state that its texts begin with (or None)."""
+        ...
+
+
+class FullTuning:
+    """Trains all parameters of a model. A `Tuning`.
+
+    Args:
+      model: the model to start from, with parameters in float32.
+
+    Raises:
+      ValueError: if the parameters have fewer than 32 bits.
+
+    Attributes:
+      model: the model.
+      losses: the losses of the whole model.
+      frozen: None.
+    """
+
+    frozen = None
+
+    def __init__(self, model: RWKV7):
+        check_trainable(model.config)
+        self.model = model
+        self.losses = full_losses(model)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> "FullTuning":
+        """Describes the training of a checkpoint's model, whose parameters `load` then loads.
+
+        The parameters of `model` are `jax.ShapeDtypeStruct`s, so `init` cannot be used.
+
+        Args:
+          path: directory of a checkpoint, or of a training run, whose newest checkpoint is used.
+
+        Raises:
+          FileNotFoundError: if `path` does not exist.
+          CheckpointError: if it holds no model, or is damaged.
+        """
+        config, _ = read_description(find_checkpoint(path))
+        return cls(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+
+    def init(self) -> Parameters:
+        """Returns the parameters of the model."""
+        return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+
+    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
+        """Loads the parameters of a model. `Tuning.load` lists the errors."""
+        model, metadata = load_checkpoint(path)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param)), metadata
+
+    def save(
+        self,
+        path: Path,
+        trained: Parameters,
+        metadata: CheckpointMetadata,
+        *,
+        opt_state: Any = None,
+    ) -> None:
+        """Writes a checkpoint of the model. `Tuning.save` lists the errors."""
+        save_checkpoint(path, with_params(self.model, trained), metadata, opt_state=opt_state)
+
+    def export(self, folder: Path, trained: Parameters) -> None:
+        """Writes nothing: the checkpoint is the model."""
+
+    def result(self, trained: Parameters) -> tuple[RWKV7, RWKV7State | None]:
+        """Returns the trained model, whose texts begin with no state."""
+        return with_params(self.model, trained), None
+
+
+class _TuningBesideModel:
+    """Trains parameters beside a model, all of whose own parameters are frozen."""
+
+    def __init__(self, model: RWKV7, base_path: Path, lora: LoraConfig | None):
+        self.model = model
+        self.frozen: Parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        self._base_path, self._lora = base_path, lora
+        self._fingerprint = fingerprint(model)
+
+    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
+        """Loads the trained parameters. `Tuning.load` lists the errors."""
+        checkpoint = load_tuning_checkpoint(path)
+        check_base(checkpoint, self.model, self._base_path)
+        if checkpoint.lora != self._lora:
+            raise CheckpointError(f"{path} has {checkpoint.lora}, but {self._lora} is trained here")
+        return checkpoint.params, checkpoint.metadata
+
+    def save(
+        self,
+        path: Path,
+        trained: Parameters,
+        metadata: CheckpointMetadata,
+        *,
+        opt_state: Any = None,
+    ) -> None:
+        """Writes a checkpoint of the trained parameters. `Tuning.save` lists the errors."""
+        checkpoint = TuningCheckpoint(
+            params=trained,
+            lora=self._lora,
+            base_config=self.model.config,
+            base_fingerprint=self._fingerprint,
+            base_path=str(self._base_path.absolute()),
+            metadata=metadata,
+        )
+        save_tuning_checkpoint(path, checkpoint, opt_state=opt_state)
+
+
+class LoraTuning(_TuningBesideModel):
+    """Trains LoRA adapters beside the projection matrices of a frozen model. A `Tuning`.
+
+    Args:
+      model: the model, in any dtype.
+      config: size and weight of the adapters.
+      base_path: path that the model was loaded from, for checkpoints and messages.
+      seed: seed of the adapters' initial values.
+
+    Attributes:
+      model: the model.
+      losses: the losses of the model with adapters.
+      frozen: the parameters of the model.
+    """
+
+    def __init__(self, model: RWKV7, config: LoraConfig, *, base_path: Path, seed: int):
+        super().__init__(model, base_path, config)
+        self.losses = lora_losses(model, config)
+        self._config, self._seed = config, seed
+
+    def init(self) -> Parameters:
+        """Returns new adapters, which do not change the model yet."""
+        return init_lora(self.frozen, self._config, jax.random.key(self._seed))
+
+    def export(self, folder: Path, trained: Parameters) -> None:
+        """Writes nothing: `result` merges the adapters."""
+
+    def result(self, trained: Parameters) -> tuple[RWKV7, RWKV7State | None]:
+        """Returns the model merged with the adapters, whose texts begin with no state."""
+        return merge_lora(self.model, trained, self._config), None
+
+
+class StateTuning(_TuningBesideModel):
+    """Trains the state that texts begin with, beside a frozen model. A `Tuning`.
+
+    Args:
+      model: the model, in any dtype.
+      base_path: path that the model was loaded from, for checkpoints and messages.
+      start: the state to start from, of one row and with token shifts of zero; None starts from
+        zeros.
+
+    Raises:
+      ValueError: if `start` has several rows, or a token shift that is not zero.
+
+    Attributes:
+      model: the model.
+      losses: the losses of the model with the state.
+      frozen: the parameters of the model.
+    """
+
+    def __init__(self, model: RWKV7, *, base_path: Path, start: RWKV7State | None = None):
+        super().__init__(model, base_path, None)
+        self.losses = state_losses(model)
+        self._initial = init_wkv(model.config) if start is None else wkv_of(start)
+
+    def init(self) -> Parameters:
+        """Returns the state to start from, as `{"wkv": [layers, H, K, V]}`."""
+        return self._initial
+
+    def export(self, folder: Path, trained: Parameters) -> None:
+        """Writes the state to `STATE_FILE`, in the layout of the official ecosystem."""
+        config = self.model.config
+        new = folder / f".{STATE_FILE}.new"
+        new.unlink(missing_ok=True)  # left behind if an earlier process was killed
+        save_state(new, tuned_state(trained, config), config, "time_state")
+        new.replace(folder / STATE_FILE)
+
+    def result(self, trained: Parameters) -> tuple[RWKV7, RWKV7State | None]:
+        """Returns the model, which has not changed, and the tuned state."""
+        return self.model, tuned_state(trained, self.model.config)
+
+
+__all__ = ["STATE_FILE", "FullTuning", "LoraTuning", "StateTuning", "Tuning"]
