@@ -32,14 +32,23 @@ class Ring:
       in_turn: number of warpgroups that take the steps in turn: warpgroup w waits for the copies of
         steps w, w + in_turn, and so on. A warpgroup must wait for a barrier each time it completes,
         so that it needs barriers that no other warpgroup waits for.
+      rings: number of rings that share shared memory and barriers: warpgroups may have one each.
+      ring: which of them this one is.
     """
 
     slots: int
     in_turn: int = 1
+    rings: int = 1
+    ring: jax.Array | int = 0
+
+    @property
+    def all_slots(self) -> int:
+        """Number of slots of all rings."""
+        return self.rings * self.slots
 
     def slot(self, step: jax.Array) -> jax.Array:
         """Returns the slot that a step uses."""
-        return jax.lax.rem(step, jnp.int32(self.slots))
+        return self._among_all(step, self.slots)
 
     def next_step(self, step: jax.Array) -> jax.Array:
         """Returns the next step that uses the slot of `step`."""
@@ -47,15 +56,20 @@ class Ring:
 
     def loaded_type(self, copies: int) -> plgpu.Barrier:
         """Returns the type of the barriers that complete when all copies of a step have arrived."""
-        return plgpu.Barrier(num_arrivals=copies, num_barriers=self.slots * self.in_turn)
+        return plgpu.Barrier(num_arrivals=copies, num_barriers=self.all_slots * self.in_turn)
 
     def barrier_type(self) -> plgpu.Barrier:
         """Returns the type of barriers by which one warpgroup hands slots on to others."""
-        return plgpu.Barrier(num_barriers=self.slots)
+        return plgpu.Barrier(num_barriers=self.all_slots)
 
     def loaded(self, barriers: Any, step: jax.Array) -> Any:
         """Returns the barrier for the copies of a step, among those of `loaded_type`."""
-        return barriers.at[jax.lax.rem(step, jnp.int32(self.slots * self.in_turn))]
+        return barriers.at[self._among_all(step, self.slots * self.in_turn)]
+
+    def _among_all(self, step: jax.Array, count: int) -> jax.Array:
+        """Returns `step % count` plus what the rings before this one take."""
+        index = jax.lax.rem(step, jnp.int32(count))
+        return index if self.rings == 1 else self.ring * count + index
 
     def copy(self, step: jax.Array, barriers: Any, copies: Iterable[tuple[Any, Any]]) -> None:
         """Starts copies for a step.
@@ -63,7 +77,7 @@ class Ring:
         Args:
           step: fills its slot.
           barriers: of `loaded_type`.
-          copies: pairs of a source in global memory and shared memory `[slots, ...]`.
+          copies: pairs of a source in global memory and shared memory `[all_slots, ...]`.
         """
         slot, barrier = self.slot(step), self.loaded(barriers, step)
         for gmem, smem in copies:

@@ -1,7 +1,7 @@
 """Tiles: matrices of 64 x 64, in shared memory or in the registers of a warpgroup."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.products import Transposed, multiply
 from pallas_kernels.hopper.registers import (
+    STRIP,
     TILE_LAYOUT,
     TRANSFORMS,
     Strip,
@@ -47,6 +48,16 @@ def anew(index: jax.Array | int) -> jax.Array:
     are.
     """
     return jax.lax.optimization_barrier(jnp.int32(index))
+
+
+def for_each_strip(body: Callable[[jax.Array], None]) -> None:
+    """Calls a function with the number of each `Strip` of a tile, and waits for all threads.
+
+    A loop, not two copies of the instructions, because strips are for work that has no registers
+    for whole tiles.
+    """
+    jax.lax.fori_loop(0, anew(TILE // STRIP), lambda number, _: body(number), None)
+    plgpu.commit_smem()
 
 
 def load32(x: Any) -> jax.Array:
@@ -132,3 +143,24 @@ def products(
         return sum(terms) if start is None else sum(terms, start)
 
     return tuple(sum_of(*x) for x in zip(sums, start, strict=True))
+
+
+def column_sums(
+    mask: Callable[[jax.Array], Sequence[jax.Array]],
+    halves: tuple[Operand, Operand],
+    start: jax.Array,
+) -> jax.Array:
+    """Sums over the rows of a tile, by tensor cores, with a choice of rows for each row of the sum.
+
+    Args:
+      mask: keeps some entries of a bfloat16 tile and sets the others to zero. Entry (i, j) of a
+        tile of ones tells whether row j is added to row i of the result.
+      halves: the tile, as `store_halves` returns it.
+      start: float32 tile in registers that the sums are added to.
+
+    Returns:
+      A float32 tile in registers.
+    """
+    (ones,) = mask(plgpu.layout_cast(jnp.ones((TILE, TILE), jnp.bfloat16), TILE_LAYOUT))
+    (total,) = products([(ones, half) for half in halves], start=[start])
+    return total

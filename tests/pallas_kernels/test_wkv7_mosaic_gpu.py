@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pallas_kernels import wkv7, wkv7_recurrent
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
+from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
@@ -62,7 +63,7 @@ def in_chunks(
 ):
     """The operator through the kernels, whatever device there is."""
     target = Target(interpret=interpret, multiprocessors=multiprocessors)
-    inputs = (r, log_decay, k, v, a, b)
+    inputs = WKVInputs(r, log_decay, k, v, a, b)
     return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
 
 

@@ -23,7 +23,7 @@ from pallas_kernels.hopper.registers import (
 )
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import products, tiles_smem, transposed
-from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal import invert_diagonal
+from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
 from tests.helpers import relative_rms
 
 on_each_device = pytest.mark.parametrize(

@@ -4,9 +4,9 @@
     state_gradients -> input_gradients     in the backward
 
 The first two kernels walk over the chunks of each row and head, the last one works on all chunks at
-once. Few long rows are divided into `pieces` in the forward; then, and where there is more than one
-block of keys or values, `inverses` does what can be done for all chunks at once before. `chunk`
-explains what the kernels share.
+once. Few long rows are divided into `pieces` in the forward. For these, and for more than 64 keys
+or values, `inverses` first computes the inverse of each chunk. `chunk` and `walk` give the
+formulas.
 """
 
 import dataclasses
@@ -17,17 +17,20 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
+from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.common import prepare
-from pallas_kernels.operators.wkv7.mosaic_gpu.backward import state_gradients
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
-from pallas_kernels.operators.wkv7.mosaic_gpu.gradients import input_gradients
+from pallas_kernels.operators.wkv7.mosaic_gpu.input_gradients import input_gradients
+from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
-from pallas_kernels.operators.wkv7.segments import align_segments, aligned_length
+from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
+from pallas_kernels.operators.wkv7.segments import Transfers, align_segments, aligned_length
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
 
-MIN_LOG_DECAY = -1.0
-"""Decays of half a chunk, exp(32), and their products still fit bfloat16 and float32."""
+LOWEST_LOG_DECAY_SERVED = -1.0
+"""With it, the decay of half a chunk is exp(-32): its inverse, and products of these, still fit
+bfloat16 and float32."""
 
 MAX_K = 128
 
@@ -38,23 +41,23 @@ class Residuals:
     """What the backward needs.
 
     Attributes:
-      inputs: r, log_decay, k, v, a, b, `[B, T, H, _]`.
-      X: `[B, H, chunks, 64, 64]` bfloat16, the triangular inverses: they are needed twice, and
-        computing them takes longer than reading them.
-      entries: `[B, H, chunks, V, K]` bfloat16, the states that enter the chunks.
-      U: `[B, H, chunks, 64, V]` bfloat16, what the tokens write with b: computed with states of
-        twice the digits, which are on the chip only during the walk.
-      bounds: of the segments within chunks.
-      transfers: of the states between chunks.
+      inputs: `[B, T, H, K or V]` bfloat16.
+      X: `[B, H, chunks, 64, 64]` bfloat16, the triangular inverses. The backward could compute them
+        again, but that takes longer than to read them.
+      entries: `[B, H, chunks, V, K]` bfloat16, S^ of each chunk.
+      U: `[B, H, chunks, 64, V]` bfloat16, what the tokens write with b. The forward computes it
+        with states of twice the digits, which it does not keep.
+      bounds: of segments that begin within chunks, or None.
+      transfers: of the states of segments, or None.
       from_zero: whether no initial state was given.
     """
 
-    inputs: tuple[jax.Array, ...]
+    inputs: WKVInputs
     X: jax.Array
     entries: jax.Array
     U: jax.Array
-    bounds: tuple[jax.Array, ...]
-    transfers: tuple[jax.Array, ...]
+    bounds: SegmentBounds | None
+    transfers: Transfers | None
     from_zero: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -62,20 +65,18 @@ class Residuals:
 def _chunked(
     target: Target,
     scale: float,
-    inputs: tuple[jax.Array, ...],
+    inputs: WKVInputs,
     initial: jax.Array | None,
-    bounds: tuple[jax.Array, ...],
-    transfers: tuple[jax.Array, ...],
+    bounds: SegmentBounds | None,
+    transfers: Transfers | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, V]` and final states, like `initial`, `[B, N, H, V, K]`."""
-    o, final = outputs_in_pieces(
-        target, inputs, initial, bounds, transfers, scale=scale, save=False
-    )
-    return o, final
+    """Returns outputs `[B, T, H, V]` and final states `[B, N, H, V, K]`, like `initial`."""
+    results = outputs_in_pieces(target, inputs, initial, bounds, transfers, scale=scale, save=False)
+    return results.o, results.final
 
 
 def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
-    o, final, entries, U, X = outputs_in_pieces(
+    final, o, entries, U, X = outputs_in_pieces(
         target, inputs, initial, bounds, transfers, scale=scale, save=True
     )
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
@@ -87,17 +88,21 @@ def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
 
 def _chunked_backward(target, scale, residuals, gradients):
     do, d_final = gradients
-    r, log_decay, _, _, a, b = residuals.inputs
-    X, bounds, transfers = residuals.X, residuals.bounds, residuals.transfers
+    inputs, X, bounds, transfers = (
+        residuals.inputs,
+        residuals.X,
+        residuals.bounds,
+        residuals.transfers,
+    )
     exits, dW, d_initial = state_gradients(
-        target, (r, log_decay, a, b), X, do, d_final, bounds, transfers, scale=scale
+        target, inputs, X, do, d_final, bounds, transfers, scale=scale
     )
     d_inputs = input_gradients(
-        target, residuals.inputs, do, residuals.entries, residuals.U, exits, dW, bounds, scale=scale
+        target, inputs, do, residuals.entries, residuals.U, exits, dW, bounds, scale=scale
     )
-    if transfers:  # gradients of states that no chunk loaded were not written
+    if transfers is not None:  # the kernel did not write gradients of states that no chunk loaded
         segments = jnp.arange(d_final.shape[1])
-        loaded = (transfers[0][:, :, None] == segments[None, None]).any(axis=1)
+        loaded = (transfers.load[:, :, None] == segments[None, None]).any(axis=1)
         d_initial = jnp.where(loaded[:, :, None, None, None], d_initial, 0)
     return d_inputs, None if residuals.from_zero else d_initial, None, None
 
@@ -105,55 +110,68 @@ def _chunked_backward(target, scale, residuals, gradients):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _bounds(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:
-    """`start` and `end` of `chunk.Masks` for rows `[B, T]`, T a multiple of 64."""
+def _find_bounds(segment_ids: SegmentIds) -> SegmentBounds:
+    """Returns the bounds of segments in rows `[B, T]`, T a multiple of 64."""
     index = find_segments(segment_ids).index.reshape(len(segment_ids), -1, TILE)
     entered = jnp.pad(index[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))  # a row begins with segment 0
     changes = jnp.diff(jnp.concatenate([entered, index], axis=-1), axis=-1) != 0
     position = jnp.arange(TILE, dtype=jnp.int32)[None, None]
-    start = jax.lax.cummax(jnp.where(changes, position, -1), axis=2)
-    last = jnp.pad(changes[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
-    end = jax.lax.cummin(jnp.where(last, position, TILE), axis=2, reverse=True)
-    return start.reshape(segment_ids.shape), end.reshape(segment_ids.shape)
+    first = jax.lax.cummax(jnp.where(changes, position, -1), axis=2)
+    ends = jnp.pad(changes[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
+    last = jax.lax.cummin(jnp.where(ends, position, TILE), axis=2, reverse=True)
+    return SegmentBounds(first.reshape(segment_ids.shape), last.reshape(segment_ids.shape))
 
 
 def _pad(x: jax.Array, T: int) -> jax.Array:
-    """Rows `[B, _, ...]` made T long with zeros, which as tokens change nothing."""
+    """Pads rows `[B, _, ...]` to T tokens with zeros, which as tokens change nothing."""
     return jnp.pad(x, ((0, 0), (0, T - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 def wkv7_in_chunks(
     target: Target,
-    inputs: tuple[FloatArray, ...],
+    inputs: WKVInputs,
     initial_state: FloatArray | None,
     segment_ids: SegmentIds | None,
     num_segments: int | None,
     *,
     scale: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """The operator, on calls that the kernels serve; arguments as of `pallas_kernels.wkv7`."""
-    dtype, (B, T) = inputs[3].dtype, inputs[3].shape[:2]
+    """Computes the operator for calls that the kernels serve.
+
+    Args:
+      target: what the kernels are compiled for.
+      inputs: `[B, T, H, K or V]`.
+      initial_state: `[B, H, K, V]`, with `num_segments` `[B, N, H, K, V]`, or None.
+      segment_ids: `[B, T]` or None.
+      num_segments: N or None.
+      scale: factor on the outputs.
+
+    Returns:
+      o: `[B, T, H, V]`, in the dtype of v.
+      final_state: float32, in the shape of the initial state.
+    """
+    dtype, (B, T) = inputs.v.dtype, inputs.v.shape[:2]
     arrays, initial, segment_ids = prepare(inputs, initial_state, segment_ids, num_segments)
-    inputs = tuple(x.astype(jnp.bfloat16) for x in arrays)
+    inputs = WKVInputs(*(x.astype(jnp.bfloat16) for x in arrays))
     initial = jnp.swapaxes(initial, -1, -2)
     if segment_ids is None or num_segments is None:
         length = number_of_chunks(T) * TILE
-        bounds: tuple[jax.Array, ...] = ()
+        bounds = None
         if segment_ids is not None:
             padding = ((0, 0), (0, length - T))
-            bounds = _bounds(jnp.pad(segment_ids, padding))
-        inputs = tuple(_pad(x, length) for x in inputs)
+            bounds = _find_bounds(jnp.pad(segment_ids, padding))
+        inputs = WKVInputs(*(_pad(x, length) for x in inputs))
         begin = None if initial_state is None else initial[:, None]
-        o, final = _chunked(target, scale, inputs, begin, bounds, ())
+        o, final = _chunked(target, scale, inputs, begin, bounds, None)
         return o[:, :T].astype(dtype), jnp.swapaxes(final[:, 0], -1, -2)
     length = aligned_length(T, num_segments, TILE)
     position, transfers = align_segments(segment_ids, num_segments, TILE, length)
     row = jnp.arange(B)[:, None]
-    inputs = tuple(
+    aligned = (
         jnp.zeros_like(x, shape=(B, length, *x.shape[2:])).at[row, position].set(x, mode="drop")
         for x in inputs
     )
-    o, final = _chunked(target, scale, inputs, initial, (), (transfers.load, transfers.store))
+    o, final = _chunked(target, scale, WKVInputs(*aligned), initial, None, transfers)
     occurs = (transfers.store[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
     final = jnp.where(occurs[:, :, None, None, None], final, initial)
     o = o.at[row, position].get(mode="fill", fill_value=0)
@@ -185,7 +203,7 @@ def wkv7_mosaic_gpu(
     """
     check_served(k, v, min_log_decay)
     target = target_in_context()
-    inputs = (r, log_decay, k, v, a, b)
+    inputs = WKVInputs(r, log_decay, k, v, a, b)
     return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
 
 
@@ -196,9 +214,10 @@ def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> N
     K, V = k.shape[-1], v.shape[-1]
     if K % TILE or K > MAX_K or V % TILE:
         raise NotServed(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
-    if min_log_decay is None or min_log_decay < MIN_LOG_DECAY:
+    if min_log_decay is None or min_log_decay < LOWEST_LOG_DECAY_SERVED:
         raise NotServed(
-            f"mosaic_gpu needs min_log_decay of at least {MIN_LOG_DECAY}, got {min_log_decay}"
+            f"mosaic_gpu needs min_log_decay of at least {LOWEST_LOG_DECAY_SERVED}, "
+            f"got {min_log_decay}"
         )
 
 

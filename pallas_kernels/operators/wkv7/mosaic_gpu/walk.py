@@ -1,6 +1,6 @@
-"""What the two walks over the chunks share: from the first to the last, and with gradients back.
+"""The steps that the two walks over the chunks share, forward for outputs and back for gradients.
 
-Both have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
+Both walks have one form. With the state S transposed, `[V, K]`, in blocks of 64 channels,
 
     A  = mask(x y^T)    R = X x    XA = X A              `solve`, of the chunk alone
     S^ = S before       U = XA Y + R S^^T                `advance`, with the state
@@ -13,7 +13,8 @@ where `before` and `after` are a factor for each channel, and
     backward    X^T   b^   r^   a^   dO   dW    exp(gL - m)   exp(m)        i <= j
 
 U is a small difference of large numbers where tokens repeat: X takes away what neighbours have in
-common. So x, A and S^ go into it as two tiles each, which together have twice the digits of one.
+common. So x, A and S^ go into U as two bfloat16 tiles each, a high and a low half, which together
+have twice the digits of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,34 +31,55 @@ from pallas_kernels.hopper.tiles import (
     spread_columns,
     transposed,
 )
-from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import Masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.state import State
+from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
+from pallas_kernels.operators.wkv7.mosaic_gpu.masks import TileMasks
 
 
 class Chunk(NamedTuple):
-    """Tiles of a chunk in shared memory; lists have one for each 64 channels.
+    """A chunk in shared memory. Lists have an entry for each 64 key channels.
+
+    R, S and U lie where x was, which is no longer needed when they are written.
 
     Attributes:
-      x: x, its larger half; then S^.
-      low: the smaller half of x; then R; then, of the first, U.
-      y: as above.
-      z: likewise.
-      Y: likewise.
-      X: likewise.
-      U: where U will be: the first of low.
-      before: vectors `[64]`.
-      after: likewise.
+      x_high: tiles, the high half of x.
+      x_low: tiles, the low half of x.
+      y: tiles.
+      z: tiles.
+      Y: a tile.
+      X: a tile.
+      R: tiles, written by `solve`.
+      S_high: tiles, the high half of S^, written by `advance`.
+      U: a tile, written by `advance` after it has read R.
+      before: float32 vectors `[64]`.
+      after: float32 vectors `[64]`.
     """
 
-    x: Sequence[Any]
-    low: Sequence[Any]
+    x_high: Sequence[Any]
+    x_low: Sequence[Any]
     y: Sequence[Any]
     z: Sequence[Any]
     Y: Any
     X: Any
+    R: Sequence[Any]
+    S_high: Sequence[Any]
     U: Any
     before: Sequence[Any]
     after: Sequence[Any]
+
+
+def chunk_tiles(
+    *,
+    x_high: Sequence[Any],
+    x_low: Sequence[Any],
+    y: Sequence[Any],
+    z: Sequence[Any],
+    Y: Any,
+    X: Any,
+    before: Sequence[Any],
+    after: Sequence[Any],
+) -> Chunk:
+    """Makes a `Chunk` of the tiles that are loaded, with R, S and U where x is."""
+    return Chunk(x_high, x_low, y, z, Y, X, x_low, x_high, x_low[0], before, after)
 
 
 def solve(
@@ -67,16 +89,17 @@ def solve(
     selections: Sequence[tuple[Callable[[jax.Array], Any], Sequence[Any]]],
     A_smem: tuple[Any, Any],
 ) -> jax.Array:
-    """Computes R, and returns XA, bfloat16 in registers.
+    """Writes R, and returns XA, bfloat16 in registers.
 
     Args:
-      chunk: its tiles.
-      X: its X, in registers, or that transposed.
-      mask: of tiles like A.
-      selections: which rows of which tiles meet the states, unless all do.
-      A_smem: tiles for the halves of A, of which one may be of x.
+      chunk: with everything but R, S and U.
+      X: the first operand of R and XA.
+      mask: masks tiles like A.
+      selections: pairs of a function and tiles, which it is applied to when A is known: it keeps
+        the rows of tokens that meet the state. Empty if all tokens do.
+      A_smem: tiles for the halves of A; one of them may be a tile of `x_high`.
     """
-    x_tiles = list(zip(chunk.x, chunk.low, strict=True))
+    x_tiles = list(zip(chunk.x_high, chunk.x_low, strict=True))
     for_A = [
         (half, transposed(y)) for halves, y in zip(x_tiles, chunk.y, strict=True) for half in halves
     ]
@@ -91,7 +114,7 @@ def solve(
     else:
         A, *exact = products(for_A, *for_R)
         R = [narrow(x) for x in exact]
-    store(*zip((*chunk.low, *A_smem), (*R, *mask(*halves_of(A))), strict=True))
+    store(*zip((*chunk.R, *A_smem), (*R, *mask(*halves_of(A))), strict=True))
     (XA,) = products([(X, half) for half in A_smem])
     return narrow(XA)
 
@@ -99,24 +122,24 @@ def solve(
 def advance(
     chunk: Chunk,
     state: State,
-    masks: Masks,
-    low_smem: Sequence[Any],
+    masks: TileMasks,
+    S_low_smem: Sequence[Any],
     XA: Operand,
     *,
     selecting: bool = False,
 ) -> State:
-    """The next state.
+    """Writes S^ and U, and returns the next state S'.
 
     Args:
-      chunk: after `solve`; gets S^ and U.
+      chunk: after `solve`.
       state: S.
-      masks: tell whether S passes the chunk.
-      low_smem: tiles for the smaller half of S^.
-      XA: of `solve`.
-      selecting: whether only the rows of Y and U change S' that `masks.leaving` keeps.
+      masks: `masks.passing` tells whether S^ becomes a part of S'.
+      S_low_smem: tiles for the low half of S^.
+      XA: what `solve` returned.
+      selecting: whether only those rows of Y and U become a part of S' that `masks.leaving` keeps.
     """
     read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
-    state_tiles = list(zip(chunk.x, low_smem, strict=True))
+    state_tiles = list(zip(chunk.S_high, S_low_smem, strict=True))
     store(
         *(
             pair
@@ -124,19 +147,15 @@ def advance(
             for pair in zip(tiles, halves_of(s), strict=True)
         )
     )
-    (U,) = products(
-        [
-            (XA, chunk.Y),
-            *(
-                (R, transposed(half))
-                for R, halves in zip(chunk.low, state_tiles, strict=True)
-                for half in halves
-            ),
-        ]
-    )
+    from_state = [
+        (R, transposed(half))
+        for R, halves in zip(chunk.R, state_tiles, strict=True)
+        for half in halves
+    ]
+    (U,) = products([(XA, chunk.Y), *from_state])
     U = narrow(U)
     if selecting:
-        Y = low_smem[0]
+        Y = S_low_smem[0]
         store((Y, masks.leaving(load(chunk.Y))), (chunk.U, masks.leaving(U)))
     else:
         Y = chunk.Y

@@ -1,0 +1,397 @@
+"""Gradients of the states, in one walk over the chunks of each row and head from last to first."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.grid import Place, grid_place
+from pallas_kernels.hopper.registers import Strip, halves_of, narrow, store, store_strips
+from pallas_kernels.hopper.ring import Ring, slots_that_fit
+from pallas_kernels.hopper.target import TILE, Target
+from pallas_kernels.hopper.tiles import (
+    TILE_BYTES,
+    anew,
+    for_each_strip,
+    load32,
+    tiles_smem,
+    transposed,
+)
+from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.mosaic_gpu import carried_state
+from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
+from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
+    before_token,
+    decays_from_middle,
+    number_of_chunks,
+    prefix_sums,
+    since_token,
+    state_tile,
+    store_decays_of_chunk,
+    tokens_tile,
+    until_token,
+    values_tile,
+)
+from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk, advance, chunk_tiles, solve
+from pallas_kernels.operators.wkv7.segments import Transfers
+
+_PREPARE, _CARRY, _STORE = 2, 2, 3  # warpgroups 0 and 1 prepare
+
+
+class Operands(NamedTuple):
+    """What the kernel reads.
+
+    Attributes:
+      r: `[B, T, H, K]` bfloat16, T a multiple of 64.
+      log_decay: `[B, T, H, K]` bfloat16.
+      a: `[B, T, H, K]` bfloat16.
+      b: `[B, T, H, K]` bfloat16.
+      X: `[B, H, chunks, 64, 64]` bfloat16.
+      do: `[B, T, H, V]` bfloat16.
+      d_final: `[B, N, H, V, K]` float32.
+      prefix_sums: `[64, 64]` bfloat16.
+      bounds: of segments that begin within chunks, or None.
+      transfers: of the states of segments, or None if a row has one initial and one final state.
+    """
+
+    r: Any
+    log_decay: Any
+    a: Any
+    b: Any
+    X: Any
+    do: Any
+    d_final: Any
+    prefix_sums: Any
+    bounds: SegmentBounds | None
+    transfers: Transfers | None
+
+
+class Results(NamedTuple):
+    """What the kernel writes.
+
+    Attributes:
+      exits: `[B, H, chunks, V, K]` bfloat16, dS^ of each chunk.
+      dW: `[B, H, chunks, 64, V]` bfloat16.
+      d_initial: `[B, N, H, V, K]` float32; with transfers, only where a chunk starts from a state.
+    """
+
+    exits: Any
+    dW: Any
+    d_initial: Any
+
+
+class Slots(NamedTuple):
+    """The ring in shared memory. Lists have an entry for each 64 key channels.
+
+    Attributes:
+      r: tiles `[slots, 64, 64]`; then r^.
+      log_decay: tiles; then the low half of b^, R and U of `Chunk`.
+      a: tiles; then a^.
+      b: tiles; then the high half of b^, and dS^.
+      X: tiles.
+      do: tiles, of 64 value channels.
+      decays: float32 `[slots, 2, 64]`, exp(gL - m) and exp(m).
+    """
+
+    r: list[Any]
+    log_decay: list[Any]
+    a: list[Any]
+    b: list[Any]
+    X: Any
+    do: Any
+    decays: list[Any]
+
+
+class Scratch(NamedTuple):
+    """Shared memory beside the ring.
+
+    Attributes:
+      A: tiles `[2, 64, 64]`, one for each warpgroup that prepares.
+      S_low: a tile for each 64 key channels, the low half of dS^.
+      prefix_sums: a tile.
+    """
+
+    A: Any
+    S_low: list[Any]
+    prefix_sums: Any
+
+
+class Barriers(NamedTuple):
+    """Barriers of a block; all but the first one are of slots.
+
+    Attributes:
+      sums_loaded: `prefix_sums` has arrived.
+      loaded: a chunk has arrived.
+      solved: r^, a^, X^T b^ and X^T A_rb^T are ready.
+      carried: dS^ and dW are ready.
+    """
+
+    sums_loaded: Any
+    loaded: Any
+    solved: Any
+    carried: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardWalk:
+    """The walk of a block: its references, and what its warpgroups do.
+
+    Attributes:
+      place: row, head and 64 value channels of the walk.
+      chunks: number of chunks in a row.
+      ring: of `slots`; step s works on chunk `chunks - 1 - s`.
+      scale: factor on r.
+      gmem: references to the operands.
+      results_gmem: references to the results.
+      slots: references to shared memory.
+      scratch: references to shared memory.
+      barriers: references.
+    """
+
+    place: Place
+    chunks: int
+    ring: Ring
+    scale: float
+    gmem: Operands
+    results_gmem: Results
+    slots: Slots
+    scratch: Scratch
+    barriers: Barriers
+
+    def chunk_at(self, step: jax.Array) -> jax.Array:
+        """Returns the chunk that a step works on."""
+        return self.chunks - 1 - step
+
+    def fetch(self, step: jax.Array) -> None:
+        """Starts the copies of a step's chunk into its slot."""
+        (row, head, value_block), chunk = self.place, self.chunk_at(step)
+        gmem, slots = self.gmem, self.slots
+        pairs = [
+            (tokens_tile(of_keys, row, chunk, head, j), tile)
+            for of_keys, tiles in (
+                (gmem.log_decay, slots.log_decay),
+                (gmem.b, slots.b),
+                (gmem.r, slots.r),
+                (gmem.a, slots.a),
+            )
+            for j, tile in enumerate(tiles)
+        ]
+        pairs.append((gmem.X.at[row, head, chunk], slots.X))
+        pairs.append((tokens_tile(gmem.do, row, chunk, head, value_block), slots.do))
+        self.ring.copy(step, self.barriers.loaded, pairs)
+
+    def chunk_in(self, slot: jax.Array) -> Chunk:
+        """Returns the tiles of a slot with the names they have in `walk`."""
+
+        def at(tiles):
+            return [tile.at[slot] for tile in tiles]
+
+        slots = self.slots
+        return chunk_tiles(
+            x_high=at(slots.b),
+            x_low=at(slots.log_decay),
+            y=at(slots.r),
+            z=at(slots.a),
+            Y=slots.do.at[slot],
+            X=slots.X.at[slot],
+            before=[decays.at[slot, 0] for decays in slots.decays],
+            after=[decays.at[slot, 1] for decays in slots.decays],
+        )
+
+    def masks_at(self, step: jax.Array) -> TileMasks:
+        """Loads the masks of a step's chunk."""
+        return load_masks(self.gmem.bounds, self.place.row, self.chunk_at(step))
+
+    def prepare(self, warpgroup: jax.Array) -> None:
+        """Prepares every second step, as one of two warpgroups."""
+        plgpu.barrier_wait(self.barriers.sums_loaded)
+        turns = jax.lax.div(self.chunks + 1 - warpgroup, jnp.int32(_PREPARE))
+        jax.lax.fori_loop(
+            0, turns, lambda turn, _: self._prepare(_PREPARE * turn + warpgroup, warpgroup), None
+        )
+
+    def _prepare(self, step: jax.Array, warpgroup: jax.Array) -> None:
+        slot = self.ring.slot(step)
+        t, masks = self.chunk_in(slot), self.masks_at(step)
+        plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+        for j in range(len(self.slots.r)):
+            for_each_strip(functools.partial(self._decay, slot, j, masks))
+        selections = []
+        if self.gmem.bounds is not None:
+            selections = [(masks.leaving, [*t.x_high, *t.x_low]), (masks.entered, t.y)]
+        A_tiles = self.scratch.A.at[warpgroup], t.x_high[0]
+        store((t.X, solve(t, transposed(t.X), masks.upper, selections, A_tiles)))
+        plgpu.barrier_arrive(self.barriers.solved.at[slot])
+
+    def _decay(self, slot: jax.Array, j: int, masks: TileMasks, strip: jax.Array) -> None:
+        """Writes b^, r^, a^ for a strip of 32 key channels, among the j-th 64."""
+        t = self.chunk_in(anew(slot))
+        log_decay, b, r, a = (Strip(x[j], strip) for x in (t.x_low, t.x_high, t.y, t.z))
+        g = decays_from_middle(log_decay, self.scratch.prefix_sums)
+        store_decays_of_chunk(log_decay, g, t.after[j], t.before[j])
+        b_high, b_low = halves_of(load32(b) * since_token(g))
+        of_r = narrow(load32(r) * (until_token(g) * self.scale))
+        of_a = masks.entered(narrow(load32(a) * before_token(g, log_decay)))
+        values = ((t.x_high[j], b_high), (t.x_low[j], b_low), (t.y[j], of_r), (t.z[j], of_a))
+        store_strips(strip, *values)
+
+    def carry(self) -> None:
+        """Carries the gradient of the state from the last chunk to the first."""
+        per_segment, first = self.gmem.transfers is not None, jnp.int32(0)
+        d_state = carried_state.load_state_tiles(self.gmem.d_final, first, self.place)
+        if per_segment:  # the gradient of each final state is added at its segment's last chunk
+            d_state = tuple(jnp.zeros_like(x) for x in d_state)
+        d_state = jax.lax.fori_loop(0, self.chunks, self._carry, d_state)
+        if not per_segment:
+            d_initial_gmem = self.results_gmem.d_initial
+            carried_state.store_state_tiles(d_state, d_initial_gmem, first, self.place)
+
+    def _carry(self, step: jax.Array, d_state: State) -> State:
+        slot, chunk, transfers = self.ring.slot(step), self.chunk_at(step), self.gmem.transfers
+        plgpu.barrier_wait(self.barriers.solved.at[slot])
+        if transfers is not None:
+            d_state = carried_state.leave_backward(
+                d_state, self.gmem.d_final, transfers, self.place, chunk
+            )
+        masks, t = self.masks_at(step), self.chunk_in(slot)
+        d_state = advance(t, d_state, masks, self.scratch.S_low, t.X)
+        plgpu.barrier_arrive(self.barriers.carried.at[slot])
+        if transfers is not None:
+            d_state = carried_state.enter_backward(
+                d_state, self.results_gmem.d_initial, transfers, self.place, chunk
+            )
+        return d_state
+
+    def store(self) -> None:
+        """Fetches the chunks, and writes dS^ and dW of each one."""
+        sums_smem, sums_loaded = self.scratch.prefix_sums, self.barriers.sums_loaded
+        plgpu.copy_gmem_to_smem(self.gmem.prefix_sums, sums_smem, sums_loaded)
+        self.ring.fill(self.fetch, self.chunks)
+        jax.lax.fori_loop(0, self.chunks, lambda step, _: self._store(step), None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store(self, step: jax.Array) -> None:
+        (row, head, value_block), chunk = self.place, self.chunk_at(step)
+        slot = self.ring.slot(step)
+        plgpu.barrier_wait(self.barriers.carried.at[slot])
+        t = self.chunk_in(slot)
+        for j, dS in enumerate(t.S_high):
+            exit_ = state_tile(self.results_gmem.exits, row, head, chunk, value_block, j)
+            plgpu.copy_smem_to_gmem(dS, exit_)
+        dW_gmem = values_tile(self.results_gmem.dW, row, head, chunk, value_block)
+        plgpu.copy_smem_to_gmem(t.U, dW_gmem)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()  # so that the slot has been read before it is written
+        self.ring.refill(self.fetch, step, self.chunks)
+
+
+def state_gradients(
+    target: Target,
+    inputs: WKVInputs,
+    X: jax.Array,
+    do: jax.Array,
+    d_final: jax.Array,
+    bounds: SegmentBounds | None,
+    transfers: Transfers | None,
+    *,
+    scale: float,
+) -> Results:
+    """Computes gradients of the states between chunks, of the initial states, and of W.
+
+    With `W = a^ S^ + A_ak V`, and dS1 the gradient of the state that leaves a chunk,
+
+        dS^ = dS1 exp(gL - m)
+        dW  = X^T dU = (X^T A_rb^T) dO + (X^T b^) dS^
+        dS  = (dS^ + r^^T dO + a^^T dW) exp(m)
+
+    There are four warpgroups, and chunks travel through slots of shared memory:
+
+        global memory -> PREPARE -> CARRY -> STORE -> global memory
+              ^                                |
+              +----- the slot is free again ---+
+
+        PREPARE:  b^, r^, a^,  X^T b^,  X^T A_rb^T; two warpgroups, in turn
+        CARRY:    dW and dS, the only chain
+        STORE:    dS^ and dW to global memory
+
+    Args:
+      target: what the kernel is compiled for.
+      inputs: `[B, T, H, K or V]` bfloat16, T a multiple of 64.
+      X: `[B, H, chunks, 64, 64]` bfloat16, the inverses of the forward.
+      do: `[B, T, H, V]` bfloat16, gradients of the outputs.
+      d_final: `[B, N, H, V, K]` float32, gradients of the final states.
+      bounds: of segments that begin within chunks, or None.
+      transfers: which of the N states a chunk starts from and which one it ends, `[B, chunks]`
+        int32; None if N is 1.
+      scale: factor on the outputs.
+    """
+    B, T, H, K = inputs.r.shape
+    V = do.shape[-1]
+    chunks, blocks = number_of_chunks(T), K // TILE
+    slot_bytes, others = (4 * blocks + 2) * TILE_BYTES, (3 + blocks) * TILE_BYTES
+    ring = Ring(slots_that_fit(slot_bytes, others=others, most=3), in_turn=_PREPARE)
+
+    def body(gmem, *results_gmem, slots, scratch, barriers):
+        walk = _BackwardWalk(
+            place=grid_place(),
+            chunks=chunks,
+            ring=ring,
+            scale=scale,
+            gmem=gmem,
+            results_gmem=Results(*results_gmem),
+            slots=slots,
+            scratch=scratch,
+            barriers=barriers,
+        )
+        warpgroup = jax.lax.axis_index("warpgroup")
+        pl.when(warpgroup < _PREPARE)(lambda: walk.prepare(warpgroup))
+        pl.when(warpgroup == _CARRY)(walk.carry)
+        pl.when(warpgroup == _STORE)(walk.store)
+
+    kernel = target.kernel(
+        body,
+        name="wkv7_state_gradients",
+        out_type=Results(
+            exits=jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16),
+            dW=jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16),
+            d_initial=jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
+        ),
+        grid={"value_block": V // TILE, "head": H, "row": B},
+        warpgroups=4,
+        scratch_types=_scratch_types(ring, blocks),
+    )
+    r, log_decay, a, b = inputs.r, inputs.log_decay, inputs.a, inputs.b
+    return kernel(Operands(r, log_decay, a, b, X, do, d_final, prefix_sums(), bounds, transfers))
+
+
+def _scratch_types(ring: Ring, blocks: int) -> dict[str, Any]:
+    def tiles():
+        return [tiles_smem(ring.slots)] * blocks
+
+    return {
+        "slots": Slots(
+            r=tiles(),
+            log_decay=tiles(),
+            a=tiles(),
+            b=tiles(),
+            X=tiles_smem(ring.slots),
+            do=tiles_smem(ring.slots),
+            decays=[plgpu.SMEM((ring.slots, 2, TILE), jnp.float32)] * blocks,
+        ),
+        "scratch": Scratch(
+            A=tiles_smem(_PREPARE),
+            S_low=[tiles_smem()] * blocks,
+            prefix_sums=tiles_smem(),
+        ),
+        "barriers": Barriers(
+            sums_loaded=plgpu.Barrier(),
+            loaded=ring.loaded_type(copies=4 * blocks + 2),
+            solved=ring.barrier_type(),
+            carried=ring.barrier_type(),
+        ),
+    }
