@@ -83,6 +83,19 @@ class Ring:
         for gmem, smem in copies:
             plgpu.copy_gmem_to_smem(gmem, smem.at[slot], barrier)
 
+    def for_each_in_turn(
+        self, warpgroup: jax.Array, steps: jax.Array | int, work: Callable[[jax.Array], None]
+    ) -> None:
+        """Calls a function for the steps that one of the `in_turn` warpgroups takes.
+
+        Args:
+          warpgroup: number of the warpgroup among them, from 0.
+          steps: number of steps of all warpgroups.
+          work: gets a step.
+        """
+        turns = jax.lax.div(steps + (self.in_turn - 1) - warpgroup, jnp.int32(self.in_turn))
+        jax.lax.fori_loop(0, turns, lambda turn, _: work(self.in_turn * turn + warpgroup), None)
+
     def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array | int) -> None:
         """Fetches the first steps, as many as there are slots, if there are so many."""
         if isinstance(steps, int):

@@ -1,8 +1,8 @@
-"""Blocks of 16 rows on the diagonal of a tile: each warp holds one in registers and inverts it.
+"""Inverts the blocks of 16 rows on the diagonal of a tile, each in the registers of one warp.
 
-The tensor cores' older instruction, `mma`, multiplies matrices of 16 x 16 within a warp: neither
-shared memory nor the other warps are waited for. Pallas offers it only where all warps share an
-operand, hence the few lines of PTX here.
+The older instruction of tensor cores, `mma`, multiplies matrices of 16 x 16 within a warp. So no
+warp waits for another one or for shared memory. Pallas offers `mma` only where all warps share an
+operand, so it is written in PTX here.
 """
 
 from collections.abc import Sequence
@@ -34,20 +34,22 @@ _ONE = 0x3F80
 
 
 def invert_diagonal(A: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverts the blocks of 16 rows on the diagonal of `I - A`; multiplies by them what is left.
+    """Inverts the blocks of 16 rows on the diagonal of `I - A`, and multiplies others of A by them.
 
-    From the inverses D of blocks of s rows come those of 4 s, in which the former are four on the
-    diagonal. With N = D (A within the larger blocks, outside of the smaller), N^4 = 0 and
+    The inverse of a block of 4 s rows is made of the inverses D of the four blocks of s rows on its
+    diagonal. Let N be D times the rest of A in the larger block. Then N^4 = 0, and the inverse is
 
         (I - A)^-1 = (I - N)^-1 D = (I + N + N^2 + N^3) D = Y + N^2 Y    with Y = D + N D
 
-    and no intermediate is more than a few times as large as the inverse.
+    No intermediate matrix is more than a few times as large as the inverse. That matters where
+    tokens repeat: powers of A itself would be far larger than the inverse.
 
     Args:
       A: `[64, 64]` bfloat16, strictly lower triangular, in registers.
 
     Returns:
-      The inverses D, zero outside of the blocks, and N = D (A outside of the blocks); bfloat16.
+      D, the inverses, zero outside of the blocks; and N, D times A outside of the blocks. Both are
+      bfloat16 tiles in registers.
     """
     if is_interpreted():
         return _invert_by_dot(A)
@@ -56,6 +58,7 @@ def invert_diagonal(A: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _invert_by_dot(A: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`invert_diagonal`, for the interpreter."""
     row, column = row_and_column()
 
     def within(size):
@@ -69,21 +72,22 @@ def _invert_by_dot(A: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     D = round16(jnp.where(row == column, 1.0, 0.0))
     for size in (4, 16):
-        part = jnp.where(within(size) & ~within(size // 4), A, jnp.zeros_like(A))
-        N = round16(dot(D, part))
+        rest = jnp.where(within(size) & ~within(size // 4), A, jnp.zeros_like(A))
+        N = round16(dot(D, rest))
         Y = dot(N, D, D)
         D = round16(dot(round16(dot(N, N)), round16(Y), Y))
     return D, round16(dot(D, jnp.where(within(16), jnp.zeros_like(A), A)))
 
 
-# In a warp, a block of 16 x 16 is four registers `[half of columns][half of rows]`, each with two
-# numbers of a quarter, 8 x 8: lane 4 i + j has row i, columns 2 j and 2 j + 1. Zeros are None.
+# A warp holds a block of 16 x 16 as four registers `[half of columns][half of rows]`. Each register
+# has two numbers of a quarter, 8 x 8: lane 4 i + j has row i, columns 2 j and 2 j + 1. A quarter of
+# zeros is None.
 
 type _Block = list[list[Any]]
 
 
 def _invert_in_warps(_: Any, A: Any) -> list[Any]:
-    """`invert_diagonal`, of fragmented arrays."""
+    """`invert_diagonal`, of a fragmented array."""
     bits = [to_bits(pair) for pair in A.registers.flat]
     halves = [bits[i : i + 2] for i in range(0, len(bits), 2)]  # of 8 columns, by rows
     thread = thread_index()
@@ -104,8 +108,8 @@ def _invert_in_warps(_: Any, A: Any) -> list[Any]:
     D = _round(_products(_diagonal(N2[0][0], N2[1][1]), Y, _unpack(Y)))
     D = _diagonal(D[0][0], D[1][1])
 
-    part = [[_select(near, None, first), below], [None, _select(near, None, second)]]
-    N = _lower(_round(_products(D, part)))
+    rest = [[_select(near, None, first), below], [None, _select(near, None, second)]]
+    N = _lower(_round(_products(D, rest)))
     N2 = _lower(_round(_products(N, N)))
     Y_exact = _products(N, D, _unpack(D))
     D = _lower(_round(_products(N2, _lower(_round(Y_exact)), Y_exact)))
@@ -134,7 +138,7 @@ def _equal(x: Any, y: Any) -> Any:
 
 
 def _of_warp(warp: Any, blocks: Sequence[Sequence[Any]]) -> list[Any]:
-    """One of four lists of registers, by the number of the warp."""
+    """Returns one of four lists of registers, by the number of the warp."""
     result = list(blocks[0])
     for i, block in enumerate(blocks[1:], start=1):
         is_own = _equal(warp, integer(i))
@@ -153,7 +157,13 @@ def _lower(x: _Block) -> _Block:
 def _products(
     x: _Block, y: _Block, start: Sequence[Sequence[Any]] | None = None
 ) -> list[list[Any]]:
-    """`start + x y` in float32, for each 8 columns of y; y may have more than 16."""
+    """Computes `start + x y`, as float32 registers for each 8 columns of y.
+
+    Args:
+      x: a block.
+      y: a block, or more than 16 columns of 16 rows.
+      start: as the result; None for zero.
+    """
     f32 = ir.F32Type.get()
     zeros = [mgpu.c(0.0, f32)] * 4
     return [
@@ -173,7 +183,7 @@ def _products(
 
 
 def _transposed(quarter: Any) -> Any:
-    """How a quarter is held as a part of the second operand."""
+    """Returns a quarter as `mma` takes it in its second operand."""
     if quarter is None:
         return integer(0)
     return utils.inline_ptx(
@@ -185,10 +195,10 @@ def _transposed(quarter: Any) -> Any:
 
 
 def _round(x: Sequence[Sequence[Any]]) -> _Block:
-    """Float32 results of `_products` as operands."""
+    """Rounds what `_products` returns to blocks."""
     return [[narrow_to_bits(*columns[:2]), narrow_to_bits(*columns[2:])] for columns in x]
 
 
 def _unpack(x: _Block) -> list[list[Any]]:
-    """The reverse of `_round`."""
+    """Converts a block to float32, as `_products` returns it."""
     return [[number for bits in columns for number in widen_bits(_register(bits))] for columns in x]

@@ -192,14 +192,13 @@ def wkv7_mosaic_gpu(
     num_segments: int | None,
     min_log_decay: float | None,
 ) -> tuple[FloatArray, FloatArray]:
-    """The operator of `pallas_kernels.wkv7`, which documents the arguments, on Hopper GPUs.
+    """Computes `pallas_kernels.wkv7`, which documents the arguments, on Hopper GPUs.
 
-    Operands of the matrix products are bfloat16, also for float16 inputs and for a log_decay of
-    another dtype; sums and the state are float32.
+    Operands of matrix products are bfloat16; float16 inputs, and a log_decay of another dtype, are
+    rounded to it. Sums and the state are float32.
 
     Raises:
-      NotServed: for other dtypes and head sizes, and without a bound on the
-        decay.
+      NotServed: for other dtypes and head sizes, and without a bound on the decay.
     """
     check_served(k, v, min_log_decay)
     target = target_in_context()

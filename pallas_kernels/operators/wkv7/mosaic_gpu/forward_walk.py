@@ -276,12 +276,10 @@ class ForwardWalk:
     def prepare(self, warpgroup: jax.Array) -> None:
         """Prepares every second step, as one of two warpgroups."""
         plgpu.barrier_wait(self.barriers.sums_loaded)
-        turns = jax.lax.div(self.steps + 1 - warpgroup, jnp.int32(_PREPARE))
-        jax.lax.fori_loop(
-            0, turns, lambda turn, _: self._prepare(_PREPARE * turn + warpgroup, warpgroup), None
-        )
+        prepare = functools.partial(self._prepare, warpgroup)
+        self.ring.for_each_in_turn(warpgroup, self.steps, prepare)
 
-    def _prepare(self, step: jax.Array, warpgroup: jax.Array) -> None:
+    def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         (place, chunk), slot = self.walks.chunk_at(step), self.ring.slot(step)
         masks = self.masks_of(place, chunk)
         plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))

@@ -210,12 +210,10 @@ class _BackwardWalk:
     def prepare(self, warpgroup: jax.Array) -> None:
         """Prepares every second step, as one of two warpgroups."""
         plgpu.barrier_wait(self.barriers.sums_loaded)
-        turns = jax.lax.div(self.chunks + 1 - warpgroup, jnp.int32(_PREPARE))
-        jax.lax.fori_loop(
-            0, turns, lambda turn, _: self._prepare(_PREPARE * turn + warpgroup, warpgroup), None
-        )
+        prepare = functools.partial(self._prepare, warpgroup)
+        self.ring.for_each_in_turn(warpgroup, self.chunks, prepare)
 
-    def _prepare(self, step: jax.Array, warpgroup: jax.Array) -> None:
+    def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         slot = self.ring.slot(step)
         t, masks = self.chunk_in(slot), self.masks_at(step)
         plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
