@@ -34,7 +34,7 @@ _ONE = 0x3F80
 
 
 def invert_diagonal(A: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverts the blocks of 16 rows on the diagonal of `I - A`, and multiplies others of A by them.
+    """Inverts blocks of 16 rows on the diagonal of `I - A`, and multiplies the rest of A by them.
 
     The inverse of a block of 4 s rows is made of the inverses D of the four blocks of s rows on its
     diagonal. Let N be D times the rest of A in the larger block. Then N^4 = 0, and the inverse is

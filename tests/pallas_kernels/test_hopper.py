@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs do to tiles in registers, interpreted and on such a GPU."""
+"""Parts that kernels for Hopper GPUs are built from, interpreted and on such a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.registers import (
     STRIP,
     TILE_LAYOUT,
@@ -21,43 +22,17 @@ from pallas_kernels.hopper.registers import (
     widen,
     with_diagonal,
 )
+from pallas_kernels.hopper.ring import Ring, slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.hopper.tiles import products, tiles_smem, transposed
-from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
-from tests.helpers import relative_rms
-
-on_each_device = pytest.mark.parametrize(
-    "interpret",
-    [
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs"),
-            id="interpreted",
-        ),
-        pytest.param(False, marks=pytest.mark.gpu, id="compiled"),
-    ],
+from pallas_kernels.hopper.tiles import (
+    TILE_BYTES,
+    column_sums,
+    products,
+    store_halves,
+    tiles_smem,
+    transposed,
 )
-
-
-def apply(function, x, count: int, interpret: bool) -> list[np.ndarray]:
-    """Applies a function that makes `count` tiles of bfloat16 of a tile."""
-
-    def body(x_gmem, *rest):
-        *results_gmem, tile = rest
-        x = plgpu.load(x_gmem, layout=TILE_LAYOUT, optimized=False)
-        for result, gmem in zip(function(x), results_gmem, strict=True):
-            store((tile, result))
-            plgpu.copy_smem_to_gmem(tile, gmem)
-            plgpu.wait_smem_to_gmem(0)
-
-    kernel = Target(interpret=interpret).kernel(
-        body,
-        name="registers",
-        out_type=(jax.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16),) * count,
-        grid={"block": 1},
-        scratch_types=[tiles_smem()],
-    )
-    return [np.asarray(x, np.float64) for x in kernel(x)]
+from tests.pallas_kernels.tile_kernels import apply, on_each_device
 
 
 def in_shared_memory(function, tiles, interpret: bool) -> np.ndarray:
@@ -200,21 +175,76 @@ def test_rows_are_stored_as_powers_of_two(row, interpret):
     np.testing.assert_allclose(kernel(powers), 2.0 ** np.asarray(powers[row]), rtol=1e-6)
 
 
-def blocks_of_16(x: np.ndarray) -> np.ndarray:
-    """X with zeros outside of the blocks of 16 rows on its diagonal."""
-    return x * np.kron(np.eye(TILE // 16), np.ones((16, 16)))
+@on_each_device
+def test_column_sums(interpret):
+    tiles = small_integers(2)
+
+    def add_up(x, scratch):
+        start = widen(load(x))
+        halves = store_halves(start + 2.0**-10, x, scratch)
+        return narrow(column_sums(lambda ones: keep_triangle(ones, lower=True), halves, start))
+
+    x = np.asarray(tiles[0], np.float64)
+    expected = np.tril(np.ones((TILE, TILE))) @ (x + 2.0**-10) + x
+    expected = np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64)
+    np.testing.assert_array_equal(in_shared_memory(add_up, tiles, interpret), expected)
 
 
 @on_each_device
-@pytest.mark.parametrize("tokens", ["random", "repeated"])
-def test_diagonal_blocks_are_inverted(tokens, interpret):
-    rng = np.random.default_rng(0)
-    A = -np.ones((TILE, TILE)) if tokens == "repeated" else 0.3 * rng.normal(size=(TILE, TILE))
-    A = jnp.asarray(np.tril(A, -1), jnp.bfloat16)
-    D, N = apply(invert_diagonal, A, 2, interpret)
-    A = np.asarray(A, np.float64)
-    exact = np.linalg.inv(np.eye(TILE) - blocks_of_16(A))
-    # Measured by interpretation: 1.7e-3 and 1.6e-3 for random A, 0 for repeated tokens.
-    assert relative_rms(D, exact) <= 3e-3
-    np.testing.assert_array_equal(D, blocks_of_16(D))
-    assert relative_rms(N, D @ (A - blocks_of_16(A))) <= 2e-3
+@pytest.mark.parametrize(("slots", "steps"), [(1, 3), (2, 1), (3, 8)])
+def test_steps_through_a_ring(slots, steps, interpret):
+    """Two warpgroups double the tiles in turn, a third one fetches them."""
+    ring = Ring(slots, in_turn=2)
+
+    def body(x_gmem, y_gmem, x_smem, y_smem, loaded, done):
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        def fetch(step):
+            ring.copy(step, loaded, [(x_gmem.at[step], x_smem)])
+
+        def double(step):
+            slot = ring.slot(step)
+            plgpu.barrier_wait(ring.loaded(loaded, step))
+            tile = y_smem.at[warpgroup]
+            store((tile, narrow(2 * widen(load(x_smem.at[slot])))))
+            plgpu.barrier_arrive(done.at[slot])
+            plgpu.copy_smem_to_gmem(tile, y_gmem.at[step])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup < 2)
+        def _():
+            ring.for_each_in_turn(warpgroup, steps, double)
+
+        @pl.when(warpgroup == 2)
+        def _():
+            def free(step, _):
+                plgpu.barrier_wait(done.at[ring.slot(step)])
+                ring.refill(fetch, step, steps)
+
+            ring.fill(fetch, steps)
+            jax.lax.fori_loop(0, steps, free, None)
+
+    kernel = Target(interpret=interpret).kernel(
+        body,
+        name="ring",
+        out_type=jax.ShapeDtypeStruct((steps, TILE, TILE), jnp.bfloat16),
+        grid={"block": 1},
+        warpgroups=3,
+        scratch_types=[
+            tiles_smem(ring.slots),
+            tiles_smem(2),
+            ring.loaded_type(copies=1),
+            ring.barrier_type(),
+        ],
+    )
+    x = small_integers(steps) + jnp.arange(steps, dtype=jnp.bfloat16)[:, None, None]
+    np.testing.assert_array_equal(kernel(x), 2 * x)
+
+
+def test_slots_that_fit():
+    assert slots_that_fit(TILE_BYTES, most=100) == 28
+    assert slots_that_fit(TILE_BYTES, most=3) == 3
+    assert slots_that_fit(6 * TILE_BYTES, others=7 * TILE_BYTES, most=8) == 3
+    assert slots_that_fit(5, others=1, most=8, room=10) == 1
+    with pytest.raises(NotServed, match="11 bytes of shared memory, there are 10"):
+        slots_that_fit(10, others=1, most=8, room=10)
