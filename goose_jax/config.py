@@ -24,7 +24,7 @@ PRESETS = {  # name: (layers, hidden size) of the released models; head size 64
 WORLD_VOCAB_SIZE = 65536
 
 _REMAT = ("none", "full", "dots")
-_DERIVED = cast(int, None)  # a default that __post_init__ replaces by a number
+_DERIVED = cast(int, None)  # __post_init__ puts a number in its place
 
 
 def default_compute_dtype() -> Dtype:
@@ -33,9 +33,10 @@ def default_compute_dtype() -> Dtype:
 
 
 def low_rank(factor: float, hidden_size: int) -> int:
-    """Width of a low-rank projection: `factor * sqrt(hidden_size)` to a multiple of 32, >= 32.
+    """Returns the rank of a low-rank projection as in the official training code.
 
-    As in the official training code, ties round to the even multiple.
+    It is `factor * sqrt(hidden_size)`, rounded to a multiple of 32 (ties to the even multiple), and
+    at least 32.
     """
     return max(32, round(factor * math.sqrt(hidden_size) / 32) * 32)
 
@@ -44,30 +45,34 @@ def low_rank(factor: float, hidden_size: int) -> int:
 class RWKV7Config:
     """Configuration of an RWKV-7 model.
 
-    Sizes that default to None are derived, as the official training code does, when the object is
-    made; afterwards they are numbers. (So `dataclasses.replace` keeps them: make a new object to
-    change `hidden_size`.)
+    Sizes that are not given are derived from the others, as in the official training code, when
+    the object is made. `dataclasses.replace` keeps derived sizes, so make a new object to change
+    `hidden_size`.
 
     Attributes:
       vocab_size: number of token ids.
       hidden_size: C, channels of the residual stream, a multiple of `head_size`.
       num_layers: number of blocks.
       head_size: K = V, channels of one head; at least 2.
-      intermediate_size: F, inner width of the channel mix; None means `4 * hidden_size`.
-      decay_rank: width of the decay's low-rank projection; None means the official width.
-      alpha_rank: likewise, of the in-context learning rate.
-      value_rank: likewise, of the value residual's gate.
-      gate_rank: likewise, of the output gate.
+      intermediate_size: F, inner width of the channel mix; by default `4 * hidden_size`.
+      decay_rank: rank of the low-rank projection of the log decay; by default
+        `low_rank(2.5, hidden_size)`.
+      alpha_rank: rank of the low-rank projection of the in-context learning rate; by default
+        `low_rank(2.5, hidden_size)`.
+      value_rank: rank of the low-rank projection of the value residual's share; by default
+        `low_rank(1.7, hidden_size)`.
+      gate_rank: rank of the low-rank projection of the output gate; by default
+        `low_rank(5.0, hidden_size)`.
       norm_eps: epsilon of the layer norms.
-      head_norm_eps: epsilon of the norm over each head's output; None means `1e-5 * head_size`.
-      param_dtype: name of the dtype that parameters are stored in.
-      compute_dtype: name of the dtype of activations and of the operands of matrix products. Norm
-        statistics, decays, the recurrent state and logits are float32 at least, whatever it is.
-      remat: what the backward pass computes again, block by block: "none" keeps everything the
-        operators ask for, "dots" keeps the results of matrix products, "full" keeps only each
-        block's input.
-      implementation: of the wkv7 operator; None chooses (see `pallas_kernels.wkv7`). A few tokens
-        at a time are read by `wkv7_recurrent`, of which this only names "reference".
+      head_norm_eps: epsilon of the norm over each head's output; by default `1e-5 * head_size`.
+      param_dtype: name of the dtype in which parameters are stored.
+      compute_dtype: name of the dtype of activations and of the operands of matrix products. The
+        statistics of norms, log decays, wkv states and logits always have float32 at least.
+      remat: what the backward pass computes again, block by block. "none" keeps all values that the
+        operators need, "dots" keeps the results of matrix products, "full" keeps only the input of
+        each block.
+      implementation: implementation of `pallas_kernels.wkv7`; None chooses one. "reference" also
+        names that of `pallas_kernels.wkv7_recurrent`, which reads short rows.
 
     Raises:
       ValueError: if a value is out of range; the message names it.
@@ -123,14 +128,13 @@ class RWKV7Config:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The configuration of a released size: "0.1B", "0.4B", "1.5B", "2.9B", "7.2B", "13.3B".
+        """Returns the configuration of a released size.
 
-        Low-rank widths are those of the official training code, which some released checkpoints
-        do not share.
+        Ranks follow the official training code. Some released checkpoints have other ranks.
 
         Args:
-          name: the size.
-          **overrides: fields to set otherwise.
+          name: "0.1B", "0.4B", "1.5B", "2.9B", "7.2B" or "13.3B".
+          **overrides: other values for some fields.
 
         Raises:
           ValueError: if the name is unknown.
@@ -146,12 +150,12 @@ class RWKV7Config:
         return cls(**({"vocab_size": WORLD_VOCAB_SIZE} | sizes | overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, derived ones included, as numbers, strings and None."""
+        """Returns all fields, including derived ones, as numbers, strings and None."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration that `to_dict` described.
+        """Returns the configuration that `to_dict` gave.
 
         Raises:
           ValueError: if a key is unknown or missing, or a value is out of range.

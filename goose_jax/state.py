@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: a plain pytree of constant size."""
+"""The recurrent state of a model: a plain pytree whose size does not grow with the text."""
 
 import dataclasses
 import numbers
@@ -17,13 +17,13 @@ from pallas_kernels.validation import check_float, check_positive, check_same_dt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RWKV7State:
-    """The recurrent state of all layers; layers come first, rows of the batch second.
+    """The recurrent state of all layers. The first axis is the layer, the second the row.
 
     Attributes:
-      time_shift: `[layers, B, C]`, in the compute dtype: the last token's input to each time mix.
-      wkv: `[layers, B, H, K, V]`, float32: what each head has learnt from the tokens so far; rows
+      time_shift: `[layers, B, C]` in the compute dtype, the last token's input to each time mix.
+      wkv: `[layers, B, H, K, V]` float32, what each head has learnt from the tokens so far; rows
         are key channels. (The official code stores the transpose, `[V, K]`.)
-      channel_shift: `[layers, B, C]`, in the compute dtype: the last token's input to each channel
+      channel_shift: `[layers, B, C]` in the compute dtype, the last token's input to each channel
         mix.
     """
 
@@ -40,17 +40,20 @@ _AXES = {
 
 
 def state_dtypes(config: RWKV7Config) -> tuple[np.dtype, np.dtype]:
-    """The dtypes of the shifts and of the wkv states."""
+    """Returns the dtype of the shifts, and that of the wkv states, which is float32 at least."""
     compute_dtype = jnp.dtype(config.compute_dtype)
     return compute_dtype, jnp.promote_types(compute_dtype, jnp.float32)
 
 
 def init_state(config: RWKV7Config, batch_size: int) -> RWKV7State:
-    """The state before the first token: zeros.
+    """Returns the state before the first token, which is zero.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       batch_size: B, number of rows.
+
+    Raises:
+      ValueError: if `batch_size` is not a positive integer.
     """
     check_positive("batch_size", batch_size)
     shift_dtype, wkv_dtype = state_dtypes(config)
@@ -64,15 +67,16 @@ def init_state(config: RWKV7Config, batch_size: int) -> RWKV7State:
 
 
 def take_rows(state: RWKV7State, rows: Sequence[int]) -> RWKV7State:
-    """Some rows of a batch's state; a row that is named several times is repeated.
+    """Returns the state of some rows of a batch.
 
     Args:
-      state: of B rows.
-      rows: of the new state, each in 0..B-1. `[2]` picks one row, `[0] * n` forks the first.
+      state: state of B rows.
+      rows: indices in 0..B-1, one for each row of the result. `[2]` picks one row, and `[0] * n`
+        repeats the first row n times.
 
     Raises:
-      TypeError: if `state` is something else.
-      ValueError: if `rows` is empty, or holds what is no row.
+      TypeError: if `state` is not an `RWKV7State`.
+      ValueError: if `rows` is empty, or has an index out of range.
 
     Example:
       >>> state = init_state(RWKV7Config(vocab_size=1, hidden_size=64, num_layers=2), 3)
@@ -92,13 +96,13 @@ def take_rows(state: RWKV7State, rows: Sequence[int]) -> RWKV7State:
 
 
 def join_states(states: Sequence[RWKV7State]) -> RWKV7State:
-    """The states of several batches as that of one, their rows in order.
+    """Joins the states of several batches into the state of one batch, and keeps the order of rows.
 
     Args:
-      states: of one model.
+      states: states of the same model; numbers of rows may differ.
 
     Raises:
-      TypeError: if one is no state, or has other dtypes than the first.
+      TypeError: if one is not an `RWKV7State`, or has other dtypes than the first.
       ValueError: if there are none, or one has other sizes than the first.
 
     Example:
@@ -120,8 +124,13 @@ def join_states(states: Sequence[RWKV7State]) -> RWKV7State:
 def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
     """Checks that a state fits a model and a batch.
 
+    Args:
+      state: what the caller gave as a state.
+      config: configuration of the model.
+      batch_size: B, number of rows.
+
     Raises:
-      TypeError: if it is no `RWKV7State`, or a field has another dtype than `init_state` gives.
+      TypeError: if it is not an `RWKV7State`, or a field has another dtype than `init_state` gives.
       ValueError: if a field has another shape.
     """
     if not isinstance(state, RWKV7State):
@@ -141,7 +150,7 @@ def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
 
 
 def _check_axes(name: str, state: Any, sizes: dict[str, int]) -> None:
-    """Checks a state of any model, and binds the sizes that are new (see `check_float`)."""
+    """Checks a state of any model against `sizes`, and adds sizes that `sizes` does not have."""
     if not isinstance(state, RWKV7State):
         raise TypeError(f"{name} must be an RWKV7State, got {type(state).__name__}")
     for field, axes in _AXES.items():
@@ -149,7 +158,12 @@ def _check_axes(name: str, state: Any, sizes: dict[str, int]) -> None:
 
 
 def check_array(name: str, value: Any, axes: str, sizes: dict[str, int], dtype: np.dtype) -> None:
-    """Checks an array's axes (see `check_float`) and its exact dtype."""
+    """Checks the axes of an array, as `check_float` does, and its dtype.
+
+    Raises:
+      TypeError: if `value` is not an array, or has another dtype.
+      ValueError: if its shape disagrees with `axes` and `sizes`.
+    """
     check_float(name, value, axes, sizes)
     if value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype.name}, got {value.dtype.name}")

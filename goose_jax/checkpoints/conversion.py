@@ -14,7 +14,7 @@ from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, axis_sizes, key_map
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 
 _ALIGNMENT = 64  # bytes; JAX adopts arrays with this alignment without copying them
 _ROWS_AT_ONCE = 16  # transposing 16 rows at a time is several times as fast as all at once
@@ -35,7 +35,7 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
     Raises:
       CheckpointError: if a value is out of the range of float16 and `param_dtype` is float16.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_model(config))
     params = nnx.to_pure_dict(state)
     for path in dict.fromkeys(entry.parameter for entry in key_map(layout)):
         entries = [entry for entry in key_map(layout) if entry.parameter == path]

@@ -26,7 +26,7 @@ from goose_jax.checkpoints.directory import (
 )
 from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.config import RWKV7Config
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 
 _CONFIG, _METADATA = "config.json", "metadata.json"
 _PARAMS = "params"
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, Checkpoi
     path = find_checkpoint(path)
     verify_directory(path, leave_out=OPTIMIZER)
     config, metadata = read_description(path, **overrides)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_model(config))
     params = read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
     return nnx.merge(graphdef, params), metadata
 

@@ -22,7 +22,7 @@ from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth
 from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
 from goose_jax.config import WORLD_VOCAB_SIZE, RWKV7Config
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 
 type CheckpointKind = Literal["pth", "huggingface", "native"]
 
@@ -220,7 +220,7 @@ def _check_epsilons(config: RWKV7Config, expected: dict[str, float], where: str)
 
 def _cast(model: RWKV7, dtype: str) -> RWKV7:
     config = dataclasses.replace(model.config, param_dtype=dtype)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(abstract_model(config))
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, param in params.items():
         rounded = param[...].astype(dtype)

@@ -20,14 +20,14 @@ _OURS = ("goose_jax", "pallas_kernels")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand.
 
-    Errors of the user and of the machine (a wrong value, a missing file, a full disk) end with
-    status 2 and one line on stderr; a bug shows its traceback.
+    An error of the user or of the machine (a wrong value, a missing file, a full disk) prints one
+    line on stderr and exits with status 2. A bug shows its traceback.
 
     Args:
-      arguments: without the program's name; None takes those of the process.
+      arguments: the command's arguments, without the name of the program; None takes `sys.argv`.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # which may be unable to express what is written
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters
             stream.reconfigure(errors="replace")
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether an error was raised on purpose: by a check in our code, not inside a library."""
+    """Returns whether a check in our code raised an error, not a library."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     if traceback is None:

@@ -21,7 +21,7 @@ def merge(
     layout: CheckpointKind = "native",
     dtype: Dtype | None = None,
 ) -> None:
-    """Writes the model that LoRA adapters and the model they were trained on make together.
+    """Merges LoRA adapters into the model they were trained beside, and writes the result.
 
     In use:
       goose-jax merge runs/poems-1 --base rwkv7.pth --out poems.pth --layout pth

@@ -4,7 +4,7 @@ from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.channel_mix import ChannelMix
 from goose_jax.nn.decoding_weights import DecodingWeights, prepare_decoding
 from goose_jax.nn.layer_norm import LayerNorm
-from goose_jax.nn.model import RWKV7
+from goose_jax.nn.model import RWKV7, abstract_model
 from goose_jax.nn.time_mix import TimeMix
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "DecodingWeights",
     "LayerNorm",
     "TimeMix",
+    "abstract_model",
     "prepare_decoding",
 ]

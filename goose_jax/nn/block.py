@@ -19,9 +19,9 @@ class BlockState:
     """The recurrent state of one layer: `RWKV7State` without its leading axis.
 
     Attributes:
-      time_shift: `[B, C]`, in the compute dtype.
-      wkv: `[B, H, K, V]`, float32.
-      channel_shift: `[B, C]`, in the compute dtype.
+      time_shift: `[B, C]` in the compute dtype, the last token's input to the time mix.
+      wkv: `[B, H, K, V]` float32, what each head has learnt from the tokens so far.
+      channel_shift: `[B, C]` in the compute dtype, the last token's input to the channel mix.
     """
 
     time_shift: Float[Array, "B C"]
@@ -30,12 +30,12 @@ class BlockState:
 
 
 class Block(nnx.Module):
-    """A time mix and a channel mix, each normalised before and added to the residual stream.
+    """A time mix and a channel mix. Each reads the normalised residual stream and is added to it.
 
     Args:
-      config: of the model.
-      layer: this layer's index, from 0; may be traced. It only enters the initial values.
-      rngs: source of random numbers.
+      config: configuration of the model.
+      layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
+      rngs: source of random numbers for the initial values.
 
     Example:
       >>> config = RWKV7Config(vocab_size=1, hidden_size=128, num_layers=1)
@@ -66,7 +66,26 @@ class Block(nnx.Module):
         *,
         is_first: bool | Bool[Array, ""] = False,
     ) -> tuple[Tokens, Heads, BlockState]:
-        """Runs the layer; arguments and results as for `TimeMix`, `x` being the residual stream."""
+        """Runs the layer.
+
+        Args:
+          x: `[B, T, C]` in the compute dtype, the residual stream.
+          v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer; None in the
+            first layer, which computes them.
+          state: the layer's state after the tokens before; None at the start of a text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences (see
+            `pallas_kernels.packing`); 0 is padding.
+          is_first: true in the first layer, if `v_first` is given. It may be traced.
+
+        Returns:
+          x: `[B, T, C]`, the residual stream after this layer.
+          v_first: `[B, T, H, V]`, for the next layers.
+          state: the state after the last token of each row.
+
+        Raises:
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape; the message names it.
+        """
         time_state = None if state is None else (state.time_shift, state.wkv)
         mixed, v_first, (time_shift, wkv) = self.time_mix(
             self.time_mix_norm(x), v_first, time_state, segment_ids, is_first=is_first

@@ -17,12 +17,13 @@ from pallas_kernels.validation import check_segment_ids
 class ChannelMix(nnx.Module):
     """The channel mix of RWKV-7, usable alone: `relu(mixed @ key)^2 @ value`.
 
-    `mixed` is each token, mixed with the one before it.
+    `mixed` is a mixture of each token with the token before it. Source: "RWKV-7 Goose with
+    Expressive Dynamic State Evolution" (arXiv:2503.14456), section 4.
 
     Args:
-      config: of the model; `num_layers` enters the initial values.
-      layer: this layer's index, from 0; may be traced. It only enters the initial values.
-      rngs: source of random numbers.
+      config: configuration of the model. The initial values depend on `num_layers`.
+      layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
+      rngs: source of random numbers for the initial values.
 
     Example:
       >>> config = RWKV7Config(vocab_size=1, hidden_size=128, num_layers=2)
@@ -32,9 +33,9 @@ class ChannelMix(nnx.Module):
       ((1, 3, 128), (1, 128))
 
     Attributes:
-      shift_mix: `[C]`, share of the previous token.
-      key: `[C, F]`.
-      value: `[F, C]`.
+      shift_mix: `[C]`, share of the previous token in each channel.
+      key: `[C, F]`, projection to the inner width.
+      value: `[F, C]`, projection back.
     """
 
     def __init__(self, config: RWKV7Config, *, layer: Layer, rngs: nnx.Rngs):
@@ -59,17 +60,18 @@ class ChannelMix(nnx.Module):
 
         Args:
           x: `[B, T, C]` in the compute dtype, normalised.
-          state: `[B, C]` in the compute dtype, the token before the first, or None.
-          segment_ids: `[B, T]` integers, several sequences in a row (see
+          state: `[B, C]` in the compute dtype, the last token before `x`; None at the start of a
+            text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences (see
             `pallas_kernels.packing`); 0 is padding.
 
         Returns:
           y: `[B, T, C]`, to be added to the residual stream.
-          state: `[B, C]`.
+          state: `[B, C]`, the last token of each row.
 
         Raises:
-          TypeError: for wrong dtypes, naming the argument.
-          ValueError: for wrong shapes, naming the argument.
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape; the message names it.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         sizes = {"C": self.config.hidden_size}

@@ -9,13 +9,16 @@ from goose_jax.config import RWKV7Config
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis.
+    """Computes `(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis.
 
-    Computed in float32 (float64 for float64 inputs); the result has the compute dtype.
+    The computation is in float32 (float64 for float64 inputs).
+
+    Args:
+      config: configuration of the model, which gives C, `norm_eps` and the dtypes.
 
     Attributes:
-      scale: `[C]`.
-      bias: `[C]`.
+      scale: `[C]`, factor of each channel, initially 1.
+      bias: `[C]`, offset of each channel, initially 0.
     """
 
     def __init__(self, config: RWKV7Config):
@@ -24,7 +27,14 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.hidden_size, config.param_dtype))
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """Normalises `x`."""
+        """Normalises each token.
+
+        Args:
+          x: `[B, T, C]` in a floating-point dtype.
+
+        Returns:
+          `[B, T, C]` in the compute dtype.
+        """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         centred = x.astype(dtype) - jnp.mean(x, axis=-1, keepdims=True, dtype=dtype)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)

@@ -47,7 +47,7 @@ class RWKV7(nnx.Module):
     over it, so that the time to compile does not grow with depth.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       rngs: source of random numbers for the initial values.
 
     Example:
@@ -59,12 +59,12 @@ class RWKV7(nnx.Module):
       ((1, 1, 257), (2, 1, 2, 64, 64))
 
     Attributes:
-      config: as given.
-      embedding: `[vocab, C]`.
-      embedding_norm: `LayerNorm` after the embedding (the official code's `blocks.0.ln0`).
+      config: configuration of the model.
+      embedding: `[vocab, C]`, one row for each token id.
+      embedding_norm: `LayerNorm` after the embedding (`blocks.0.ln0` in the official code).
       blocks: a `Block` whose parameters are stacked over layers.
       final_norm: `LayerNorm` before the head.
-      head: `[C, vocab]`.
+      head: `[C, vocab]`, projection to logits.
     """
 
     def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
@@ -86,27 +86,28 @@ class RWKV7(nnx.Module):
         state: RWKV7State | None = None,
         segment_ids: TokenIds | None = None,
     ) -> tuple[Float[Array, "B T vocab"], RWKV7State]:
-        """Logits of the token that follows each token.
+        """Returns logits of the token that follows each token, and the new state.
 
-        Reading a text at once, in pieces with the state carried over, or token by token gives the
-        same logits.
+        A text may be read at once, in pieces with the state carried over, or token by token: the
+        logits are the same.
 
         Args:
           tokens: `[B, T]` integers, ids from 0 to `vocab_size - 1`.
-          state: of the text before, as this method or `init_state` returned it; None at the start
-            of a text.
-          segment_ids: `[B, T]` integers, several sequences in a row (see
-            `pallas_kernels.packing`): 0 is padding, whose logits mean nothing; `state` belongs to
-            a row's first segment.
+          state: the state after the text before, from this method or `init_state`; None at the
+            start of a text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences (see
+            `pallas_kernels.packing`). 0 is padding, whose logits have no meaning. `state` belongs
+            to the first segment of a row.
 
         Returns:
           logits: `[B, T, vocab]` float32 (float64 if that is the compute dtype).
-          state: after the last token of each row.
+          state: the state after the last token of each row.
 
         Raises:
-          TypeError: for wrong dtypes, naming the argument.
-          ValueError: for wrong shapes, and ids out of range, naming the argument. Where ids are
-            not known, as under jit, those out of range give NaN in all that depends on them.
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape, or an id is out of range; the message names
+            it. Under jit ids are not known: there, an id out of range gives NaN in all values that
+            depend on it.
         """
         hidden, state = self.hidden(tokens, state, segment_ids)
         return self.logits(hidden), state
@@ -117,10 +118,23 @@ class RWKV7(nnx.Module):
         state: RWKV7State | None = None,
         segment_ids: TokenIds | None = None,
     ) -> tuple[Tokens, RWKV7State]:
-        """What the head reads: `[B, T, C]` in the compute dtype, and the new state.
+        """Returns the input of the head, and the new state.
 
-        For a loss that never forms all logits, as `pallas_kernels.cross_entropy(hidden,
-        model.head[...], targets)`. Arguments and errors as for `__call__`.
+        A loss can use it without forming all logits:
+        `pallas_kernels.cross_entropy(hidden, model.head[...], targets)`.
+
+        Args:
+          tokens: `[B, T]` integers, ids from 0 to `vocab_size - 1`.
+          state: the state after the text before; None at the start of a text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences; 0 is padding.
+
+        Returns:
+          hidden: `[B, T, C]` in the compute dtype.
+          state: the state after the last token of each row.
+
+        Raises:
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape, or an id is out of range.
         """
         self._check(tokens, state, segment_ids)
         x, state = self._run_blocks(self._embed(tokens), state, segment_ids)
@@ -146,25 +160,27 @@ class RWKV7(nnx.Module):
         *,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "B C"], RWKV7State]:
-        """Reads one token of each row, as `hidden` does.
+        """Reads one token of each row, and returns the input of the head and the new state.
 
         In a loop over tokens, use the model of `prepare_decoding(model)`: it has its matrices in
         the compute dtype, so that no step casts them.
 
         Args:
-          tokens: `[B]` integers.
-          state: of the text before, as for `hidden`.
-          active: `[B]`, false for rows whose state is to stay as it is; what is returned for them
-            means nothing. None means all rows.
-          implementation: "mosaic_gpu" or "reference", those of `pallas_kernels.decode_layers`;
-            "xla", the modules. None takes the first of "mosaic_gpu" and "xla" that serves the call.
+          tokens: `[B]` integers, ids from 0 to `vocab_size - 1`.
+          state: the state after the text before, from this method, `hidden` or `init_state`.
+          active: `[B]` booleans, false for rows whose state must not change. The hidden values of
+            these rows have no meaning. None reads a token in all rows.
+          implementation: "mosaic_gpu" or "reference", the implementations of
+            `pallas_kernels.decode_layers`; or "xla", which runs the modules. None takes
+            "mosaic_gpu" if it serves the call, else "xla".
 
         Returns:
-          What the head reads, `[B, C]` in the compute dtype, and the new state.
+          hidden: `[B, C]` in the compute dtype.
+          state: the state after the token.
 
         Raises:
-          TypeError: for wrong dtypes, naming the argument.
-          ValueError: for wrong shapes, and ids out of range, as `hidden` does.
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape, or an id is out of range.
           NotServed: if a named implementation does not serve this model or device.
         """
         check_int("tokens", tokens, "B", {})
@@ -181,7 +197,7 @@ class RWKV7(nnx.Module):
         state: RWKV7State,
         active: Bool[Array, " B"] | None,
     ) -> tuple[Float[Array, "B C"], RWKV7State]:
-        # To the modules a row that rests is padding.
+        # The modules keep the state of a row that holds only padding.
         segment_ids = None if active is None else active.astype(jnp.int32)[:, None]
         hidden, state = self.hidden(tokens, state, segment_ids)
         return hidden[:, 0], state
@@ -208,7 +224,18 @@ class RWKV7(nnx.Module):
         return self.final_norm(x[:, None])[:, 0], RWKV7State(*new)
 
     def logits(self, hidden: Float[Array, "B T C"]) -> Float[Array, "B T vocab"]:
-        """Applies the head to (some of) what `hidden` returned; float32 at least."""
+        """Applies the head.
+
+        Args:
+          hidden: `[B, T, C]` in the compute dtype, from `hidden` or some tokens of it.
+
+        Returns:
+          `[B, T, vocab]` float32 (float64 if that is the compute dtype).
+
+        Raises:
+          TypeError: if `hidden` has no floating-point dtype.
+          ValueError: if it has another shape.
+        """
         check_float("hidden", hidden, "B T C", {"C": self.config.hidden_size})
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         head = self.head[...].astype(hidden.dtype)
@@ -232,7 +259,7 @@ class RWKV7(nnx.Module):
             check_segment_ids(segment_ids, sizes)
 
     def _embed(self, tokens: TokenIds) -> Tokens:
-        # NaN rather than another token's embedding for an id out of range.
+        # An id out of range gives NaN, not the embedding of another token.
         embedded = self.embedding.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
@@ -255,7 +282,8 @@ class RWKV7(nnx.Module):
             None if state is None else BlockState(state.time_shift, state.wkv, state.channel_shift)
         )
         layers = jnp.arange(config.num_layers)
-        # Like x, so that it varies over the mesh axes of a shard_map as the first layer's will.
+        # Made from x, so that in a shard_map its type varies over the mesh as that of the values
+        # that the first layer computes.
         v_first = jnp.zeros_like(x).reshape(*x.shape[:2], config.num_heads, config.head_size)
         (x, _), new = jax.lax.scan(
             _rematerialised(run_block, config), (x, v_first), (layers, params, block_states)
@@ -263,12 +291,17 @@ class RWKV7(nnx.Module):
         return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
 
 
+def abstract_model(config: RWKV7Config) -> RWKV7:
+    """Returns the structure of a model, with `jax.ShapeDtypeStruct`s in place of parameters."""
+    return nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _initial_values(config: RWKV7Config, key: jax.Array) -> tuple[Any, Any, Any]:
-    """The embedding, the split stack of blocks and the head, made by one compiled program.
+    """Returns the embedding, the split stack of blocks and the head, in one compiled program.
 
-    Layers are made by `lax.map` rather than `vmap`: it, too, compiles one layer, and needs no more
-    than one layer's scratch memory.
+    `lax.map` makes one layer after another, with the scratch memory of one layer. `vmap` would need
+    the scratch memory of all layers.
     """
     embedding_key, blocks_key, head_key = jax.random.split(key, 3)
 

@@ -1,4 +1,4 @@
-"""The time mix: what lets a token read those before it."""
+"""The time mix: the half of a block in which tokens read the tokens before them."""
 
 import math
 
@@ -26,10 +26,10 @@ type Heads = Float[Array, "B T H K"]
 type TimeMixState = tuple[Float[Array, "B C"], Float[Array, "B H K V"]]
 
 MIN_LOG_DECAY = -math.exp(-0.5)
-"""The log decay of RWKV-7 is `MIN_LOG_DECAY * sigmoid(logits)`, so it lies above this."""
+"""The lower bound of the log decay, which is `MIN_LOG_DECAY * sigmoid(logits)` in RWKV-7."""
 
-SHORT = 16
-"""Fewer tokens than this go through the token by token form of the wkv operator."""
+CHUNKED_FROM = 16
+"""Rows with fewer tokens are read token by token, by `wkv7_recurrent`; others by `wkv7`."""
 
 
 class TimeMix(nnx.Module):
@@ -38,12 +38,13 @@ class TimeMix(nnx.Module):
     Six mixes of each token with the one before it give receptance, log decay, key, value,
     in-context learning rate (alpha) and gate; the wkv operator updates and reads a state of
     `[K, V]` per head; its output is normalised per head, given a bonus for the current token,
-    gated and projected. As in "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4.
+    gated and projected. Source: "RWKV-7 Goose with Expressive Dynamic State Evolution"
+    (arXiv:2503.14456), section 4.
 
     Args:
-      config: of the model; `num_layers` enters the initial values.
-      layer: this layer's index, from 0; may be traced. It only enters the initial values.
-      rngs: source of random numbers.
+      config: configuration of the model. The initial values depend on `num_layers`.
+      layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
+      rngs: source of random numbers for the initial values.
 
     Example:
       >>> config = RWKV7Config(vocab_size=1, hidden_size=128, num_layers=2)
@@ -55,18 +56,30 @@ class TimeMix(nnx.Module):
       ((1, 3, 128), (1, 3, 2, 64), (1, 2, 64, 64))
 
     Attributes:
-      shift_mix: `[6, C]`, shares of the previous token, rows as in
-        `initializers.SHIFT_MIX_NAMES`.
-      receptance: `[C, C]`, and so are key, value and output.
-      decay_base: `[C]`, and so are alpha_base and value_residual_base: logits to which a low-rank
-        projection of the token is added.
-      decay_down: `[C, rank]`, and so are alpha_down, value_residual_down and gate_down.
-      decay_up: `[rank, C]`, and so are alpha_up, value_residual_up and gate_up.
-      removal_scale: `[H, K]`, makes the removal key of the key.
+      shift_mix: `[6, C]`, shares of the previous token; `initializers.SHIFT_MIX_NAMES` names the
+        rows.
+      receptance: `[C, C]`, projection to the receptance r.
+      key: `[C, C]`, projection to the key k.
+      value: `[C, C]`, projection to the value v.
+      output: `[C, C]`, projection of the result.
+      decay_base: `[C]`, logits of the log decay, to which a low-rank projection is added.
+      decay_down: `[C, rank]`, first matrix of that projection.
+      decay_up: `[rank, C]`, second matrix of that projection.
+      alpha_base: `[C]`, logits of the in-context learning rate alpha, to which a low-rank
+        projection is added.
+      alpha_down: `[C, rank]`, first matrix of that projection.
+      alpha_up: `[rank, C]`, second matrix of that projection.
+      value_residual_base: `[C]`, logits of the share of the first layer's value, to which a
+        low-rank projection is added.
+      value_residual_down: `[C, rank]`, first matrix of that projection.
+      value_residual_up: `[rank, C]`, second matrix of that projection.
+      gate_down: `[C, rank]`, first matrix of the gate's low-rank projection.
+      gate_up: `[rank, C]`, second matrix of the gate's low-rank projection.
+      removal_scale: `[H, K]`, factors that make the removal key of the key.
       replacement_mix: `[H, K]`, how far alpha scales the replacement key.
       bonus: `[H, K]`, weights of the current token's own value.
-      head_norm_scale: `[H, V]`.
-      head_norm_bias: `[H, V]`.
+      head_norm_scale: `[H, V]`, scale of the norm over each head's output.
+      head_norm_bias: `[H, V]`, bias of the norm over each head's output.
     """
 
     def __init__(self, config: RWKV7Config, *, layer: Layer, rngs: nnx.Rngs):
@@ -119,27 +132,27 @@ class TimeMix(nnx.Module):
         *,
         is_first: bool | Bool[Array, ""] = False,
     ) -> tuple[Tokens, Heads, TimeMixState]:
-        """Mixes each token with those before it.
+        """Mixes each token with the tokens before it.
 
         Args:
           x: `[B, T, C]` in the compute dtype, normalised.
           v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer; None in the
-            first layer, which sets them.
-          state: token shift `[B, C]` in the compute dtype and wkv state `[B, H, K, V]` float32, or
-            None at the start of a text.
-          segment_ids: `[B, T]` integers, several sequences in a row (see
+            first layer, which computes them.
+          state: the token shift `[B, C]` in the compute dtype and the wkv state `[B, H, K, V]` in
+            float32, both after the tokens before; None at the start of a text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences (see
             `pallas_kernels.packing`); 0 is padding.
-          is_first: true in the first layer. Needed only where a traced layer runs the same code as
-            the others; `v_first` is then an array whose values are ignored.
+          is_first: true in the first layer, if `v_first` is given: its values are then ignored. A
+            scan over layers needs this, because all layers run the same code. It may be traced.
 
         Returns:
           y: `[B, T, C]`, to be added to the residual stream.
-          v_first: `[B, T, H, V]`, for the layers that follow.
-          state: as it came in.
+          v_first: `[B, T, H, V]`, for the next layers.
+          state: the token shift and the wkv state after the last token of each row.
 
         Raises:
-          TypeError: for wrong dtypes, naming the argument.
-          ValueError: for wrong shapes, naming the argument.
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape; the message names it.
         """
         self._check(x, v_first, state, segment_ids)
         shift, wkv_state = (None, None) if state is None else state
@@ -155,12 +168,12 @@ class TimeMix(nnx.Module):
         if v_first is None:
             v_first = v
         else:
-            # Where v_first is v, the residual adds exactly nothing and its logits get exactly no
-            # gradient.
+            # In the first layer v_first is v: the residual adds exactly zero, and the gradient of
+            # its logits is exactly zero.
             v_first = jnp.where(is_first, v, v_first)
             v = value_residual(v, v_first, self._heads(self._value_residual_logits(x_value)))
 
-        o, wkv_state = self._wkv((r, log_decay, k, v, a, b), wkv_state, segment_ids)
+        o, wkv_state = self._wkv(r, log_decay, k, v, a, b, wkv_state, segment_ids)
         y = output_correction(
             o,
             r,
@@ -214,21 +227,36 @@ class TimeMix(nnx.Module):
 
     def _wkv(
         self,
-        inputs: tuple[Heads, ...],
+        r: Heads,
+        log_decay: Heads,
+        k: Heads,
+        v: Heads,
+        a: Heads,
+        b: Heads,
         state: Float[Array, "B H K V"] | None,
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
-        if inputs[0].shape[1] < SHORT:
+        if r.shape[1] < CHUNKED_FROM:
             return wkv7_recurrent(
-                *inputs,
+                r,
+                log_decay,
+                k,
+                v,
+                a,
+                b,
                 initial_state=state,
                 segment_ids=segment_ids,
-                # The names of the chunked forms mean nothing here.
+                # Other names are those of implementations in chunks, which this operator lacks.
                 implementation="reference" if implementation == "reference" else None,
             )
         return wkv7(
-            *inputs,
+            r,
+            log_decay,
+            k,
+            v,
+            a,
+            b,
             initial_state=state,
             segment_ids=segment_ids,
             min_log_decay=MIN_LOG_DECAY,
@@ -237,7 +265,11 @@ class TimeMix(nnx.Module):
 
 
 def check_layer(layer: Layer, config: RWKV7Config) -> None:
-    """Checks a layer's index, where it is known."""
+    """Checks the index of a layer, if it is not traced.
+
+    Raises:
+      ValueError: if there is no such layer.
+    """
     if not isinstance(layer, jax.Array) and not 0 <= layer < config.num_layers:
         raise ValueError(f"{layer=} must be at least 0 and less than {config.num_layers=}")
 
@@ -247,5 +279,5 @@ def _project(x: Tokens, weight: nnx.Param) -> Tokens:
 
 
 def _add_base(low: Tokens, base: nnx.Param) -> Tokens:
-    """Adds in float32 at least: bases of trained models are large beside what is added to them."""
+    """Adds a base in float32 at least, because in trained models it is large beside `low`."""
     return low.astype(jnp.promote_types(low.dtype, jnp.float32)) + base[None, None]  # [1, 1, C]

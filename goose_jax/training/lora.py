@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from goose_jax.checkpoints.conversion import check_range
 from goose_jax.data import Batch
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.training.loss import L2WRAP, token_losses
 from goose_jax.training.step import Losses, Parameters
 from pallas_kernels.validation import check_positive
@@ -154,7 +154,7 @@ def merge_lora(
         return result
 
     params = jax.tree.map_with_path(rounded, apply_lora(params, lora, config, exact))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: RWKV7(merged, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract_model(merged))
     return nnx.merge(graphdef, params)
 
 

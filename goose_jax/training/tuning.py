@@ -15,7 +15,7 @@ from goose_jax.checkpoints import (
 )
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import find_checkpoint, read_description
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.state import RWKV7State
 from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
@@ -129,7 +129,7 @@ class FullTuning:
           CheckpointError: if it holds no model, or is damaged.
         """
         config, _ = read_description(find_checkpoint(path))
-        return cls(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
+        return cls(abstract_model(config))
 
     def init(self) -> Parameters:
         """Returns the parameters of the model."""

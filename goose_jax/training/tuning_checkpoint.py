@@ -26,7 +26,7 @@ from goose_jax.checkpoints.directory import (
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
 from goose_jax.config import RWKV7Config
-from goose_jax.nn import RWKV7
+from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.training.lora import LoraConfig, init_lora
 from goose_jax.training.state_tuning import init_wkv
 from goose_jax.training.step import Parameters
@@ -146,7 +146,7 @@ def check_base(checkpoint: TuningCheckpoint, model: RWKV7, name: Path | str) -> 
 def _shapes(config: RWKV7Config, lora: LoraConfig | None) -> Parameters:
     if lora is None:
         return jax.eval_shape(lambda: init_wkv(config))
-    model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return jax.eval_shape(lambda: init_lora(params, lora, jax.random.key(0)))
 
