@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pallas_kernels import wkv7, wkv7_recurrent
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
@@ -65,8 +65,13 @@ def in_chunks(
 ):
     """The operator through the kernels, whatever device there is."""
     target = Target(interpret=interpret, multiprocessors=multiprocessors)
-    inputs = WKVInputs(r, log_decay, k, v, a, b)
-    return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
+    call = WKVCall(
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+    )
+    return wkv7_in_chunks(target, WKVInputs(r, log_decay, k, v, a, b), call)
 
 
 interpreted = functools.partial(in_chunks, interpret=True)

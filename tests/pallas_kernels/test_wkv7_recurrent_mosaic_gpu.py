@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pallas_kernels import wkv7_recurrent
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
+from pallas_kernels.operators.wkv7.call import WKVCall
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
     check_recurrent_served,
     wkv7_token_by_token,
@@ -62,10 +63,12 @@ def token_by_token(
     return wkv7_token_by_token(
         Target(interpret=interpret),
         (r, log_decay, k, v, *pair),
-        initial_state,
-        segment_ids,
-        num_segments,
-        scale=scale,
+        WKVCall(
+            scale=scale,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            num_segments=num_segments,
+        ),
         fused=kk is not None,
         reverse=reverse,
     )

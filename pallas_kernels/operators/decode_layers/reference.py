@@ -14,6 +14,7 @@ from pallas_kernels.operators.output_correction.reference import (
     output_correction_reference,
 )
 from pallas_kernels.operators.value_residual.reference import value_residual_reference
+from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.reference import update
 from pallas_kernels.types import FloatArray, Mask
 
@@ -101,7 +102,7 @@ def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
     )
     k, a, b = key_update_reference(k, alpha, w.removal_scale, w.replacement_mix)
     vectors = (y[:, 0].astype(state.dtype) for y in (r, log_decay, k, v, a, b))
-    state, o = update(state, tuple(vectors))
+    state, o = update(state, WKVInputs(*vectors))
     y = output_correction_reference(
         o[:, None].astype(x.dtype),
         r,

@@ -1,10 +1,11 @@
 """The public WKV7 operator."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.wkv7.common import Implementation
+from pallas_kernels.operators.wkv7.call import Implementation, WKVCall, WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.operators.wkv7.reference import wkv7_reference
 from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
@@ -22,29 +23,23 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-def check_inputs(
-    inputs: dict[str, Any],
-    scale: float,
-    initial_state: Any,
-    segment_ids: Any,
-    num_segments: int | None,
-) -> None:
-    """Checks what `wkv7` and `wkv7_recurrent` have in common."""
+def check_inputs(inputs: Mapping[str, Any], call: WKVCall) -> None:
+    """Checks what `wkv7` and `wkv7_recurrent` have in common; `inputs` are by name."""
     sizes: dict[str, int] = {}
     for name, value in inputs.items():
         check_float(name, value, "B T H V" if name == "v" else "B T H K", sizes)
     check_same_dtype(**{name: x for name, x in inputs.items() if name != "log_decay"})
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number known at trace time, got {scale!r}")
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, sizes, num_segments)
-    elif num_segments is not None:
-        raise ValueError(f"{num_segments=} needs segment_ids")
-    if initial_state is not None:
-        if num_segments is not None:
-            sizes["N"] = num_segments
-        axes = "B H K V" if num_segments is None else "B N H K V"
-        check_float("initial_state", initial_state, axes, sizes)
+    if not isinstance(call.scale, (int, float)) or not math.isfinite(call.scale):
+        raise ValueError(f"scale must be a finite number known at trace time, got {call.scale!r}")
+    if call.segment_ids is not None:
+        check_segment_ids(call.segment_ids, sizes, call.num_segments)
+    elif call.num_segments is not None:
+        raise ValueError(f"num_segments={call.num_segments} needs segment_ids")
+    if call.initial_state is not None:
+        if call.num_segments is not None:
+            sizes["N"] = call.num_segments
+        axes = "B H K V" if call.num_segments is None else "B N H K V"
+        check_float("initial_state", call.initial_state, axes, sizes)
 
 
 def wkv7(
@@ -107,18 +102,18 @@ def wkv7(
         share one of bfloat16, float16, float32, float64.
       NotServed: if a named implementation does not serve these arguments.
     """
-    inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v, "a": a, "b": b}
-    check_inputs(inputs, scale, initial_state, segment_ids, num_segments)
-    if min_log_decay is not None and not min_log_decay <= 0:
-        raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
-    return dispatch(
-        "wkv7",
-        IMPLEMENTATIONS,
-        implementation,
-        *inputs.values(),
+    inputs = WKVInputs(r, log_decay, k, v, a, b)
+    call = WKVCall(
         scale=scale,
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
         min_log_decay=min_log_decay,
     )
+    check_inputs(inputs._asdict(), call)
+    if min_log_decay is not None and not min_log_decay <= 0:
+        raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
+    return dispatch("wkv7", IMPLEMENTATIONS, implementation, inputs, call)
+
+
+__all__ = ["check_inputs", "wkv7"]

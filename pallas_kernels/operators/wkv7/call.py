@@ -1,10 +1,19 @@
-"""The arguments of a call of WKV, with names."""
+"""The arguments of a WKV call, as implementations take them."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.arrays import accumulation_dtype, vary_alike
+from pallas_kernels.types import FloatArray, SegmentIds
 
 
 class WKVInputs(NamedTuple):
-    """The arrays with an entry for each token; also gradients, or references, for each of them.
+    """The arrays with a vector for each token and head; also their gradients, or references.
 
     Attributes:
       r: `[B, T, H, K]`, receptance.
@@ -23,4 +32,55 @@ class WKVInputs(NamedTuple):
     b: Any
 
 
-__all__ = ["WKVInputs"]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WKVCall:
+    """What a call of `wkv7` or `wkv7_recurrent` asks for beside its inputs.
+
+    Attributes:
+      scale: a factor on the outputs.
+      initial_state: `[B, H, K, V]`, or `[B, N, H, K, V]` with `num_segments`; None means zeros.
+      segment_ids: `[B, T]`, or None for one sequence in each row.
+      num_segments: N, for one initial and one final state per segment; or None.
+      min_log_decay: the least log decay, as the caller promises; None makes no promise.
+    """
+
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    initial_state: FloatArray | None = None
+    segment_ids: SegmentIds | None = None
+    num_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
+    min_log_decay: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+type Implementation = Callable[[WKVInputs, WKVCall], tuple[FloatArray, FloatArray]]
+"""Takes checked arguments; returns o `[B, T, H, V]` and the final state."""
+
+
+def prepare(
+    inputs: WKVInputs, call: WKVCall
+) -> tuple[WKVInputs, Float[Array, "B *N H K V"], SegmentIds | None]:
+    """Makes a call's arrays simple.
+
+    Returns:
+      The inputs with zeros at padding, so that it leaves states alone and its outputs are zero.
+      The initial state in the dtype to compute in; zeros for None.
+      The segment ids.
+    """
+    inputs, initial_state, segment_ids = vary_alike(inputs, call.initial_state, call.segment_ids)
+    if segment_ids is not None:
+        valid = (segment_ids != 0)[:, :, None, None]
+        inputs = WKVInputs(*(jnp.where(valid, x, 0) for x in inputs))
+    if initial_state is None:
+        # Of this product only the shape is used, and over which mesh axes it varies.
+        initial_state = jnp.zeros_like(inputs.k[:, 0, :, :, None] * inputs.v[:, 0, :, None])
+        if call.num_segments is not None:
+            initial_state = jnp.repeat(initial_state[:, None], call.num_segments, axis=1)
+    return inputs, initial_state.astype(accumulation_dtype(*inputs)), segment_ids
+
+
+def tokens_first(x: jax.Array) -> jax.Array:
+    """Returns `[B, T, ...]` as `[T, B, ...]`, and the other way round."""
+    return jnp.swapaxes(x, 0, 1)
+
+
+__all__ = ["Implementation", "WKVCall", "WKVInputs", "prepare", "tokens_first"]

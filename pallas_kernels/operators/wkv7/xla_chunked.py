@@ -27,6 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs, prepare
+from pallas_kernels.operators.wkv7.chunk_alignment import (
+    Transfers,
+    align_segments,
+    aligned_length,
+)
 from pallas_kernels.operators.wkv7.chunk_products import (
     Masks,
     Products,
@@ -38,15 +44,13 @@ from pallas_kernels.operators.wkv7.chunk_products import (
     transpose,
     unbounded_products,
 )
-from pallas_kernels.operators.wkv7.common import (
+from pallas_kernels.operators.wkv7.segment_states import (
     load_state,
     load_state_backward,
     never_stored,
-    prepare,
     store_state,
     store_state_backward,
 )
-from pallas_kernels.operators.wkv7.segments import Transfers, align_segments, aligned_length
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
 
@@ -101,7 +105,7 @@ class Residuals:
       entries: `[T / (G L), G, B, H, K, V]`, the state entering each chunk.
     """
 
-    inputs: tuple[jax.Array, ...]
+    inputs: WKVInputs
     boundaries: Boundaries
     entries: jax.Array
 
@@ -203,7 +207,7 @@ def _backward_chunks(products, v, entries, do, at, d_stored, carry):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     plan: Plan,
-    inputs: tuple[jax.Array, ...],
+    inputs: WKVInputs,
     boundaries: Boundaries,
     stored: jax.Array | None,
     state: jax.Array,
@@ -212,15 +216,15 @@ def _chunked(
     return _chunked_forward(plan, inputs, boundaries, stored, state)[0]
 
 
-def _precision(inputs: tuple[jax.Array, ...]) -> contextlib.AbstractContextManager[Any]:
+def _precision(inputs: WKVInputs) -> contextlib.AbstractContextManager[Any]:
     """Full products for float32 inputs; for 16-bit ones what JAX is set to suffices."""
     if jnp.result_type(*inputs).itemsize >= 4:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
 
-def _groups(inputs: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
-    return jnp.arange(inputs[0].shape[1] // (plan.group * plan.chunk))
+def _groups(inputs: WKVInputs, plan: Plan) -> jax.Array:
+    return jnp.arange(inputs.r.shape[1] // (plan.group * plan.chunk))
 
 
 def _chunked_forward(plan, inputs, boundaries, stored, state):
@@ -243,7 +247,7 @@ def _chunked_forward(plan, inputs, boundaries, stored, state):
         return (_write(o, index, plan.scale * from_chunks(o_here)), *states), entries
 
     with _precision(inputs):
-        carry = (jnp.zeros_like(inputs[3]), state, stored)
+        carry = (jnp.zeros_like(inputs.v), state, stored)
         carry, entries = jax.lax.scan(group, carry, _groups(inputs, plan))
     return carry, Residuals(inputs, boundaries, entries)
 
@@ -272,17 +276,17 @@ def _chunked_backward(plan, residuals, gradients):
                 tuple(d_states),
             )
             d_log_decay, (dr, da), (dk, db) = backward(mask_products(d_products, masks))
-            return d_states_before, (dr, d_log_decay, dk, from_chunks(dv), da, db)
+            return d_states_before, WKVInputs(dr, d_log_decay, dk, from_chunks(dv), da, db)
 
         d_states, d_here = _with_products(plan, log_decay, run)
-        d_inputs = tuple(_write(d, index, x) for d, x in zip(d_inputs, d_here, strict=True))
+        d_inputs = jax.tree.map(lambda d, x: _write(d, index, x), d_inputs, d_here)
         return (d_inputs, *d_states), None
 
     d_loaded = None
     if d_stored is not None:
         d_loaded = never_stored(d_stored, boundaries.store.T)
     with _precision(inputs):
-        carry = (tuple(jnp.zeros_like(x) for x in inputs), d_state, d_loaded)
+        carry = (jax.tree.map(jnp.zeros_like, inputs), d_state, d_loaded)
         groups = (_groups(inputs, plan), residuals.entries)
         (d_inputs, d_state, d_loaded), _ = jax.lax.scan(group, carry, groups, reverse=True)
     return d_inputs, None, d_loaded, d_state
@@ -295,11 +299,10 @@ def _plan(
     T: int,
     segment_length: int,
     matrices: int,
-    scale: float,
-    min_log_decay: float | None,
-    num_segments: int = 1,
+    call: WKVCall,
 ) -> tuple[Plan, int]:
-    """How to cut rows of B * H = `matrices` heads, and the length of a row that fits the cut."""
+    """Returns how to cut rows of B * H = `matrices` heads, and the length of a row that fits."""
+    min_log_decay = call.min_log_decay
     backend = jax.default_backend()
     longest = MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE)
     if min_log_decay is not None:
@@ -309,11 +312,11 @@ def _plan(
     if not bounded:
         longest = min(MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE), MAX_CHUNK_UNPROMISED)
     chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
-    chunks = aligned_length(T, num_segments, chunk) // chunk
+    chunks = aligned_length(T, call.num_segments or 1, chunk) // chunk
     wanted = MATRICES.get(backend, MATRICES_ELSEWHERE)
     group = min(chunks, -(-wanted // matrices))
     chunks += -chunks % group
-    return Plan(chunk, group, scale, bounded), chunks * chunk
+    return Plan(chunk, group, call.scale, bounded), chunks * chunk
 
 
 def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
@@ -325,37 +328,29 @@ def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
     return Masks(index, entry)
 
 
-def wkv7_xla(
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    a: FloatArray,
-    b: FloatArray,
-    *,
-    scale: float,
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
-    min_log_decay: float | None,
-) -> tuple[FloatArray, FloatArray]:
-    """The operator of `pallas_kernels.wkv7`, which documents the arguments, in chunks."""
-    B, T, H, _ = r.shape
-    inputs, initial, segment_ids = prepare(
-        (r, log_decay, k, v, a, b), initial_state, segment_ids, num_segments
-    )
+def wkv7_xla(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
+    """Computes `pallas_kernels.wkv7`, which documents it, in chunks."""
+    B, T, H, _ = inputs.r.shape
+    num_segments = call.num_segments
+    inputs, initial, segment_ids = prepare(inputs, call)
     if segment_ids is None or num_segments is None:
-        plan, length = _plan(T, T, B * H, scale, min_log_decay)
-        inputs = [jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))) for x in inputs]
+        plan, length = _plan(T, T, B * H, call)
+        inputs = WKVInputs(*(jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))) for x in inputs))
         masks = None if segment_ids is None else _mask_segments(segment_ids, plan, length)
-        o, final, _ = _chunked(plan, tuple(inputs), masks, None, initial)
+        o, final, _ = _chunked(plan, inputs, masks, None, initial)
         return o[:, :T], final
     segment_length = -(-T // num_segments)  # on average
-    plan, length = _plan(T, segment_length, B * H, scale, min_log_decay, num_segments)
+    plan, length = _plan(T, segment_length, B * H, call)
     position, transfers = align_segments(segment_ids, num_segments, plan.chunk, length)
     row = jnp.arange(B)[:, None]
-    empty = [jnp.zeros_like(x, shape=(B, length, *x.shape[2:])) for x in inputs]
-    inputs = [e.at[row, position].set(x, mode="drop") for e, x in zip(empty, inputs, strict=True)]
-    none = jnp.zeros_like(initial[:, 0])
-    o, _, final = _chunked(plan, tuple(inputs), transfers, initial, none)
+
+    def move(x):
+        empty = jnp.zeros_like(x, shape=(B, length, *x.shape[2:]))
+        return empty.at[row, position].set(x, mode="drop")
+
+    no_state = jnp.zeros_like(initial[:, 0])
+    o, _, final = _chunked(plan, WKVInputs(*map(move, inputs)), transfers, initial, no_state)
     return o.at[row, position].get(mode="fill", fill_value=0), final
+
+
+__all__ = ["wkv7_xla"]

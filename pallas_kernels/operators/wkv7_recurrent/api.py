@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,17 +10,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.wkv7.api import check_inputs
-from pallas_kernels.operators.wkv7.common import (
+from pallas_kernels.operators.wkv7.call import (
     Implementation,
+    WKVCall,
+    WKVInputs,
+    prepare,
+    tokens_first,
+)
+from pallas_kernels.operators.wkv7.reference import update, wkv7_reference
+from pallas_kernels.operators.wkv7.segment_states import (
     load_state,
     load_state_backward,
     never_stored,
-    prepare,
     store_state,
     store_state_backward,
-    tokens_first,
 )
-from pallas_kernels.operators.wkv7.reference import Token, update, wkv7_reference
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import wkv7_recurrent_mosaic_gpu
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
@@ -55,15 +60,15 @@ class Residuals:
         again.
     """
 
-    tokens: Token
+    tokens: WKVInputs
     boundaries: Boundaries | None
     stored: jax.Array | None
     entries: jax.Array
 
 
 def _step_backward(
-    state: jax.Array, d_state: jax.Array, token: Token, do: jax.Array
-) -> tuple[jax.Array, Token]:
+    state: jax.Array, d_state: jax.Array, token: WKVInputs, do: jax.Array
+) -> tuple[jax.Array, WKVInputs]:
     """The transpose of `update`: from the state that the token read and the gradients of what it
     made (`do` is that of `S^T r`), the gradients of that state and of the token.
     """
@@ -72,7 +77,7 @@ def _step_backward(
     d_state = d_state + r[..., None] * do[:, :, None]
     decay = jnp.exp(log_decay)
     d_removed = jnp.einsum("bhkv,bhk->bhv", d_state, b)
-    d_token = (
+    d_token = WKVInputs(
         jnp.einsum("bhkv,bhv->bhk", new_state, do),
         decay * jnp.sum(state * d_state, axis=-1),
         jnp.einsum("bhkv,bhv->bhk", d_state, v),
@@ -85,7 +90,7 @@ def _step_backward(
 
 @jax.custom_vjp
 def _recur(
-    tokens: Token, boundaries: Boundaries | None, stored: jax.Array | None, state: jax.Array
+    tokens: WKVInputs, boundaries: Boundaries | None, stored: jax.Array | None, state: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, the state after the last token, and the stored states after it."""
     return _recur_forward(tokens, boundaries, stored, state)[0]
@@ -99,7 +104,7 @@ def _recur_forward(tokens, boundaries, stored, state):
         token, at = token
         if at is not None:
             state = load_state(state, initially_stored, at.load)
-        state, o = update(state, [x.astype(dtype) for x in token])
+        state, o = update(state, WKVInputs(*(x.astype(dtype) for x in token)))
         if at is not None:
             stored = store_state(stored, at.store, state)
         return (state, stored), o
@@ -120,17 +125,18 @@ def _recur_backward(residuals, gradients):
         token, at = token
         if at is not None:
             state = load_state(state, residuals.stored, at.load)
-        return update(state, [x.astype(dtype) for x in token])[0], state
+        return update(state, WKVInputs(*(x.astype(dtype) for x in token)))[0], state
 
     def step(carry, inputs):
         d_state, d_loaded = carry
         state, token, at, do = inputs
         if at is not None:
             d_state += store_state_backward(d_stored, at.store)
-        d_state, d_token = _step_backward(state, d_state, [x.astype(dtype) for x in token], do)
+        inputs_of_token = WKVInputs(*(x.astype(dtype) for x in token))
+        d_state, d_token = _step_backward(state, d_state, inputs_of_token, do)
         if at is not None:
             d_state, d_loaded = load_state_backward(d_state, d_loaded, at.load)
-        d_token = tuple(d.astype(x.dtype) for d, x in zip(d_token, token, strict=True))
+        d_token = jax.tree.map(lambda d, x: d.astype(x.dtype), d_token, token)
         return (d_state, d_loaded), d_token
 
     def block(carry, inputs):
@@ -161,24 +167,10 @@ def _find_boundaries(segment_ids: SegmentIds, num_segments: int | None) -> Bound
     return Boundaries(tokens_first(load), tokens_first(store))
 
 
-def wkv7_recurrent_xla(
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    a: FloatArray,
-    b: FloatArray,
-    *,
-    scale: float,
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
-) -> tuple[FloatArray, FloatArray]:
-    """A scan over tokens whose backward keeps one state per `BLOCK` tokens."""
-    T = r.shape[1]
-    inputs, initial, segment_ids = prepare(
-        (r, log_decay, k, v, a, b), initial_state, segment_ids, num_segments
-    )
+def wkv7_recurrent_xla(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
+    """Scans over tokens, with a backward that keeps one state per `BLOCK` tokens."""
+    T, dtype, num_segments = inputs.r.shape[1], inputs.v.dtype, call.num_segments
+    inputs, initial, segment_ids = prepare(inputs, call)
     at = None if segment_ids is None else _find_boundaries(segment_ids, num_segments)
     state, stored = initial, None
     if num_segments is not None:
@@ -192,38 +184,44 @@ def wkv7_recurrent_xla(
         x = jnp.pad(x, [(0, -T % block)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
         return x.reshape(-1, block, *x.shape[1:])
 
-    tokens = tuple(in_blocks(tokens_first(x), 0) for x in inputs)
+    tokens = WKVInputs(*(in_blocks(tokens_first(x), 0) for x in inputs))
     if at is not None:
         at = jax.tree.map(lambda x: in_blocks(x, num_segments or 1), at)
     o, state, stored = _recur(tokens, at, stored, state)
-    o = scale * tokens_first(o.reshape(-1, *o.shape[2:])[:T])
-    return o.astype(v.dtype), state if num_segments is None or stored is None else stored
+    o = call.scale * tokens_first(o.reshape(-1, *o.shape[2:])[:T])
+    return o.astype(dtype), state if num_segments is None or stored is None else stored
 
 
 def _through(
     implementation: Implementation,
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    *pair: FloatArray,
+    arrays: tuple[FloatArray, ...],
+    call: WKVCall,
+    *,
     fused: bool,
     reverse: bool,
-    segment_ids: SegmentIds | None,
-    **others: Any,
 ) -> tuple[FloatArray, FloatArray]:
-    """Calls an implementation that knows neither kk and alpha nor another order of reading."""
+    """Calls an implementation that knows neither kk and alpha nor another order of reading.
+
+    Args:
+      implementation: of the operator.
+      arrays: r, log_decay, k, v, then a and b, or kk and alpha.
+      call: whatever else the call asks for.
+      fused: whether kk and alpha are given.
+      reverse: whether to read from the last token to the first.
+    """
+    r, log_decay, k, v, a, b = arrays
     if fused:
-        kk, alpha = pair
-        pair = -kk, kk * alpha
-    arrays = (r, log_decay, k, v, *pair)
-    if reverse:
-        arrays, segment_ids = jax.tree.map(lambda x: jnp.flip(x, 1), (arrays, segment_ids))
-    o, final_state = implementation(*arrays, segment_ids=segment_ids, **others)
-    return (jnp.flip(o, 1) if reverse else o), final_state
+        kk, alpha = a, b
+        a, b = -kk, kk * alpha
+    inputs = WKVInputs(r, log_decay, k, v, a, b)
+    if not reverse:
+        return implementation(inputs, call)
+    inputs, segment_ids = jax.tree.map(lambda x: jnp.flip(x, 1), (inputs, call.segment_ids))
+    o, final_state = implementation(inputs, dataclasses.replace(call, segment_ids=segment_ids))
+    return jnp.flip(o, 1), final_state
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[FloatArray, FloatArray]]] = {
     "mosaic_gpu": wkv7_recurrent_mosaic_gpu,
     "xla": functools.partial(_through, wkv7_recurrent_xla),
     "reference": functools.partial(_through, wkv7_reference),
@@ -287,16 +285,19 @@ def wkv7_recurrent(
     if [*given] not in (["a", "b"], ["kk", "alpha"]):
         raise ValueError(f"give a and b, or kk and alpha, got {' and '.join(given) or 'none'}")
     inputs = {"r": r, "log_decay": log_decay, "k": k, "v": v} | given
-    check_inputs(inputs, scale, initial_state, segment_ids, num_segments)
-    return dispatch(
-        "wkv7_recurrent",
-        IMPLEMENTATIONS,
-        implementation,
-        *inputs.values(),
-        fused="kk" in given,
-        reverse=reverse,
+    call = WKVCall(
         scale=scale,
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
+    )
+    check_inputs(inputs, call)
+    return dispatch(
+        "wkv7_recurrent",
+        IMPLEMENTATIONS,
+        implementation,
+        tuple(inputs.values()),
+        call,
+        fused="kk" in given,
+        reverse=reverse,
     )

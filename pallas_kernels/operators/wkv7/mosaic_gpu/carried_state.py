@@ -16,7 +16,7 @@ from pallas_kernels.hopper.grid import Place
 from pallas_kernels.hopper.registers import TILE_LAYOUT
 from pallas_kernels.hopper.target import TILE, as_computed
 from pallas_kernels.hopper.tiles import choose
-from pallas_kernels.operators.wkv7.segments import Transfers
+from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 
 type State = tuple[jax.Array, ...]
 """Float32 tiles `[64 of V, 64 of K]` in registers, one for each 64 of K."""

@@ -17,14 +17,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
-from pallas_kernels.operators.wkv7.call import WKVInputs
-from pallas_kernels.operators.wkv7.common import prepare
+from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs, prepare
+from pallas_kernels.operators.wkv7.chunk_alignment import (
+    Transfers,
+    align_segments,
+    aligned_length,
+)
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
 from pallas_kernels.operators.wkv7.mosaic_gpu.input_gradients import input_gradients
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
-from pallas_kernels.operators.wkv7.segments import Transfers, align_segments, aligned_length
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
 
@@ -128,31 +131,13 @@ def _pad(x: jax.Array, T: int) -> jax.Array:
 
 
 def wkv7_in_chunks(
-    target: Target,
-    inputs: WKVInputs,
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
-    *,
-    scale: float,
+    target: Target, inputs: WKVInputs, call: WKVCall
 ) -> tuple[FloatArray, FloatArray]:
-    """Computes the operator for calls that the kernels serve.
-
-    Args:
-      target: what the kernels are compiled for.
-      inputs: `[B, T, H, K or V]`.
-      initial_state: `[B, H, K, V]`, with `num_segments` `[B, N, H, K, V]`, or None.
-      segment_ids: `[B, T]` or None.
-      num_segments: N or None.
-      scale: factor on the outputs.
-
-    Returns:
-      o: `[B, T, H, V]`, in the dtype of v.
-      final_state: float32, in the shape of the initial state.
-    """
+    """Computes `pallas_kernels.wkv7`, for a call that the kernels serve."""
     dtype, (B, T) = inputs.v.dtype, inputs.v.shape[:2]
-    arrays, initial, segment_ids = prepare(inputs, initial_state, segment_ids, num_segments)
-    inputs = WKVInputs(*(x.astype(jnp.bfloat16) for x in arrays))
+    scale, num_segments = call.scale, call.num_segments
+    inputs, initial, segment_ids = prepare(inputs, call)
+    inputs = WKVInputs(*(x.astype(jnp.bfloat16) for x in inputs))
     initial = jnp.swapaxes(initial, -1, -2)
     if segment_ids is None or num_segments is None:
         length = number_of_chunks(T) * TILE
@@ -161,7 +146,7 @@ def wkv7_in_chunks(
             padding = ((0, 0), (0, length - T))
             bounds = _find_bounds(jnp.pad(segment_ids, padding))
         inputs = WKVInputs(*(_pad(x, length) for x in inputs))
-        begin = None if initial_state is None else initial[:, None]
+        begin = None if call.initial_state is None else initial[:, None]
         o, final = _chunked(target, scale, inputs, begin, bounds, None)
         return o[:, :T].astype(dtype), jnp.swapaxes(final[:, 0], -1, -2)
     length = aligned_length(T, num_segments, TILE)
@@ -178,21 +163,8 @@ def wkv7_in_chunks(
     return o.astype(dtype), jnp.swapaxes(final, -1, -2)
 
 
-def wkv7_mosaic_gpu(
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    a: FloatArray,
-    b: FloatArray,
-    *,
-    scale: float,
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
-    min_log_decay: float | None,
-) -> tuple[FloatArray, FloatArray]:
-    """Computes `pallas_kernels.wkv7`, which documents the arguments, on Hopper GPUs.
+def wkv7_mosaic_gpu(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
+    """Computes `pallas_kernels.wkv7`, which documents it, on Hopper GPUs.
 
     Operands of matrix products are bfloat16; float16 inputs, and a log_decay of another dtype, are
     rounded to it. Sums and the state are float32.
@@ -200,10 +172,8 @@ def wkv7_mosaic_gpu(
     Raises:
       NotServed: for other dtypes and head sizes, and without a bound on the decay.
     """
-    check_served(k, v, min_log_decay)
-    target = target_in_context()
-    inputs = WKVInputs(r, log_decay, k, v, a, b)
-    return wkv7_in_chunks(target, inputs, initial_state, segment_ids, num_segments, scale=scale)
+    check_served(inputs.k, inputs.v, call.min_log_decay)
+    return wkv7_in_chunks(target_in_context(), inputs, call)
 
 
 def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:

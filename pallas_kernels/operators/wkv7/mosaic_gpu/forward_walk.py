@@ -38,6 +38,7 @@ from pallas_kernels.hopper.tiles import (
     transposed,
 )
 from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 from pallas_kernels.operators.wkv7.mosaic_gpu import carried_state
 from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
@@ -53,7 +54,6 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
 from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk, advance, chunk_tiles, solve
 from pallas_kernels.operators.wkv7.mosaic_gpu.walks import Walks
-from pallas_kernels.operators.wkv7.segments import Transfers
 
 _PREPARE, _CARRY, _LAST = 2, 2, 3  # warpgroups 0 and 1 prepare
 

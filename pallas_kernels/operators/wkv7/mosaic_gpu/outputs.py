@@ -9,6 +9,7 @@ from pallas_kernels.hopper.registers import load, narrow, store
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import products, transposed
 from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     number_of_chunks,
     state_tile,
@@ -23,7 +24,6 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk
-from pallas_kernels.operators.wkv7.segments import Transfers
 
 
 def outputs(

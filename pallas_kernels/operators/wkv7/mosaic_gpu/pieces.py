@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import Results
 from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import inverses
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.outputs import outputs
 from pallas_kernels.operators.wkv7.mosaic_gpu.transitions import transitions
-from pallas_kernels.operators.wkv7.segments import Transfers
 
 _MOST_PIECES = 8
 """Each piece adds a step to the chain of states."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.arrays import vary_alike
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
+from pallas_kernels.operators.wkv7.call import WKVCall
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.backward import recurrent_gradients
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.forward import recurrent_outputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
@@ -131,29 +132,23 @@ def _find_codes(segment_ids: SegmentIds, num_segments: int | None) -> Codes:
 def wkv7_token_by_token(
     target: Target,
     inputs: tuple[FloatArray, ...],
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
+    call: WKVCall,
     *,
-    scale: float = 1.0,
     fused: bool = False,
     reverse: bool = False,
 ) -> tuple[FloatArray, FloatArray]:
-    """The operator, on calls that the kernels serve.
+    """Computes `pallas_kernels.wkv7_recurrent`, for a call that the kernels serve.
 
     Args:
       target: what the kernels are compiled for.
-      inputs: r, log_decay, k, v, then a and b, or kk and alpha; these, and the others, as of
-        `pallas_kernels.wkv7_recurrent`.
-      initial_state: see there.
-      segment_ids: see there.
-      num_segments: see there.
-      scale: factor on the outputs.
+      inputs: r, log_decay, k, v, then a and b, or kk and alpha; each `[B, T, H, _]`.
+      call: whatever else the call asks for.
       fused: whether kk and alpha are given.
-      reverse: see there.
+      reverse: whether to read from the last token to the first.
     """
-    form = Form(target, scale=scale, fused=fused, reverse=reverse)
-    inputs, initial, segment_ids = vary_alike(tuple(inputs), initial_state, segment_ids)
+    num_segments = call.num_segments
+    form = Form(target, scale=call.scale, fused=fused, reverse=reverse)
+    inputs, initial, segment_ids = vary_alike(inputs, call.initial_state, call.segment_ids)
     if segment_ids is not None and reverse:
         segment_ids = jnp.flip(segment_ids, 1)
     codes = Codes() if segment_ids is None else _find_codes(segment_ids, num_segments)
@@ -170,49 +165,22 @@ def wkv7_token_by_token(
 
 
 def wkv7_recurrent_mosaic_gpu(
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    *pair: FloatArray,
-    fused: bool,
-    reverse: bool,
-    scale: float,
-    initial_state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-    num_segments: int | None,
+    inputs: tuple[FloatArray, ...], call: WKVCall, *, fused: bool, reverse: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """The operator of `pallas_kernels.wkv7_recurrent`, which documents it, on Hopper GPUs.
-
-    Everything between inputs and outputs is float32.
+    """Computes `pallas_kernels.wkv7_recurrent` on Hopper GPUs, in float32 inside.
 
     Args:
-      r: see there, as for all that is not named here.
-      log_decay: see there.
-      k: see there.
-      v: see there.
-      *pair: a and b, or kk and alpha.
-      fused: whether they are kk and alpha.
-      reverse: see there.
-      scale: see there.
-      initial_state: see there.
-      segment_ids: see there.
-      num_segments: see there.
+      inputs: r, log_decay, k, v, then a and b, or kk and alpha; each `[B, T, H, _]`.
+      call: whatever else the call asks for.
+      fused: whether kk and alpha are given.
+      reverse: whether to read from the last token to the first.
 
     Raises:
       NotServed: for other dtypes and head sizes.
     """
+    _, log_decay, k, v, *_ = inputs
     check_recurrent_served(log_decay, k, v)
-    return wkv7_token_by_token(
-        target_in_context(),
-        (r, log_decay, k, v, *pair),
-        initial_state,
-        segment_ids,
-        num_segments,
-        scale=scale,
-        fused=fused,
-        reverse=reverse,
-    )
+    return wkv7_token_by_token(target_in_context(), inputs, call, fused=fused, reverse=reverse)
 
 
 def check_recurrent_served(log_decay: FloatArray, k: FloatArray, v: FloatArray) -> None:

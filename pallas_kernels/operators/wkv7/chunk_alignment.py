@@ -1,4 +1,7 @@
-"""Segments that begin and end with chunks, so that their states enter and leave in between."""
+"""Moves the tokens of a row so that each segment begins a chunk.
+
+The states of segments then enter and leave between chunks.
+"""
 
 import dataclasses
 
@@ -12,11 +15,11 @@ from pallas_kernels.types import SegmentIds
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transfers:
-    """Which of the N states of a row a chunk loads before it, and stores after it.
+    """Says which of the N states of a row are loaded before each chunk and stored after it.
 
     Attributes:
-      load: `[B, T / L]` int32, the stored state that a chunk starts from, N for none.
-      store: `[B, T / L]` int32, the segment that ends with a chunk, N for none.
+      load: `[B, T / L]` int32, the state that a chunk starts from; N for that of the chunk before.
+      store: `[B, T / L]` int32, the segment that ends with a chunk; N for none.
     """
 
     load: jax.Array
@@ -24,18 +27,24 @@ class Transfers:
 
 
 def aligned_length(T: int, num_segments: int, chunk: int) -> int:
-    """Length of rows whose segments all begin a chunk: each may need chunk - 1 more tokens."""
+    """Returns how long rows of T tokens become: each segment may need chunk - 1 more tokens."""
     return (T + min(T, num_segments) * (chunk - 1)) // chunk * chunk
 
 
 def align_segments(
     segment_ids: SegmentIds, num_segments: int, chunk: int, T: int
 ) -> tuple[jax.Array, Transfers]:
-    """Lets each segment begin a chunk, so that its states enter and leave between chunks.
+    """Finds the tokens' new positions and the states that move between chunks.
+
+    Args:
+      segment_ids: `[B, tokens]`, before the move.
+      num_segments: N.
+      chunk: L.
+      T: length of a row after the move, from `aligned_length`.
 
     Returns:
-      The position `[B, T]` of each token in rows of the new length T, which padding falls out of;
-      and the transfers of the chunks there.
+      `[B, tokens]` int32, the new position of each token; T, which is out of range, for padding.
+      The transfers of the chunks after the move.
     """
     B, N = len(segment_ids), num_segments
     row = jnp.arange(B)[:, None]
