@@ -79,30 +79,41 @@ def _chunked(
 
 
 def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
-    final, o, entries, U, X = outputs_in_pieces(
-        target, inputs, initial, bounds, transfers, scale=scale, save=True
-    )
+    results = outputs_in_pieces(target, inputs, initial, bounds, transfers, scale=scale, save=True)
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
     # into the stacks of all layers. If o went there too, it would call the kernel again for the
     # o that the rest of the layer reads.
-    o = jax.lax.optimization_barrier(o)
-    return (o, final), Residuals(inputs, X, entries, U, bounds, transfers, initial is None)
+    o = jax.lax.optimization_barrier(results.o)
+    residuals = Residuals(
+        inputs=inputs,
+        X=results.X,
+        entries=results.entries,
+        U=results.U,
+        bounds=bounds,
+        transfers=transfers,
+        from_zero=initial is None,
+    )
+    return (o, results.final), residuals
 
 
 def _chunked_backward(target, scale, residuals, gradients):
     do, d_final = gradients
-    inputs, X, bounds, transfers = (
-        residuals.inputs,
-        residuals.X,
-        residuals.bounds,
-        residuals.transfers,
-    )
-    exits, dW, d_initial = state_gradients(
-        target, inputs, X, do, d_final, bounds, transfers, scale=scale
+    inputs, bounds, transfers = residuals.inputs, residuals.bounds, residuals.transfers
+    found = state_gradients(
+        target, inputs, residuals.X, do, d_final, bounds, transfers, scale=scale
     )
     d_inputs = input_gradients(
-        target, inputs, do, residuals.entries, residuals.U, exits, dW, bounds, scale=scale
+        target,
+        inputs,
+        do,
+        residuals.entries,
+        residuals.U,
+        found.exits,
+        found.dW,
+        bounds,
+        scale=scale,
     )
+    d_initial = found.d_initial
     if transfers is not None:  # the kernel did not write gradients of states that no chunk loaded
         segments = jnp.arange(d_final.shape[1])
         loaded = (transfers.load[:, :, None] == segments[None, None]).any(axis=1)
