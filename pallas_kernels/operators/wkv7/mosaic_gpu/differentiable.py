@@ -145,21 +145,48 @@ def wkv7_in_chunks(
     target: Target, inputs: WKVInputs, call: WKVCall
 ) -> tuple[FloatArray, FloatArray]:
     """Computes `pallas_kernels.wkv7`, for a call that the kernels serve."""
-    dtype, (B, T) = inputs.v.dtype, inputs.v.shape[:2]
-    scale, num_segments = call.scale, call.num_segments
+    dtype = inputs.v.dtype
     inputs, initial, segment_ids = prepare(inputs, call)
     inputs = WKVInputs(*(x.astype(jnp.bfloat16) for x in inputs))
     initial = jnp.swapaxes(initial, -1, -2)
-    if segment_ids is None or num_segments is None:
-        length = number_of_chunks(T) * TILE
-        bounds = None
-        if segment_ids is not None:
-            padding = ((0, 0), (0, length - T))
-            bounds = _find_bounds(jnp.pad(segment_ids, padding))
-        inputs = WKVInputs(*(_pad(x, length) for x in inputs))
-        begin = None if call.initial_state is None else initial[:, None]
-        o, final = _chunked(target, scale, inputs, begin, bounds, None)
-        return o[:, :T].astype(dtype), jnp.swapaxes(final[:, 0], -1, -2)
+    if segment_ids is not None and call.num_segments is not None:
+        states, N = initial, call.num_segments
+        o, final = _with_states_of_segments(target, call.scale, inputs, states, segment_ids, N)
+    else:
+        state = None if call.initial_state is None else initial
+        o, final = _with_states_of_rows(target, call.scale, inputs, state, segment_ids)
+    return o.astype(dtype), jnp.swapaxes(final, -1, -2)
+
+
+def _with_states_of_rows(
+    target: Target,
+    scale: float,
+    inputs: WKVInputs,
+    initial: jax.Array | None,
+    segment_ids: SegmentIds | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes outputs and final states `[B, H, V, K]`; segments may begin within chunks."""
+    T = inputs.r.shape[1]
+    length = number_of_chunks(T) * TILE
+    bounds = None
+    if segment_ids is not None:
+        bounds = _find_bounds(jnp.pad(segment_ids, ((0, 0), (0, length - T))))
+    padded = WKVInputs(*(_pad(x, length) for x in inputs))
+    begin = None if initial is None else initial[:, None]
+    o, final = _chunked(target, scale, padded, begin, bounds, None)
+    return o[:, :T], final[:, 0]
+
+
+def _with_states_of_segments(
+    target: Target,
+    scale: float,
+    inputs: WKVInputs,
+    initial: jax.Array,
+    segment_ids: SegmentIds,
+    num_segments: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes outputs and final states `[B, N, H, V, K]`, on rows whose segments begin chunks."""
+    B, T = segment_ids.shape
     length = aligned_length(T, num_segments, TILE)
     position, transfers = align_segments(segment_ids, num_segments, TILE, length)
     row = jnp.arange(B)[:, None]
@@ -170,8 +197,7 @@ def wkv7_in_chunks(
     o, final = _chunked(target, scale, WKVInputs(*aligned), initial, None, transfers)
     occurs = (transfers.store[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
     final = jnp.where(occurs[:, :, None, None, None], final, initial)
-    o = o.at[row, position].get(mode="fill", fill_value=0)
-    return o.astype(dtype), jnp.swapaxes(final, -1, -2)
+    return o.at[row, position].get(mode="fill", fill_value=0), final
 
 
 def wkv7_mosaic_gpu(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
