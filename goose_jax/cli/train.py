@@ -112,12 +112,11 @@ def _print_summary(
     settings: TrainSettings, prepared: Prepared, trainer: Trainer, state: TrainState
 ) -> None:
     config, device = prepared.tuning.model.config, jax.devices()[0]
-    frozen = prepared.tuning.frozen
     held_out = sum(document.num_bytes for document in prepared.text.held_out)
     lines = [
         f"model:  {config.num_layers} layers, width {config.hidden_size}, "
         f"{config.num_heads} heads of {config.head_size}, "
-        f"{_millions(state.params if frozen is None else frozen)} parameters",
+        f"{_millions(prepared.tuning.frozen or state.params)} parameters",
         f"text:   {prepared.text.source}: {len(prepared.text.tokens)} tokens to train on, "
         f"{held_out} bytes held out",
         f"device: {device.device_kind} ({jax.default_backend()}), computing in "

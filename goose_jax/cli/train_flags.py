@@ -32,46 +32,50 @@ class TrainFlags:
     """The text to train on, what to train, and how. `None` stands for a flag that was left out.
 
     Attributes:
-      data: a UTF-8 text file, or a folder of them; by default the sources of this Python's standard
-        library.
-      pattern: which files of the folder count, as in "*.txt".
-      out: folder in which the run gets a folder of its own, with a number that is free.
-      resume: folder of a run to go on with; it keeps its settings, so no others can be given.
+      data: a UTF-8 text file or a folder of text files; by default the sources of this Python's
+        standard library.
+      pattern: which files of the folder are read, as in "*.txt".
+      out: the run gets a numbered folder of its own in this folder.
+      resume: folder of a run to continue. The run keeps its settings, so no other flag may be
+        given.
       from_: checkpoint of a model to fine-tune: an official .pth, a folder in the Hugging Face
-        layout, a checkpoint of goose-jax or the folder of a run; by default a new model is trained.
-      tune: with --from, what is trained: full: the whole model; lora: adapters beside its matrices;
+        layout, a checkpoint of goose-jax or the folder of a run. By default a new model is trained.
+      tune: with --from, what is trained. full: the whole model; lora: adapters beside its matrices;
         state: only the states that a text begins with. By default full.
-      lora_rank: with --tune lora, the rank of the adapters, by default 16.
-      lora_alpha: with --tune lora, the adapters count alpha / rank times, by default 32.
-      state: with --tune state, a file of initial states to start from; by default they are zero.
-      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default what
-        the checkpoint says, or byte for a new model.
-      num_layers: number of blocks of a new model, by default 2.
-      hidden_size: channels of its residual stream, a multiple of the head size, by default 128.
-      head_size: channels of its heads, by default 64.
+      lora_rank: with --tune lora, rank of the adapters; by default 16.
+      lora_alpha: with --tune lora, the adapters are scaled by alpha / rank; by default 32.
+      state: with --tune state, a file with the initial states to start from; by default zeros.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file. By default the
+        tokenizer that the checkpoint names, or byte for a new model.
+      num_layers: number of blocks of a new model; by default 2.
+      hidden_size: width of a new model, a multiple of the head size; by default 128.
+      head_size: channels of each head of a new model; by default 64.
       frozen_dtype: with --tune lora or state, dtype of the frozen model's parameters; by default
-        that of the checkpoint.
+        the dtype in the checkpoint.
       compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
       remat: what the backward pass computes again to save memory.
-      steps: optimizer steps.
-      batch_size: sequences that are read at once.
-      microbatches: batches whose gradients make one optimizer step.
-      sequence_length: tokens of a sequence, by default 128, with --from 512.
-      learning_rate: at its peak; by default 3e-3, with --from 2e-5 (full), 2e-4 (lora) or 0.1
-        (state).
-      final_learning_rate: at the end; by default 2e-4, with --from a tenth of that at the peak.
-      warmup_steps: steps until the peak.
-      weight_decay: of the large matrices, but not of adapters and states; by default 0.1, with
-        --from 0.
-      held_out_bytes: how much text is kept out of training to measure bits per byte on; at most a
-        tenth of all.
-      evaluate_every: steps between two such measurements; it is also done before and after.
-      save_every: steps between two checkpoints; one is also saved at the end and at Ctrl-C.
-      keep: how many of the newest checkpoints are kept.
+      steps: number of optimizer steps.
+      batch_size: number of sequences that are read at once.
+      microbatches: number of batches whose gradients make one optimizer step.
+      sequence_length: tokens of a sequence; by default 128, with --from 512.
+      learning_rate: learning rate at its peak; by default 3e-3, with --from 2e-5 (full), 2e-4
+        (lora) or 0.1 (state).
+      final_learning_rate: learning rate at the end; by default 2e-4, with --from a tenth of the
+        learning rate at the peak.
+      warmup_steps: number of steps until the learning rate is at its peak.
+      weight_decay: weight decay of the large matrices, but not of adapters and states; by default
+        0.1, with --from 0.
+      held_out_bytes: bytes of text that are not trained on, but used to measure bits per byte; at
+        most a tenth of the text.
+      evaluate_every: number of steps between two measurements. The run also measures before the
+        first step and after the last.
+      save_every: number of steps between two checkpoints. The run also saves at the end and at
+        Ctrl-C.
+      keep: number of checkpoints to keep; older ones are removed.
       plot: draw the loss curve (needs matplotlib).
-      prompt: what the sample at the end continues.
+      prompt: text that the sample at the end continues.
       sample_length: tokens of the sample at the end; 0 for none.
-      seed: of the initial weights or adapters, the batches and the sample.
+      seed: seed of initial weights or adapters, batches and the sample.
     """
 
     data: Path | None = None

@@ -18,7 +18,7 @@ class Evaluation(Protocol):
     """Measures bits per byte of held-out text."""
 
     def __call__(self, trained: Parameters, frozen: Parameters | None = None) -> float:
-        """Returns bits per byte of the model that consists of these parameters."""
+        """Returns bits per byte of the model that these parameters make; None is `{}`."""
         ...
 
 
@@ -67,10 +67,11 @@ def make_evaluation(
     )
 
     @jax.jit
-    def sum_of_losses(trained: Parameters, frozen: Parameters | None, batch: Batch) -> Scalar:
+    def sum_of_losses(trained: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
         return jnp.sum(losses(trained, frozen, batch))
 
     def evaluate(trained: Parameters, frozen: Parameters | None = None) -> float:
+        frozen = {} if frozen is None else frozen
         nats = sum(float(sum_of_losses(trained, frozen, batch)) for batch in batches)
         return nats / math.log(2) / num_bytes
 

@@ -120,8 +120,7 @@ def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> 
     """
     graphdef, dtype = nnx.graphdef(model), model.config.compute_dtype
 
-    def losses(lora: Parameters, frozen: Parameters | None, batch: Batch) -> Float[Array, "B T"]:
-        assert frozen is not None
+    def losses(lora: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
         params = apply_lora(frozen, lora, config, dtype)
         return token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
 

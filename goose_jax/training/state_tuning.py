@@ -70,7 +70,7 @@ def state_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
     """
     graphdef, config = nnx.graphdef(model), model.config
 
-    def losses(tuned: Parameters, frozen: Parameters | None, batch: Batch) -> Float[Array, "B T"]:
+    def losses(tuned: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
         if batch.segment_ids is not None:
             raise ValueError("state tuning needs rows of one sequence, and batch has segment_ids")
         state = tuned_state(tuned, config, batch.inputs.shape[0])

@@ -57,9 +57,9 @@ class Metrics:
 
 
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-type TuningStep = Callable[[TrainState, Parameters | None, Batch], tuple[TrainState, Metrics]]
-type Losses = Callable[[Parameters, Parameters | None, Batch], Float[Array, "B T"]]
-"""Returns `token_losses` from the trained parameters, the frozen ones (or None), and a batch."""
+type TuningStep = Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]
+type Losses = Callable[[Parameters, Parameters, Batch], Float[Array, "B T"]]
+"""Returns `token_losses` from trained parameters, frozen ones (`{}` if there are none), a batch."""
 
 
 def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
@@ -106,7 +106,7 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
     step = _step(full_losses(model, l2wrap=l2wrap), config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return step(state, None, batch)
+        return step(state, {}, batch)
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -123,7 +123,7 @@ def full_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
     """
     graphdef = nnx.graphdef(model)
 
-    def losses(params: Parameters, frozen: Parameters | None, batch: Batch) -> Float[Array, "B T"]:
+    def losses(params: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
         del frozen
         return token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
 
@@ -160,12 +160,10 @@ def _step(losses: Losses, config: OptimizerConfig) -> TuningStep:
     transformation = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
-    def loss(trained: Parameters, frozen: Parameters | None, batch: Batch, count: Scalar) -> Scalar:
+    def loss(trained: Parameters, frozen: Parameters, batch: Batch, count: Scalar) -> Scalar:
         return jnp.sum(losses(trained, frozen, batch)) / count
 
-    def step(
-        state: TrainState, frozen: Parameters | None, batch: Batch
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = num_targets(batch)
         count = jnp.maximum(tokens, 1).astype(jnp.float32)
 

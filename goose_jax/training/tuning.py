@@ -51,8 +51,8 @@ class Tuning(Protocol):
         ...
 
     @property
-    def frozen(self) -> Parameters | None:
-        """The parameters that are not trained; None if all are trained."""
+    def frozen(self) -> Parameters:
+        """The parameters that are not trained; `{}` if all are trained."""
         ...
 
     def init(self) -> Parameters:
@@ -105,15 +105,14 @@ class FullTuning:
     Attributes:
       model: the model.
       losses: the losses of the whole model.
-      frozen: None.
+      frozen: `{}`.
     """
-
-    frozen = None
 
     def __init__(self, model: RWKV7):
         check_trainable(model.config)
         self.model = model
         self.losses = full_losses(model)
+        self.frozen: Parameters = {}
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> "FullTuning":

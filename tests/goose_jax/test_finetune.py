@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_a_dense_model_projected(model, params, adapters
         return jax.jit(jax.grad(lambda *trees: jnp.mean(losses(*trees, BATCH))))
 
     found = gradient(lora_losses(model, LORA))(adapters, params)
-    dense = gradient(full_losses(model))(apply_lora(params, adapters, LORA), None)["blocks"]
+    dense = gradient(full_losses(model))(apply_lora(params, adapters, LORA), {})["blocks"]
     assert jax.tree.structure(found) == jax.tree.structure(adapters)
     for module, pairs in adapters.items():
         for name, pair in pairs.items():
