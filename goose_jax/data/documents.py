@@ -35,7 +35,7 @@ class Document:
         return len(self.text.encode())
 
 
-def read_documents(path: Path, *, pattern: str = "*") -> list[Document]:
+def read_documents(path: Path | str, *, pattern: str = "*") -> list[Document]:
     """Reads a text file, or every text file in a folder and the folders below it.
 
     Files and folders whose names start with a dot are left out, and so are empty files. Documents

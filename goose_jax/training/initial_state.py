@@ -9,7 +9,7 @@ from goose_jax.training.state_tuning import tuned_state
 from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
 
 
-def load_initial_state(path: Path, model: RWKV7) -> RWKV7State:
+def load_initial_state(path: Path | str, model: RWKV7) -> RWKV7State:
     """Loads the state that a text begins with, as a batch of one row.
 
     Args:
@@ -21,6 +21,7 @@ def load_initial_state(path: Path, model: RWKV7) -> RWKV7State:
       OSError: if the file or folder cannot be read.
       ValueError: if it is damaged, holds no state, or belongs to another model.
     """
+    path = Path(path)
     if not path.is_dir():
         return load_state(path, model.config)
     checkpoint = load_tuning_checkpoint(path)

@@ -30,11 +30,11 @@ class RunDirectory:
       path: the folder.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
 
     @classmethod
-    def create(cls, parent: Path, name: str, settings: Mapping[str, Any]) -> "RunDirectory":
+    def create(cls, parent: Path | str, name: str, settings: Mapping[str, Any]) -> "RunDirectory":
         """Makes the folder `parent/name-1`, or the one with the next number that is free.
 
         Args:
@@ -47,7 +47,7 @@ class RunDirectory:
         """
         number = 1
         while True:
-            path = parent / f"{name}-{number}"
+            path = Path(parent) / f"{name}-{number}"
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
@@ -59,7 +59,7 @@ class RunDirectory:
             return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> tuple["RunDirectory", dict[str, Any]]:
+    def open(cls, path: Path | str) -> tuple["RunDirectory", dict[str, Any]]:
         """Opens a run to resume it, and removes the metrics of steps after its newest checkpoint.
 
         Returns:
@@ -69,6 +69,7 @@ class RunDirectory:
           FileNotFoundError: if there is no run at `path`.
           ValueError: if it has no checkpoint, or its settings or metrics are damaged.
         """
+        path = Path(path)
         file = path / "settings.json"
         if not file.is_file():
             raise FileNotFoundError(f"there is no training run at {path} ({file.name} is missing)")

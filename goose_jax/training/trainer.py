@@ -67,7 +67,7 @@ class Trainer:
       ... )
       >>> size = {"batch_size": 8, "sequence_length": 128}
       >>> trainer = Trainer(
-      ...     RunDirectory.create(Path("runs"), "poems", {}),
+      ...     RunDirectory.create("runs", "poems", settings={}),
       ...     tuning,
       ...     text.windows(**size, seed=0),
       ...     make_evaluation(model, text.held_out, tokenizer, **size),

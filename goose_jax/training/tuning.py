@@ -115,7 +115,7 @@ class FullTuning:
         self.frozen: Parameters = {}
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> "FullTuning":
+    def from_checkpoint(cls, path: Path | str) -> "FullTuning":
         """Describes the training of a checkpoint's model, whose parameters `load` then loads.
 
         The parameters of `model` are `jax.ShapeDtypeStruct`s, so `init` cannot be used.
@@ -161,10 +161,10 @@ class FullTuning:
 class _TuningBesideModel:
     """Trains parameters beside a model, all of whose own parameters are frozen."""
 
-    def __init__(self, model: RWKV7, base_path: Path, lora: LoraConfig | None):
+    def __init__(self, model: RWKV7, base_path: Path | str, lora: LoraConfig | None):
         self.model = model
         self.frozen: Parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        self._base_path, self._lora = base_path, lora
+        self._base_path, self._lora = Path(base_path), lora
         self._fingerprint = fingerprint(model)
 
     def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
@@ -210,7 +210,7 @@ class LoraTuning(_TuningBesideModel):
       frozen: the parameters of the model.
     """
 
-    def __init__(self, model: RWKV7, config: LoraConfig, *, base_path: Path, seed: int):
+    def __init__(self, model: RWKV7, config: LoraConfig, *, base_path: Path | str, seed: int):
         super().__init__(model, base_path, config)
         self.losses = lora_losses(model, config)
         self._config, self._seed = config, seed
@@ -245,7 +245,7 @@ class StateTuning(_TuningBesideModel):
       frozen: the parameters of the model.
     """
 
-    def __init__(self, model: RWKV7, *, base_path: Path, start: RWKV7State | None = None):
+    def __init__(self, model: RWKV7, *, base_path: Path | str, start: RWKV7State | None = None):
         super().__init__(model, base_path, None)
         self.losses = state_losses(model)
         self._initial = init_wkv(model.config) if start is None else wkv_of(start)
