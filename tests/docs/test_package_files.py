@@ -15,6 +15,7 @@ PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 def test_readme_runs():
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
