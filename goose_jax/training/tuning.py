@@ -135,7 +135,15 @@ class FullTuning:
         return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
 
     def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
-        """Loads the parameters of a model. `Tuning.load` lists the errors."""
+        """Loads the parameters of the model in a checkpoint, and the checkpoint's metadata.
+
+        Args:
+          path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+
+        Raises:
+          FileNotFoundError: if `path` does not exist.
+          CheckpointError: if it holds no model, or is damaged.
+        """
         model, metadata = load_checkpoint(path)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param)), metadata
 
@@ -147,7 +155,12 @@ class FullTuning:
         *,
         opt_state: Any = None,
     ) -> None:
-        """Writes a checkpoint of the model. `Tuning.save` lists the errors."""
+        """Writes a checkpoint of the model to a new directory.
+
+        Raises:
+          FileExistsError: if `path` exists.
+          OSError: if writing fails. Incomplete files are removed.
+        """
         save_checkpoint(path, with_params(self.model, trained), metadata, opt_state=opt_state)
 
     def export(self, folder: Path, trained: Parameters) -> None:
@@ -168,7 +181,16 @@ class _TuningBesideModel:
         self._fingerprint = fingerprint(model)
 
     def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
-        """Loads the trained parameters. `Tuning.load` lists the errors."""
+        """Loads the trained parameters in a checkpoint, and the checkpoint's metadata.
+
+        Args:
+          path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+
+        Raises:
+          FileNotFoundError: if `path` does not exist.
+          CheckpointError: if it is damaged, belongs to another model, or holds something else than
+            what is trained here.
+        """
         checkpoint = load_tuning_checkpoint(path)
         check_base(checkpoint, self.model, self._base_path)
         if checkpoint.lora != self._lora:
@@ -183,7 +205,12 @@ class _TuningBesideModel:
         *,
         opt_state: Any = None,
     ) -> None:
-        """Writes a checkpoint of the trained parameters. `Tuning.save` lists the errors."""
+        """Writes a checkpoint of the trained parameters to a new directory.
+
+        Raises:
+          FileExistsError: if `path` exists.
+          OSError: if writing fails. Incomplete files are removed.
+        """
         checkpoint = TuningCheckpoint(
             params=trained,
             lora=self._lora,
