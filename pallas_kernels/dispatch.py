@@ -13,6 +13,9 @@ from typing import Any
 
 from pallas_kernels.devices import device_in_context
 
+type Choice = str | tuple[str | None, str | None] | None
+"""The name of an implementation, a pair of names for forward and backward, or None to choose."""
+
 
 class NotServed(NotImplementedError):  # noqa: N818
     """An implementation does not serve a valid call; another one may."""
@@ -31,7 +34,7 @@ DEVICE_CHECKS: Mapping[str, Callable[[], None]] = {"mosaic_gpu": _check_hopper}
 def dispatch[R](
     operator: str,
     implementations: Mapping[str, Callable[..., R]],
-    implementation: str | None,
+    implementation: Choice,
     *args: Any,
     **kwargs: Any,
 ) -> R:
@@ -47,12 +50,18 @@ def dispatch[R](
       **kwargs: handed to the implementation.
 
     Raises:
-      ValueError: if the name is unknown.
+      ValueError: if the name is unknown, or a pair was given. Operators whose forward and backward
+        can be chosen separately are run by `pallas_kernels.differentiation`.
       NotServed: if the named implementation does not serve this call.
       ExceptionGroup: of `NotServed`, if None was given and no implementation serves this call.
     """
     if implementation is not None:
-        if implementation not in implementations:
+        if isinstance(implementation, tuple):
+            raise ValueError(
+                f"{operator}: {implementation=} is a pair, but the backward needs what the forward "
+                f"of the same implementation kept; give None or one of {list(implementations)}"
+            )
+        if not isinstance(implementation, str) or implementation not in implementations:
             raise ValueError(
                 f"{operator}: {implementation=} is unknown; give None or one of "
                 f"{list(implementations)}"
@@ -70,4 +79,4 @@ def dispatch[R](
     raise ExceptionGroup(f"{operator}: no implementation serves this call", refusals)
 
 
-__all__ = ["NotServed", "dispatch"]
+__all__ = ["Choice", "NotServed", "dispatch"]

@@ -11,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pallas_kernels.arrays import vary_alike
 from pallas_kernels.devices import device_in_context
 from pallas_kernels.dispatch import NotServed
+from pallas_kernels.sharding import vary_alike
 
 TILE = 64
 """Rows and columns of a tile: tensor cores take so many rows at a time."""

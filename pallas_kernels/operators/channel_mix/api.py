@@ -2,30 +2,33 @@
 
 from collections.abc import Callable
 
-from pallas_kernels.arrays import vary_alike
+import jax
+from jaxtyping import Array, Float
+
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.channel_mix.reference import channel_mix_reference
 from pallas_kernels.operators.channel_mix.xla import channel_mix_xla
 from pallas_kernels.operators.token_shift.api import check_shift
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.sharding import vary_alike
+from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[FloatArray, FloatArray]]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "xla": channel_mix_xla,
     "reference": channel_mix_reference,
 }
 
 
 def channel_mix(
-    x: FloatArray,
-    mix: FloatArray,
-    key_weight: FloatArray,
-    value_weight: FloatArray,
+    x: Float[Array, "B T C"],
+    mix: Float[Array, " C"],
+    key_weight: Float[Array, "C F"],
+    value_weight: Float[Array, "F C"],
     *,
-    state: FloatArray | None = None,
+    state: Float[Array, "B C"] | None = None,
     segment_ids: SegmentIds | None = None,
     implementation: str | None = None,
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
     """The feed-forward network of RWKV-7:
 
         relu(mixed @ key_weight)^2 @ value_weight      with mixed = x + (shift(x) - x) * mix

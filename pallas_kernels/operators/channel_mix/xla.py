@@ -3,67 +3,81 @@
 import dataclasses
 
 import jax
+from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import accumulation_dtype, contract
 from pallas_kernels.operators.channel_mix.reference import (
     channel_mix_reference,
     project_keys,
     square,
 )
-from pallas_kernels.operators.token_shift import xla as token_shift
 from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
+from pallas_kernels.precision import accumulation_dtype, contract
+from pallas_kernels.types import SegmentIds
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the backward needs; the mixed tokens and the squares are computed again.
+    """What the backward needs; it recomputes the mixed tokens and the squares.
 
     Attributes:
-      shift: x, mix, state and segment ids; for the gradient of the key weight and of themselves.
+      x: `[B, T, C]`; mixed again, for the gradients of the key weight and of the mix.
+      mix: `[C]`; weights the gradients of `x` and of the shifted `x`.
       key_weight: `[C, F]`; carries gradients from the activation to the mixed tokens.
       value_weight: `[F, C]`; carries gradients from the outputs to the activation.
+      state: `[B, C]` or None; part of the shifted `x`.
+      segment_ids: `[B, T]` or None; say which tokens are neighbours.
       activation: `[B, T, F]`, `relu(mixed @ key_weight)`; saves a matrix product of its size.
     """
 
-    shift: token_shift.Residuals
-    key_weight: FloatArray
-    value_weight: FloatArray
-    activation: FloatArray
+    x: jax.Array
+    mix: jax.Array
+    key_weight: jax.Array
+    value_weight: jax.Array
+    state: jax.Array | None
+    segment_ids: jax.Array | None
+    activation: jax.Array
 
 
 def _forward(
-    x: FloatArray,
-    mix: FloatArray,
-    key_weight: FloatArray,
-    value_weight: FloatArray,
-    state: FloatArray | None,
+    x: Float[Array, "B T C"],
+    mix: Float[Array, " C"],
+    key_weight: Float[Array, "C F"],
+    value_weight: Float[Array, "F C"],
+    state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[tuple[FloatArray, FloatArray], Residuals]:
+) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
     (mixed,), new_state = token_shift_mix_reference(x, mix[None], state, segment_ids)
     activation = project_keys(mixed, key_weight)
     y = contract("btf,fc->btc", square(activation), value_weight)
-    shift = token_shift.Residuals(x, mix[None], state, segment_ids)
-    residuals = Residuals(shift, key_weight, value_weight, activation)
+    residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, activation)
     return (y.astype(x.dtype), new_state), residuals
 
 
 def _backward(
-    residuals: Residuals, cotangents: tuple[FloatArray, FloatArray]
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray | None, None]:
+    residuals: Residuals, cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"]]
+) -> tuple[
+    Float[Array, "B T C"],
+    Float[Array, " C"],
+    Float[Array, "C F"],
+    Float[Array, "F C"],
+    Float[Array, "B C"] | None,
+    None,
+]:
     dy, dnew_state = cotangents
     key_weight, value_weight = residuals.key_weight, residuals.value_weight
-    activation, shift = residuals.activation, residuals.shift
+    activation = residuals.activation
+    shift = (residuals.x, residuals.mix[None], residuals.state, residuals.segment_ids)
     dtype = accumulation_dtype(activation)
     dvalue_weight = contract("btf,btc->fc", square(activation), dy)
     dsquare = contract("btc,fc->btf", dy, value_weight)
     # Where relu is flat the activation is zero, and so is this.
     dkeys = (2 * activation.astype(dtype) * dsquare).astype(activation.dtype)
-    (mixed,), _ = token_shift_mix_reference(shift.x, shift.mixes, shift.state, shift.segment_ids)
+    (mixed,), _ = token_shift_mix_reference(*shift)
     dkey_weight = contract("btc,btf->cf", mixed, dkeys)
     dmixed = contract("btf,cf->btc", dkeys, key_weight)
-    dx, dmixes, dstate, _ = token_shift.token_shift_mix_backward(shift, ((dmixed,), dnew_state))
+    dx, dmixes, dstate, _ = token_shift_mix_backward(*shift, cotangents=((dmixed,), dnew_state))
     return (
         dx,
         dmixes[0],
@@ -76,3 +90,6 @@ def _backward(
 
 channel_mix_xla = jax.custom_vjp(channel_mix_reference)
 channel_mix_xla.defvjp(_forward, _backward)
+
+
+__all__ = ["channel_mix_xla"]

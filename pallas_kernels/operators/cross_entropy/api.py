@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.arrays import vary_alike
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.cross_entropy.reference import cross_entropy_reference
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import FloatArray
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 

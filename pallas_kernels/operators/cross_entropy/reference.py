@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import contract
+from pallas_kernels.precision import contract
 from pallas_kernels.types import FloatArray
 
 

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import accumulation_dtype, contract
 from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of
+from pallas_kernels.precision import accumulation_dtype, contract
 from pallas_kernels.types import FloatArray
 
 

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import accumulation_dtype
 from pallas_kernels.operators.decode_layers.weights import LayerWeights
 from pallas_kernels.operators.key_update.reference import key_update_reference
 from pallas_kernels.operators.output_correction.reference import (
@@ -16,6 +15,7 @@ from pallas_kernels.operators.output_correction.reference import (
 from pallas_kernels.operators.value_residual.reference import value_residual_reference
 from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.reference import update
+from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import FloatArray, Mask
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
@@ -112,7 +112,7 @@ def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
         w.bonus,
         w.head_norm_scale,
         w.head_norm_bias,
-        head_norm_eps,
+        eps=head_norm_eps,
     )
     return y.reshape(x.shape) @ w.output.astype(x.dtype), v_first, state
 

@@ -1,28 +1,26 @@
 """The public key update operator."""
 
-from collections.abc import Callable
+from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import vary_alike
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.differentiation import differentiate, run_from_inputs
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.key_update.reference import key_update_reference
-from pallas_kernels.operators.key_update.xla import key_update_xla
-from pallas_kernels.types import FloatArray
+from pallas_kernels.operators.key_update.xla import key_update_backward
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[FloatArray, FloatArray, FloatArray]]] = {
-    "xla": key_update_xla,
-    "reference": key_update_reference,
-}
+FORWARD = {"xla": key_update_reference, "reference": key_update_reference}
+BACKWARD = {"xla": key_update_backward, "reference": differentiate(key_update_reference)}
 
 
 def key_update(
-    k: FloatArray,
-    alpha: FloatArray,
-    removal_scale: FloatArray,
-    replacement_mix: FloatArray,
+    k: Float[Array, "B T H K"],
+    alpha: Float[Array, "B T H K"],
+    removal_scale: Float[Array, "H K"],
+    replacement_mix: Float[Array, "H K"],
     *,
-    implementation: str | None = None,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+    implementation: Choice = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """The three keys that `wkv7` takes, from the projected key and the in-context learning rate:
 
         kk = k * removal_scale / max(norm(k * removal_scale), 1e-12)
@@ -42,8 +40,8 @@ def key_update(
         own.
       replacement_mix: `[H, K]`, how much `alpha` scales the replacement key. It may have a dtype
         of its own.
-      implementation: "xla", which keeps its inputs for the backward and nothing else; "reference",
-        the definition; or None, which chooses.
+      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
+        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`, as are the others.
@@ -59,5 +57,5 @@ def key_update(
     check_float("alpha", alpha, "B T H K", sizes)
     check_float("removal_scale", removal_scale, "H K", sizes)
     check_float("replacement_mix", replacement_mix, "H K", sizes)
-    arrays = vary_alike(k, alpha, removal_scale, replacement_mix)
-    return dispatch("key_update", IMPLEMENTATIONS, implementation, *arrays)
+    inputs = vary_alike(k, alpha, removal_scale, replacement_mix)
+    return run_from_inputs("key_update", FORWARD, BACKWARD, implementation, *inputs)

@@ -2,21 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import accumulation_dtype, per_token
-from pallas_kernels.types import FloatArray
+from pallas_kernels.precision import accumulation_dtype, per_token
 
 MIN_NORM = 1e-12
-"""The least divisor of a normalisation; the official code's (that of `torch.nn.functional`)."""
+"""The least divisor of a normalisation, as of `torch.nn.functional.normalize`."""
 
 
-def square_norm(x: FloatArray) -> FloatArray:
-    """The squared norm over the last axis, which is kept."""
+def square_norm(x: Float[Array, "*axes K"]) -> Float[Array, "*axes 1"]:
+    """Returns the squared norm over the last axis, which is kept."""
     return jnp.square(x).sum(-1, keepdims=True)
 
 
-def inverse_norm(square: FloatArray) -> FloatArray:
-    """`1 / max(norm, MIN_NORM)` from the squared norm.
+def inverse_norm(square: Float[Array, "*axes 1"]) -> Float[Array, "*axes 1"]:
+    """Returns `1 / max(norm, MIN_NORM)` for a squared norm.
 
     Unlike the norm, the bounded square has a derivative at zero.
     """
@@ -24,9 +24,12 @@ def inverse_norm(square: FloatArray) -> FloatArray:
 
 
 def key_update_reference(
-    k: FloatArray, alpha: FloatArray, removal_scale: FloatArray, replacement_mix: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The operator of `pallas_kernels.key_update`, which documents the arguments."""
+    k: Float[Array, "B T H K"],
+    alpha: Float[Array, "B T H K"],
+    removal_scale: Float[Array, "H K"],
+    replacement_mix: Float[Array, "H K"],
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """Computes `pallas_kernels.key_update`, which documents the arguments."""
     inputs = (k, alpha, removal_scale, replacement_mix)
     dtype, output_dtype = accumulation_dtype(*inputs), k.dtype
     k, alpha = (x.astype(dtype) for x in inputs[:2])
@@ -35,3 +38,6 @@ def key_update_reference(
     kk = scaled * inverse_norm(square_norm(scaled))
     new_k = k * (1 + (alpha - 1) * replacement_mix)
     return new_k.astype(output_dtype), -kk.astype(output_dtype), (kk * alpha).astype(output_dtype)
+
+
+__all__ = ["MIN_NORM", "inverse_norm", "key_update_reference", "square_norm"]

@@ -1,54 +1,24 @@
-"""The key update with a backward that keeps only the inputs."""
+"""The gradients of the key update, from its inputs."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import accumulation_dtype, per_token
-from pallas_kernels.operators.key_update.reference import (
-    MIN_NORM,
-    inverse_norm,
-    key_update_reference,
-    square_norm,
-)
-from pallas_kernels.types import FloatArray
+from pallas_kernels.operators.key_update.reference import MIN_NORM, inverse_norm, square_norm
+from pallas_kernels.precision import accumulation_dtype, per_token
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Residuals:
-    """What the backward needs; the removal key is computed again.
-
-    Attributes:
-      k: `[B, T, H, K]`; enters the removal key and the gradients of alpha and the parameters.
-      alpha: `[B, T, H, K]`; a factor in the gradients of both keys.
-      removal_scale: `[H, K]`; enters the removal key.
-      replacement_mix: `[H, K]`; a factor in the gradients of k and alpha.
-    """
-
-    k: FloatArray
-    alpha: FloatArray
-    removal_scale: FloatArray
-    replacement_mix: FloatArray
-
-
-def _forward(
-    k: FloatArray, alpha: FloatArray, removal_scale: FloatArray, replacement_mix: FloatArray
-) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Residuals]:
-    outputs = key_update_reference(k, alpha, removal_scale, replacement_mix)
-    return outputs, Residuals(k, alpha, removal_scale, replacement_mix)
-
-
-def _backward(
-    residuals: Residuals, cotangents: tuple[FloatArray, FloatArray, FloatArray]
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    inputs = (
-        residuals.k,
-        residuals.alpha,
-        residuals.removal_scale,
-        residuals.replacement_mix,
-    )
+def key_update_backward(
+    k: Float[Array, "B T H K"],
+    alpha: Float[Array, "B T H K"],
+    removal_scale: Float[Array, "H K"],
+    replacement_mix: Float[Array, "H K"],
+    *,
+    cotangents: tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]],
+) -> tuple[
+    Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "H K"], Float[Array, "H K"]
+]:
+    """Returns the gradients of k, alpha, removal_scale and replacement_mix."""
+    inputs = (k, alpha, removal_scale, replacement_mix)
     dtype = accumulation_dtype(*inputs)
     k, alpha = (x.astype(dtype) for x in inputs[:2])
     removal_scale, replacement_mix = (per_token(x, dtype) for x in inputs[2:])
@@ -69,12 +39,11 @@ def _backward(
     dremoval_scale = (dscaled * k).sum((0, 1))
     dreplacement_mix = (replaced * (alpha - 1)).sum((0, 1))
     return (
-        dk.astype(residuals.k.dtype),
-        dalpha.astype(residuals.alpha.dtype),
-        dremoval_scale.astype(residuals.removal_scale.dtype),
-        dreplacement_mix.astype(residuals.replacement_mix.dtype),
+        dk.astype(inputs[0].dtype),
+        dalpha.astype(inputs[1].dtype),
+        dremoval_scale.astype(inputs[2].dtype),
+        dreplacement_mix.astype(inputs[3].dtype),
     )
 
 
-key_update_xla = jax.custom_vjp(key_update_reference)
-key_update_xla.defvjp(_forward, _backward)
+__all__ = ["key_update_backward"]

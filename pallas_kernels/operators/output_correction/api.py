@@ -1,34 +1,36 @@
 """The public output correction operator."""
 
 import math
-from collections.abc import Callable
 
-from pallas_kernels.arrays import vary_alike
-from pallas_kernels.dispatch import dispatch
+from jaxtyping import Array, Float
+
+from pallas_kernels.differentiation import differentiate, run_from_inputs
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.output_correction.reference import output_correction_reference
-from pallas_kernels.operators.output_correction.xla import output_correction_xla
-from pallas_kernels.types import FloatArray
+from pallas_kernels.operators.output_correction.xla import output_correction_backward
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float, check_same_dtype
 
-IMPLEMENTATIONS: dict[str, Callable[..., FloatArray]] = {
-    "xla": output_correction_xla,
-    "reference": output_correction_reference,
+FORWARD = {"xla": output_correction_reference, "reference": output_correction_reference}
+BACKWARD = {
+    "xla": output_correction_backward,
+    "reference": differentiate(output_correction_reference),
 }
 
 
 def output_correction(
-    o: FloatArray,
-    r: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    gate: FloatArray,
-    bonus: FloatArray,
-    norm_scale: FloatArray,
-    norm_bias: FloatArray,
+    o: Float[Array, "B T H V"],
+    r: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    gate: Float[Array, "B T H V"],
+    bonus: Float[Array, "H K"],
+    norm_scale: Float[Array, "H V"],
+    norm_bias: Float[Array, "H V"],
     *,
     eps: float = 64e-5,
-    implementation: str | None = None,
-) -> FloatArray:
+    implementation: Choice = None,
+) -> Float[Array, "B T H V"]:
     """Normalises the recurrence's output over each head, adds the bonus and applies the gate:
 
         normed = (o - mean(o)) / sqrt(variance(o) + eps)
@@ -50,8 +52,8 @@ def output_correction(
       norm_scale: `[H, V]`.
       norm_bias: `[H, V]`.
       eps: > 0, known at trace time; the official code's is 1e-5 times the head size.
-      implementation: "xla", which keeps its inputs for the backward and nothing else; "reference",
-        the definition; or None, which chooses.
+      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
+        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       `[B, T, H, V]`, in the dtype of `o`.
@@ -72,5 +74,7 @@ def output_correction(
     check_same_dtype(o=o, r=r, k=k, v=v, gate=gate)
     if not isinstance(eps, (int, float)) or not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a number > 0 known at trace time, got {eps!r}")
-    arrays = vary_alike(o, r, k, v, gate, bonus, norm_scale, norm_bias)
-    return dispatch("output_correction", IMPLEMENTATIONS, implementation, *arrays, float(eps))
+    inputs = vary_alike(o, r, k, v, gate, bonus, norm_scale, norm_bias)
+    return run_from_inputs(
+        "output_correction", FORWARD, BACKWARD, implementation, *inputs, eps=float(eps)
+    )

@@ -1,64 +1,30 @@
-"""The output correction with a backward that keeps only the inputs."""
+"""The gradients of the output correction, from its inputs."""
 
-import dataclasses
+from jaxtyping import Array, Float
 
-import jax
-
-from pallas_kernels.arrays import accumulation_dtype, per_token
-from pallas_kernels.operators.output_correction.reference import (
-    normalize,
-    output_correction_reference,
-)
-from pallas_kernels.types import FloatArray
+from pallas_kernels.operators.output_correction.reference import normalize
+from pallas_kernels.precision import accumulation_dtype, per_token
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Residuals:
-    """What the backward needs; mean, variance and bonus term are computed again.
-
-    Attributes:
-      o: `[B, T, H, V]`; normalised again.
-      r: `[B, T, H, K]`; a factor of the bonus term.
-      k: `[B, T, H, K]`; a factor of the bonus term.
-      v: `[B, T, H, V]`; a factor of the bonus term.
-      gate: `[B, T, H, V]`; a factor of everything.
-      bonus: `[H, K]`; a factor of the bonus term.
-      norm_scale: `[H, V]`; a factor of the normalised o.
-      norm_bias: `[H, V]`; part of the gradient of the gate.
-    """
-
-    o: FloatArray
-    r: FloatArray
-    k: FloatArray
-    v: FloatArray
-    gate: FloatArray
-    bonus: FloatArray
-    norm_scale: FloatArray
-    norm_bias: FloatArray
-
-
-def _forward(
-    o: FloatArray,
-    r: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    gate: FloatArray,
-    bonus: FloatArray,
-    norm_scale: FloatArray,
-    norm_bias: FloatArray,
+def output_correction_backward(
+    o: Float[Array, "B T H V"],
+    r: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    gate: Float[Array, "B T H V"],
+    bonus: Float[Array, "H K"],
+    norm_scale: Float[Array, "H V"],
+    norm_bias: Float[Array, "H V"],
+    *,
+    cotangents: Float[Array, "B T H V"],
     eps: float,
-) -> tuple[FloatArray, Residuals]:
+) -> tuple[Float[Array, "..."], ...]:
+    """Returns the gradients of the eight inputs of `pallas_kernels.output_correction`."""
     inputs = (o, r, k, v, gate, bonus, norm_scale, norm_bias)
-    return output_correction_reference(*inputs, eps), Residuals(*inputs)
-
-
-def _backward(eps: float, residuals: Residuals, doutput: FloatArray) -> tuple[FloatArray, ...]:
-    inputs = tuple(getattr(residuals, field.name) for field in dataclasses.fields(residuals))
     dtype = accumulation_dtype(*inputs)
     o, r, k, v, gate = (x.astype(dtype) for x in inputs[:5])
     bonus, norm_scale, norm_bias = (per_token(x, dtype) for x in inputs[5:])
-    doutput = doutput.astype(dtype)
+    doutput = cotangents.astype(dtype)
     normed, factor = normalize(o, eps)
     rk = r * k
     weight = (rk * bonus).sum(-1, keepdims=True)  # [B, T, H, 1], of v
@@ -83,5 +49,4 @@ def _backward(eps: float, residuals: Residuals, doutput: FloatArray) -> tuple[Fl
     return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
 
 
-output_correction_xla = jax.custom_vjp(output_correction_reference, nondiff_argnums=(8,))
-output_correction_xla.defvjp(_forward, _backward)
+__all__ = ["output_correction_backward"]

@@ -1,28 +1,29 @@
 """The public token shift operator."""
 
-from collections.abc import Callable
+from typing import Any
 
-from pallas_kernels.arrays import vary_alike
-from pallas_kernels.dispatch import dispatch
+from jaxtyping import Array, Float
+
+from pallas_kernels.differentiation import differentiate, run_from_inputs
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
-from pallas_kernels.operators.token_shift.xla import token_shift_mix_xla
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
+from pallas_kernels.sharding import vary_alike
+from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype, check_segment_ids
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[tuple[FloatArray, ...], FloatArray]]] = {
-    "xla": token_shift_mix_xla,
-    "reference": token_shift_mix_reference,
-}
+FORWARD = {"xla": token_shift_mix_reference, "reference": token_shift_mix_reference}
+BACKWARD = {"xla": token_shift_mix_backward, "reference": differentiate(token_shift_mix_reference)}
 
 
 def token_shift_mix(
-    x: FloatArray,
-    mixes: FloatArray,
+    x: Float[Array, "B T C"],
+    mixes: Float[Array, "M C"],
     *,
-    state: FloatArray | None = None,
+    state: Float[Array, "B C"] | None = None,
     segment_ids: SegmentIds | None = None,
-    implementation: str | None = None,
-) -> tuple[tuple[FloatArray, ...], FloatArray]:
+    implementation: Choice = None,
+) -> tuple[tuple[Float[Array, "B T C"], ...], Float[Array, "B C"]]:
     """Mixes every token with the one before it, M times, with a weight for each channel:
 
         mixed_m = x + (shift(x) - x) * mixes[m]
@@ -40,8 +41,8 @@ def token_shift_mix(
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
         and consecutive equal ids are one segment (see `pallas_kernels.packing`). `state` comes
         before the row's first segment, zeros before the later ones.
-      implementation: "xla", which keeps its inputs for the backward and nothing else; "reference",
-        the definition; or None, which chooses.
+      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
+        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       mixed: M arrays `[B, T, C]` in the dtype of `x`; zero at padding.
@@ -55,19 +56,17 @@ def token_shift_mix(
     check_float("x", x, "B T C", sizes)
     check_float("mixes", mixes, "M C", sizes)
     check_shift(x, state, segment_ids, sizes)
-    x, mixes, state, segment_ids = vary_alike(x, mixes, state, segment_ids)
-    return dispatch(
-        "token_shift_mix", IMPLEMENTATIONS, implementation, x, mixes, state, segment_ids
-    )
+    inputs = vary_alike(x, mixes, state, segment_ids)
+    return run_from_inputs("token_shift_mix", FORWARD, BACKWARD, implementation, *inputs)
 
 
 def check_shift(
-    x: FloatArray,
-    state: FloatArray | None,
-    segment_ids: SegmentIds | None,
+    x: Any,
+    state: Any,
+    segment_ids: Any,
     sizes: dict[str, int],
 ) -> None:
-    """Checks what all operators with a token shift have in common."""
+    """Checks the state `[B, C]` and segment ids `[B, T]` of an operator with a token shift."""
     if state is not None:
         check_float("state", state, "B C", sizes)
         check_same_dtype(x=x, state=state)

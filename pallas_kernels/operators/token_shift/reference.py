@@ -1,35 +1,35 @@
 """Token shift by its definition: `mixed_m = x + (shift(x) - x) * mixes[m]`."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arrays import accumulation_dtype, per_token
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.types import SegmentIds
 
 
-def mask_padding(x: FloatArray, segment_ids: SegmentIds | None) -> FloatArray:
-    """Zeroes the padding in `x` `[B, T, C]`, whatever stands there (it may be nan)."""
+def mask_padding(x: Float[Array, "B T C"], segment_ids: SegmentIds | None) -> Float[Array, "B T C"]:
+    """Returns `x` with zeros at padding, whatever stands there (it may be nan)."""
     return x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0)
 
 
-def take_tokens(x: FloatArray, position: jax.Array) -> FloatArray:
-    """`x[b, position[b, i]]` for `x` `[B, T, C]`; zero where the position is negative."""
+def take_tokens(x: Float[Array, "B T C"], position: Int[Array, "B n"]) -> Float[Array, "B n C"]:
+    """Returns `x[b, position[b, i]]`, or zero where the position is negative."""
     index = jnp.maximum(position, 0)[..., None]
     taken = jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
     return jnp.where(position[..., None] < 0, 0, taken)
 
 
-def last_position(segment_ids: SegmentIds) -> jax.Array:
-    """Position `[B]` of each row's last token that is not padding, or -1."""
+def last_position(segment_ids: SegmentIds) -> Int[Array, " B"]:
+    """Returns the position of each row's last token that is not padding, or -1."""
     position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     return jnp.where(segment_ids != 0, position, -1).max(axis=1)
 
 
 def shift(
-    x: FloatArray, state: FloatArray | None, segment_ids: SegmentIds | None
-) -> tuple[FloatArray, FloatArray]:
-    """The token before each one, `[B, T, C]`, and each row's last token, `[B, C]`."""
+    x: Float[Array, "B T C"], state: Float[Array, "B C"] | None, segment_ids: SegmentIds | None
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
+    """Returns the token before each one, and each row's last token."""
     before = jnp.zeros_like(x[:, 0]) if state is None else state
     if segment_ids is None:
         return jnp.concatenate([before[:, None], x[:, :-1]], axis=1), x[:, -1]
@@ -42,12 +42,12 @@ def shift(
 
 
 def token_shift_mix_reference(
-    x: FloatArray,
-    mixes: FloatArray,
-    state: FloatArray | None,
+    x: Float[Array, "B T C"],
+    mixes: Float[Array, "M C"],
+    state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[tuple[FloatArray, ...], FloatArray]:
-    """The operator of `pallas_kernels.token_shift_mix`, which documents the arguments."""
+) -> tuple[tuple[Float[Array, "B T C"], ...], Float[Array, "B C"]]:
+    """Computes `pallas_kernels.token_shift_mix`, which documents the arguments."""
     dtype = accumulation_dtype(x, mixes)
     x = mask_padding(x, segment_ids)  # makes the outputs and gradients of padding zero
     shifted, new_state = shift(x, state, segment_ids)
@@ -55,3 +55,6 @@ def token_shift_mix_reference(
     difference = shifted.astype(dtype) - token
     mixed = tuple((token + difference * per_token(mix, dtype)).astype(x.dtype) for mix in mixes)
     return mixed, new_state
+
+
+__all__ = ["last_position", "mask_padding", "shift", "take_tokens", "token_shift_mix_reference"]

@@ -1,52 +1,34 @@
-"""Token shift with a backward that keeps only the inputs and gathers where autodiff scatters."""
+"""The gradients of the token shift, from its inputs; gathers where JAX would scatter."""
 
-import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arrays import accumulation_dtype, per_token
 from pallas_kernels.operators.token_shift.reference import (
     last_position,
     mask_padding,
     shift,
     take_tokens,
-    token_shift_mix_reference,
 )
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.types import SegmentIds
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Residuals:
-    """What the backward needs.
-
-    Attributes:
-      x: `[B, T, C]`; shifted again for the gradient of the mixes.
-      mixes: `[M, C]`; they weight the gradients of `x` and of the shifted `x`.
-      state: `[B, C]` or None; part of the shifted `x`.
-      segment_ids: `[B, T]` or None; say which tokens are neighbours.
-    """
-
-    x: FloatArray
-    mixes: FloatArray
-    state: FloatArray | None
-    segment_ids: SegmentIds | None
-
-
-def following_position(segment_ids: SegmentIds) -> jax.Array:
-    """Position `[B, T]` of the token after each one in the same segment, or -1."""
+def following_position(segment_ids: SegmentIds) -> Int[Array, "B T"]:
+    """Returns the position of the token after each one in the same segment, or -1."""
     # Segments read backwards are segments too, where "before" means "after".
     mirrored = find_segments(segment_ids[:, ::-1]).previous[:, ::-1]
     return jnp.where(mirrored < 0, -1, segment_ids.shape[1] - 1 - mirrored)
 
 
 def shift_transpose(
-    dshifted: FloatArray, dnew_state: FloatArray, segment_ids: SegmentIds | None
-) -> tuple[FloatArray, FloatArray]:
-    """The gradients of the two arrays `x` and `state` that `shift` took."""
+    dshifted: Float[Array, "B T C"],
+    dnew_state: Float[Array, "B C"],
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
+    """Returns the gradients of the `x` and `state` of `shift`."""
     if segment_ids is None:
         return jnp.concatenate([dshifted[:, 1:], dnew_state[:, None]], axis=1), dshifted[:, 0]
     valid = segment_ids != 0
@@ -60,13 +42,17 @@ def shift_transpose(
 
 
 def token_shift_mix_backward(
-    residuals: Residuals, cotangents: tuple[Sequence[FloatArray], FloatArray]
-) -> tuple[FloatArray, FloatArray, FloatArray | None, None]:
-    """The gradients of x, mixes, state; none of segment_ids."""
+    x: Float[Array, "B T C"],
+    mixes: Float[Array, "M C"],
+    state: Float[Array, "B C"] | None,
+    segment_ids: SegmentIds | None,
+    *,
+    cotangents: tuple[Sequence[Float[Array, "B T C"]], Float[Array, "B C"]],
+) -> tuple[Float[Array, "B T C"], Float[Array, "M C"], Float[Array, "B C"] | None, None]:
+    """Returns the gradients of x, mixes and state, and None for the segment ids."""
     dmixed, dnew_state = cotangents
-    mixes, state, segment_ids = residuals.mixes, residuals.state, residuals.segment_ids
-    dtype = accumulation_dtype(residuals.x, mixes)
-    x = mask_padding(residuals.x, segment_ids)
+    dtype = accumulation_dtype(x, mixes)
+    x = mask_padding(x, segment_ids)
     shifted, _ = shift(x, state, segment_ids)
     difference = shifted.astype(dtype) - x.astype(dtype)  # [B, T, C]
     gradients = [gradient.astype(dtype) for gradient in dmixed]
@@ -84,15 +70,4 @@ def token_shift_mix_backward(
     )
 
 
-def _forward(
-    x: FloatArray,
-    mixes: FloatArray,
-    state: FloatArray | None,
-    segment_ids: SegmentIds | None,
-) -> tuple[tuple[tuple[FloatArray, ...], FloatArray], Residuals]:
-    results = token_shift_mix_reference(x, mixes, state, segment_ids)
-    return results, Residuals(x, mixes, state, segment_ids)
-
-
-token_shift_mix_xla = jax.custom_vjp(token_shift_mix_reference)
-token_shift_mix_xla.defvjp(_forward, token_shift_mix_backward)
+__all__ = ["token_shift_mix_backward"]

@@ -1,27 +1,25 @@
 """The public value residual operator."""
 
-from collections.abc import Callable
+from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import vary_alike
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.differentiation import differentiate, run_from_inputs
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.value_residual.reference import value_residual_reference
-from pallas_kernels.operators.value_residual.xla import value_residual_xla
-from pallas_kernels.types import FloatArray
+from pallas_kernels.operators.value_residual.xla import value_residual_backward
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float, check_same_dtype
 
-IMPLEMENTATIONS: dict[str, Callable[..., FloatArray]] = {
-    "xla": value_residual_xla,
-    "reference": value_residual_reference,
-}
+FORWARD = {"xla": value_residual_reference, "reference": value_residual_reference}
+BACKWARD = {"xla": value_residual_backward, "reference": differentiate(value_residual_reference)}
 
 
 def value_residual(
-    v: FloatArray,
-    v_first: FloatArray,
-    logits: FloatArray,
+    v: Float[Array, "B T H V"],
+    v_first: Float[Array, "B T H V"],
+    logits: Float[Array, "B T H V"],
     *,
-    implementation: str | None = None,
-) -> FloatArray:
+    implementation: Choice = None,
+) -> Float[Array, "B T H V"]:
     """Moves a layer's values towards those of the first layer:
 
         v + (v_first - v) * sigmoid(logits)
@@ -32,8 +30,8 @@ def value_residual(
       v: `[B, T, H, V]`, this layer's values.
       v_first: `[B, T, H, V]`, the first layer's, in the dtype of `v`.
       logits: `[B, T, H, V]`, of the share of `v_first`. It may have a dtype of its own.
-      implementation: "xla", which keeps its inputs for the backward and nothing else; "reference",
-        the definition; or None, which chooses.
+      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
+        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       `[B, T, H, V]`, in the dtype of `v`.
@@ -47,5 +45,5 @@ def value_residual(
     check_float("v_first", v_first, "B T H V", sizes)
     check_float("logits", logits, "B T H V", sizes)
     check_same_dtype(v=v, v_first=v_first)
-    arrays = vary_alike(v, v_first, logits)
-    return dispatch("value_residual", IMPLEMENTATIONS, implementation, *arrays)
+    inputs = vary_alike(v, v_first, logits)
+    return run_from_inputs("value_residual", FORWARD, BACKWARD, implementation, *inputs)

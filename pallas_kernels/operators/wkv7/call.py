@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.arrays import accumulation_dtype, vary_alike
+from pallas_kernels.precision import accumulation_dtype
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import FloatArray, SegmentIds
 
 

@@ -15,7 +15,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import vary_alike
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.wkv7.call import WKVCall
@@ -29,6 +28,7 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     Form,
 )
 from pallas_kernels.packing import find_segments
+from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import FloatArray, SegmentIds
 
 MAX_K = 128

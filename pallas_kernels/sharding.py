@@ -1,0 +1,28 @@
+"""Operators over the mesh in context."""
+
+import jax
+
+
+def vary_alike[*Arrays](*arrays: *Arrays) -> tuple[*Arrays]:
+    """Makes all arrays vary over the same mesh axes; does nothing outside `jax.shard_map`.
+
+    The backward of a `jax.custom_vjp` must return gradients that vary as the arguments do, but
+    the gradient of a replicated parameter varies with the data. After this cast it may, and JAX
+    transposes the cast to the sum over devices.
+
+    Args:
+      *arrays: pytrees of arrays; None is one without any.
+    """
+    leaves = jax.tree.leaves(arrays)
+    axes = frozenset[str]().union(*(jax.typeof(leaf).mat.varying for leaf in leaves))
+    if not axes:
+        return arrays
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(leaf).mat.varying
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying")
+
+    return jax.tree.map(vary, arrays)
+
+
+__all__ = ["vary_alike"]
