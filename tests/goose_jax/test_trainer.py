@@ -1,6 +1,7 @@
 """A training run from Python, on a model small enough to compile in a moment."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -91,6 +92,8 @@ def test_a_run_reports_and_keeps_what_it_measures(finished, model):
     assert [path.name for path in run.checkpoints] == ["00000004"]  # of 3 and 4 the newest
     saved, metadata = load_checkpoint(run.path)
     assert (metadata.step, metadata.tokenizer) == (4, "byte")
+    # Runs made before know their text by this value.
+    assert metadata.extra == {"text": hashlib.sha256(TEXT.tokens.tobytes()).hexdigest()}
     trained, start = FullTuning(model).result(state.params)
     assert_equal(nnx.state(saved), nnx.state(trained))
     assert start is None
