@@ -1,10 +1,11 @@
-"""What decays within chunks of WKV7: the products of rows and columns, and their gradients.
+"""The matrices of WKV7's chunks that depend on decays, and their gradients.
 
-Rows are r and a, which read; columns are k and b, which are written. There are two ways with one
-interface, `bounded_products` and `unbounded_products`; `docs/rwkv7.md`, section 7, compares them.
+Rows are r and a, which read the state; columns are k and b, which write it. `bounded_products` and
+`unbounded_products` compute the same matrices in two ways, which `docs/rwkv7.md`, section 7,
+compares.
 
-Tokens come as `[B, G, L, H, _]`, G chunks of L tokens; products are `[G, B, H, L, _]`, a batch of
-matrices.
+Arguments are `[B, G, L, H, _]`, G chunks of L tokens. Matrices are `[G, B, H, L, _]`, so that
+products work on a batch.
 """
 
 import dataclasses
@@ -16,26 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 RADIX = 4
-"""Blocks that are joined to one at a time, if decays are not bounded."""
+"""How many blocks `_join` makes one, where decays are not bounded."""
 
 type Pair = tuple[jax.Array, jax.Array]
-"""r and a, the rows, or k and b, the columns."""
+"""The rows r and a, or the columns k and b."""
 
 type Gradients = tuple[jax.Array, Pair, Pair]
-"""Of log_decay, rows and columns."""
+"""The gradients of log_decay, rows and columns."""
 
 
 class Products(NamedTuple):
-    """What chunks need of r, log_decay, k, a, b; also the gradients with respect to it.
+    """The matrices of chunks that depend on r, log_decay, k, a and b; also their gradients.
+
+    The state at the end of a chunk is `onward * (decay * entry state + what columns write)`.
 
     Attributes:
-      A_r: A_rk and A_rb, `[G, B, H, L, L]`, lower triangular.
-      A_a: A_ak and A_ab, strictly lower triangular.
-      rows: r and a, decayed from the chunk's beginning, `[G, B, H, L, K]`.
-      columns: k and b; with `onward`, decayed to the chunk's end.
-      decay: `[G, B, H, K]`, of the entry state, until columns are added to it.
-      onward: `[G, B, H, K]`, of that sum, until the chunk's end. Its gradient follows from the
-        others, and is not asked for.
+      A_r: A_rk and A_rb, each `[G, B, H, L, L]`, lower triangular.
+      A_a: A_ak and A_ab, each `[G, B, H, L, L]`, strictly lower triangular.
+      rows: r and a, each `[G, B, H, L, K]`, decayed from the chunk's beginning.
+      columns: k and b, each `[G, B, H, L, K]`; times `onward`, decayed to the chunk's end.
+      decay: `[G, B, H, K]`, the factor on the entry state before columns are added.
+      onward: `[G, B, H, K]`, the factor on the sum. Its gradient is never computed, because those
+        of the other fields include it.
     """
 
     A_r: Pair
@@ -49,11 +52,11 @@ class Products(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Segments that share chunks; the state restarts from zero.
+    """Segments that share chunks, where the state restarts from zero.
 
     Attributes:
-      index: `[B, G, L]` int32, rising from segment to segment; tokens interact where it is equal.
-      entry: `[B, G]` int32, the index that the state entering a chunk belongs to.
+      index: `[B, G, L]` int32, the segment of each token; tokens interact where it is equal.
+      entry: `[B, G]` int32, the segment of the state that enters a chunk.
     """
 
     index: jax.Array
@@ -64,27 +67,27 @@ type ProductsAndBackward = tuple[Products, Callable[[Products], Gradients]]
 
 
 def to_chunks(x: jax.Array) -> jax.Array:
-    """`[B, G, L, H, _]` to `[G, B, H, L, _]`."""
+    """Returns `[B, G, L, H, _]` as `[G, B, H, L, _]`."""
     return jnp.transpose(x, (1, 0, 3, 2, 4))
 
 
 def from_chunks(x: jax.Array) -> jax.Array:
-    """The inverse of `to_chunks`."""
+    """Returns `[G, B, H, L, _]` as `[B, G, L, H, _]`."""
     return jnp.transpose(x, (1, 0, 3, 2, 4))
 
 
 def transpose(x: jax.Array) -> jax.Array:
-    """Of matrices."""
+    """Swaps the rows and columns of matrices `[..., rows, columns]`."""
     return jnp.swapaxes(x, -1, -2)
 
 
 def select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
-    """`jnp.where` with a mask that has the last axes of x."""
+    """Applies `jnp.where` with a mask over the last axes of x."""
     return jnp.where(mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape), x, otherwise)
 
 
 def mask_products(products: Products, masks: Masks | None) -> Products:
-    """Zeros between segments. The same applies to gradients."""
+    """Puts zeros between segments, in the products of chunks or in their gradients."""
     if masks is None:
         return products
     index, entry = jnp.swapaxes(masks.index, 0, 1), masks.entry.T  # [G, B, ...]
@@ -115,10 +118,10 @@ def _lower(pair: Pair, diagonal: int) -> Pair:
 def bounded_products(
     log_decay: jax.Array, rows: Pair, columns: Pair, masks: Masks | None
 ) -> ProductsAndBackward:
-    """Products if no decay is strong: L times the strongest is a number that may be an exponent.
+    """Computes the products if no decay is strong: L times the least log decay has an exponential.
 
-    Decays are measured from the chunk's beginning, so that one product makes a matrix of pairs, and
-    one reverse cumulative sum the gradient of the log decays.
+    Decays are measured from the chunk's beginning. Then one matrix product gives all pairs of a
+    row and a column, and one reverse cumulative sum gives the gradient of the log decays.
 
     Args:
       log_decay: `[B, G, L, H, K]`.
@@ -127,7 +130,8 @@ def bounded_products(
       masks: of the segments, or None.
 
     Returns:
-      The products, before masks, and the function from their gradients to those of the arguments.
+      The products, not masked yet.
+      A function from their gradients to the gradients of the arguments.
     """
     (r, a), (k, b) = rows, columns
     ones = _ones(log_decay, masks)
@@ -145,28 +149,32 @@ def bounded_products(
         onward=onward,
     )
 
-    def backward(d: Products) -> Gradients:
-        (d_rk, d_rb), (d_ak, d_ab) = _lower(d.A_r, 0), _lower(d.A_a, -1)
-        d_r = d.rows[0] + d_rk @ k_hat + d_rb @ b_hat
-        d_a = d.rows[1] + d_ak @ k_hat + d_ab @ b_hat
-        d_k = d.columns[0] + transpose(d_rk) @ r_hat + transpose(d_ak) @ a_hat
-        d_b = d.columns[1] + transpose(d_rb) @ r_hat + transpose(d_ab) @ a_hat
-        dr, da = into * from_chunks(d_r), into_before * from_chunks(d_a)
-        dk, db = back * from_chunks(d_k), back * from_chunks(d_b)
-        leaving = jnp.sum(k_hat * d.columns[0] + b_hat * d.columns[1], axis=-2)
+    def backward(dproducts: Products) -> Gradients:
+        (dA_rk, dA_rb), (dA_ak, dA_ab) = _lower(dproducts.A_r, 0), _lower(dproducts.A_a, -1)
+        (drow_r, drow_a), (dcolumn_k, dcolumn_b) = dproducts.rows, dproducts.columns
+        dr_hat = drow_r + dA_rk @ k_hat + dA_rb @ b_hat
+        da_hat = drow_a + dA_ak @ k_hat + dA_ab @ b_hat
+        dk_hat = dcolumn_k + transpose(dA_rk) @ r_hat + transpose(dA_ak) @ a_hat
+        db_hat = dcolumn_b + transpose(dA_rb) @ r_hat + transpose(dA_ab) @ a_hat
+        dr, da = into * from_chunks(dr_hat), into_before * from_chunks(da_hat)
+        dk, db = back * from_chunks(dk_hat), back * from_chunks(db_hat)
+        leaving = jnp.sum(k_hat * dcolumn_k + b_hat * dcolumn_b, axis=-2)
         # Without the barrier XLA may sum again for each token that the sum is added to.
-        d_end = jax.lax.optimization_barrier(d.decay + leaving)
-        d_sums = r * dr + a * da - k * dk - b * db
+        dend = jax.lax.optimization_barrier(dproducts.decay + leaving)
+        dsums = r * dr + a * da - k * dk - b * db
         last = np.arange(log_decay.shape[2]) == log_decay.shape[2] - 1
-        d_sums += select(last[:, None, None], jnp.swapaxes(d_end, 0, 1)[:, :, None], 0)
-        d_log_decay = jnp.einsum("bgij,bgihk->bgjhk", ones, d_sums, precision="highest") - a * da
-        return d_log_decay, (dr, da), (dk, db)
+        dsums += select(last[:, None, None], jnp.swapaxes(dend, 0, 1)[:, :, None], 0)
+        dlog_decay = jnp.einsum("bgij,bgihk->bgjhk", ones, dsums, precision="highest") - a * da
+        return dlog_decay, (dr, da), (dk, db)
 
     return products, backward
 
 
 def _ones(log_decay: jax.Array, masks: Masks | None) -> jax.Array:
-    """Ones `[B, G, L, L]` that sum a segment's tokens, lest its gradient leaks into others'."""
+    """Returns ones `[B, G, L, L]` where token j comes before i or is i, in one segment.
+
+    Sums over other segments would let their gradients leak into each other.
+    """
     B, G, L, _, _ = log_decay.shape
     lower = np.tri(L, dtype=bool)[None, None]
     if masks is None:
@@ -178,8 +186,19 @@ def _ones(log_decay: jax.Array, masks: Masks | None) -> jax.Array:
 def unbounded_products(
     log_decay: jax.Array, rows: Pair, columns: Pair, masks: Masks | None
 ) -> ProductsAndBackward:
-    """Products for any decay, down to -inf; arguments and results as of `bounded_products`."""
-    del masks  # nothing leaks through products that are not masked yet
+    """Computes the products for any log decay, down to -inf.
+
+    Args:
+      log_decay: `[B, G, L, H, K]`.
+      rows: r and a, `[B, G, L, H, K]`.
+      columns: k and b, `[B, G, L, H, K]`.
+      masks: not needed; nothing leaks through products that are not masked yet.
+
+    Returns:
+      The products, not masked yet.
+      A function from their gradients to the gradients of the arguments.
+    """
+    del masks
 
     def joined(log_decay, rows, columns):
         return _join_blocks(*jax.tree.map(to_chunks, (log_decay, rows, columns)))
@@ -188,10 +207,10 @@ def unbounded_products(
 
 
 def _join_blocks(log_decay: jax.Array, rows: Pair, columns: Pair) -> Products:
-    """Products of ever longer blocks, differentiated by JAX.
+    """Computes the products of ever longer blocks of tokens; JAX differentiates it.
 
-    Every exponent is a sum of log decays, never a difference, so that none is positive and nothing
-    cancels; their transpose gives the gradient of log_decay the same way.
+    Every exponent is a sum of log decays, never a difference. So no exponent is positive, and
+    nothing cancels, neither here nor in the gradient of log_decay.
     """
     # r meets what its own token wrote, undecayed; a reads the state before that.
     of_r = jnp.stack([jnp.sum(rows[0] * column, axis=-1) for column in columns], axis=-1)
@@ -213,7 +232,7 @@ def _join_blocks(log_decay: jax.Array, rows: Pair, columns: Pair) -> Products:
 
 
 def _blocks(x: jax.Array, *counts: int) -> jax.Array:
-    """Splits the tokens of `[..., L, K]`: `[..., *counts, size, K]`."""
+    """Splits the tokens of `[..., L, K]` into blocks: `[..., *counts, size, K]`."""
     return x.reshape(*x.shape[:-2], *counts, -1, x.shape[-1])
 
 
@@ -224,18 +243,22 @@ def _join(
     columns: Pair,
     radix: int,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """From A and the sums of log decay within blocks to those within blocks `radix` times as long.
+    """Makes one block of every `radix` blocks.
 
     Between a row in block p and a column in an earlier block q lie the decays from the column to
     the end of q, those of the blocks in between, and those from the beginning of p to the row.
 
     Args:
-      A: within blocks, `[..., L / size, 2, size, 2, size]`, rows by columns.
-      sums: `[..., L, K]`, from the block's beginning to each token, with it (so much has decayed
-        what r reads) and without it (what a reads), and from after each token to the block's end.
-      rows: `[..., L, K]`.
-      columns: `[..., L, K]`.
-      radix: of the blocks become one.
+      A: `[..., L / size, 2, size, 2, size]`, rows by columns within blocks.
+      sums: three sums of log decays within blocks, each `[..., L, K]`: from the beginning to each
+        token, which is included (for what r reads) or not (for what a reads), and from after each
+        token to the end.
+      rows: r and a, each `[..., L, K]`.
+      columns: k and b, each `[..., L, K]`.
+      radix: how many blocks become one.
+
+    Returns:
+      A and the sums of the longer blocks.
     """
     *lead, count, _, size, _, _ = A.shape
     count //= radix
@@ -267,10 +290,10 @@ def _join(
 
 
 def inverse(A: jax.Array) -> jax.Array:
-    """`(I - A)^-1` of strictly lower triangular `[..., L, L]`, L a power of two.
+    """Computes `(I - A)^-1` of strictly lower triangular `[..., L, L]`, L a power of two.
 
-    Merges inverses of diagonal blocks, so every intermediate is a block of the result; a series in
-    powers of A would lose everything to cancellation when tokens repeat.
+    It merges inverses of diagonal blocks, so that every intermediate value is part of the result. A
+    series in powers of A would lose all digits to cancellation where tokens repeat.
     """
     L = A.shape[-1]
     inverses = jnp.broadcast_to(jnp.eye(L, dtype=A.dtype), A.shape)  # of blocks of one row
@@ -280,3 +303,16 @@ def inverse(A: jax.Array) -> jax.Array:
         A_below = select(below, A, 0)
         inverses += A_below if size == 1 else inverses @ (A_below @ inverses)
     return inverses
+
+
+__all__ = [
+    "Masks",
+    "Products",
+    "bounded_products",
+    "from_chunks",
+    "inverse",
+    "mask_products",
+    "to_chunks",
+    "transpose",
+    "unbounded_products",
+]

@@ -7,14 +7,14 @@ A chunk of L tokens with entry state S0 is read at once (`docs/rwkv7.md` derives
     S1 = onward * (decay * S0 + columns_k^T V + columns_b^T U)
 
 where `A_xy[i, j] = sum_c x[i, c] y[j, c] exp(sum of log decays between j and i)` for j before i.
-The rows are r and a, decayed from the chunk's beginning; the columns are k and b, decayed to its
-end with `onward`. There are two ways to all that decays: a fast one if no decay is strong, and
-one for any decay down to clearing a channel. Without the promise of a bound, each group of chunks
-takes the first if its decays allow it.
+The rows are r and a, decayed from the chunk's beginning; the columns are k and b, which `onward`
+decays to its end. `chunk_products` computes all that depends on decays, in two ways: a fast one if
+no decay is strong, and one for any decay down to clearing a channel. Where the caller promises no
+bound, each group of chunks takes the fast way if its decays allow it.
 
-The work is laid out as a loop over groups of G chunks. Within a group everything that does not
-need the state is done for all chunks at once, and a short scan carries the state from chunk to
-chunk. The backward keeps the entry state of each chunk and computes the rest again.
+A loop runs over groups of G chunks. Within a group, everything that does not need the state is
+done for all chunks at once, and a short scan carries the state from chunk to chunk. The backward
+keeps the entry state of each chunk and computes the rest again.
 """
 
 import contextlib
@@ -57,22 +57,22 @@ from pallas_kernels.types import FloatArray, SegmentIds
 MAX_CHUNK = {"cpu": 32}
 MAX_CHUNK_ELSEWHERE = 64
 MAX_CHUNK_UNPROMISED = 32
-"""Tokens in a chunk, at most: long ones fill the units of an accelerator, short ones need fewer
-operations; without a promise about the decay, pairs may cost more."""
+"""Tokens in a chunk, at most. Long chunks fill the units of an accelerator, short ones need fewer
+operations. Without a promise about decays, a pair of tokens may cost more."""
 
 MIN_CHUNK_BOUNDED = 8
-"""Where a bound asks for fewer tokens in a chunk, it is of no use."""
+"""A bound that allows fewer tokens in a chunk is not used."""
 
 MATRICES = {"cpu": 32}
 MATRICES_ELSEWHERE = 2048
-"""Chunks times rows times heads that a group works on at least, if there are as many: enough to
-fill an accelerator, few enough to stay in the caches of a CPU."""
+"""Chunks times rows times heads in a group, at least, where there are as many: enough to fill an
+accelerator, few enough to stay in the caches of a CPU."""
 
 UNROLL = 4
-"""Chunks in one step of the scan that carries the state: work of neighbours overlaps."""
+"""Chunks in one step of the scan that carries the state, so that their work overlaps."""
 
 MAX_EXPONENT = 40.0
-"""Largest exponent that a factor may carry; masked products of two stay finite in float32."""
+"""Largest exponent of a factor: a product of two factors is still finite in float32."""
 
 
 class Plan(NamedTuple):
@@ -91,7 +91,8 @@ class Plan(NamedTuple):
     bounded: bool
 
 
-type Boundaries = Masks | Transfers | None
+type ChunkSegments = Masks | Transfers | None
+"""Masks where segments share chunks, transfers where each segment begins a chunk."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,39 +101,39 @@ class Residuals:
     """What the backward needs.
 
     Attributes:
-      inputs: r, log_decay, k, v, a, b, `[B, T, H, _]`, as they were given.
-      boundaries: of the segments, if there are any.
-      entries: `[T / (G L), G, B, H, K, V]`, the state entering each chunk.
+      inputs: `[B, T, H, _]`, padded to whole groups; the products of chunks are computed again.
+      segments: where segments begin and end, or None.
+      entries: `[T / (G L), G, B, H, K, V]`, the state that enters each chunk.
     """
 
     inputs: WKVInputs
-    boundaries: Boundaries
+    segments: ChunkSegments
     entries: jax.Array
 
 
 def _read(x: jax.Array, group: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Array:
-    """The tokens of a group, `[B, G, L, H, _]`, of `[B, T, H, _]`."""
+    """Returns the tokens of a group, `[B, G, L, H, _]`, of `[B, T, H, _]`."""
     tokens = plan.group * plan.chunk
     x = jax.lax.dynamic_slice_in_dim(x, group * tokens, tokens, axis=1)
     return x.reshape(len(x), plan.group, plan.chunk, *x.shape[2:]).astype(dtype)
 
 
 def _write(x: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
-    """Replaces the tokens of a group: the inverse of `_read`."""
+    """Returns `[B, T, H, _]` with the tokens of a group replaced by `[B, G, L, H, _]`."""
     B, G, L, *rest = values.shape
     values = values.astype(x.dtype).reshape(B, G * L, *rest)
     return jax.lax.dynamic_update_slice_in_dim(x, values, group * G * L, axis=1)
 
 
-def _read_boundaries(boundaries: Boundaries, group: jax.Array, plan: Plan) -> Boundaries:
+def _read_segments(segments: ChunkSegments, group: jax.Array, plan: Plan) -> ChunkSegments:
     def of_chunks(x):
         return jax.lax.dynamic_slice_in_dim(x, group * plan.group, plan.group, axis=1)
 
-    return jax.tree.map(of_chunks, boundaries)
+    return jax.tree.map(of_chunks, segments)
 
 
-def _of_chunks(at: Boundaries) -> Transfers | None:
-    """Transfers with the axis of chunks first, `[G, B]`, to be scanned over."""
+def _of_chunks(at: ChunkSegments) -> Transfers | None:
+    """Returns transfers with the axis of chunks first, `[G, B]`, for a scan; None for masks."""
     return jax.tree.map(jnp.transpose, at) if isinstance(at, Transfers) else None
 
 
@@ -145,7 +146,7 @@ def _with_products(plan: Plan, log_decay: jax.Array, run: Callable[[Callable], A
 
 
 def _forward_chunks(products, v, at, initially_stored, carry):
-    """The chunks of a group. Returns carry, entry states and outputs."""
+    """Reads the chunks of a group: returns the carry, the entry states and the outputs."""
     (A_rk, A_rb), (A_ak, A_ab), (r_in, a_in), (k_out, b_out), decay, onward = products
     X = inverse(A_ab)
     u_from_state = X @ a_in
@@ -168,8 +169,8 @@ def _forward_chunks(products, v, at, initially_stored, carry):
     return carry, entries, r_in @ entries + A_rk @ v + A_rb @ u
 
 
-def _backward_chunks(products, v, entries, do, at, d_stored, carry):
-    """The chunks of a group, backward. Returns carry and gradients of products and values."""
+def _backward_chunks(products, v, entries, do, at, dstored, carry):
+    """Transposes `_forward_chunks`: returns the carry, and gradients of products and values."""
     (A_rk, A_rb), (A_ak, A_ab), (r_in, a_in), (k_out, b_out), decay, onward = products
     X = inverse(A_ab)
     u_from_state = X @ a_in
@@ -177,47 +178,50 @@ def _backward_chunks(products, v, entries, do, at, d_stored, carry):
     du_from_o = transpose(A_rb) @ do
 
     def chunk(carry, x):
-        d_after, d_loaded = carry
+        dafter, dloaded = carry
         u_from_state, r_in, b_out, decay, onward, do, du_from_o, at = x
-        if d_loaded is not None:
-            d_after += store_state_backward(d_stored, at.store)
-        d_sum = onward[..., None] * d_after
-        du = du_from_o + b_out @ d_sum
-        d_state = decay[..., None] * d_sum
-        d_state += transpose(r_in) @ do + transpose(u_from_state) @ du
-        if d_loaded is not None:
-            d_state, d_loaded = load_state_backward(d_state, d_loaded, at.load)
-        return (d_state, d_loaded), (d_sum, du)
+        if dloaded is not None:
+            dafter += store_state_backward(dstored, at.store)
+        dsum = onward[..., None] * dafter
+        du = du_from_o + b_out @ dsum
+        dstate = decay[..., None] * dsum
+        dstate += transpose(r_in) @ do + transpose(u_from_state) @ du
+        if dloaded is not None:
+            dstate, dloaded = load_state_backward(dstate, dloaded, at.load)
+        return (dstate, dloaded), (dsum, du)
 
     of_chunks = (u_from_state, r_in, b_out, decay, onward, do, du_from_o, at)
-    carry, (d_sum, du) = jax.lax.scan(chunk, carry, of_chunks, reverse=True, unroll=UNROLL)
-    dw = transpose(X) @ du  # of a_in S0 + A_ak V
-    dv = transpose(A_rk) @ do + transpose(A_ak) @ dw + k_out @ d_sum
-    d_products = Products(
+    carry, (dsum, du) = jax.lax.scan(chunk, carry, of_chunks, reverse=True, unroll=UNROLL)
+    dW = transpose(X) @ du  # of W = a_in S0 + A_ak V
+    dv = transpose(A_rk) @ do + transpose(A_ak) @ dW + k_out @ dsum
+    dproducts = Products(
         A_r=(do @ transpose(v), do @ transpose(u)),
-        A_a=(dw @ transpose(v), dw @ transpose(u)),
-        rows=(do @ transpose(entries), dw @ transpose(entries)),
-        columns=(v @ transpose(d_sum), u @ transpose(d_sum)),
-        decay=jnp.sum(entries * d_sum, axis=-1),
+        A_a=(dW @ transpose(v), dW @ transpose(u)),
+        rows=(do @ transpose(entries), dW @ transpose(entries)),
+        columns=(v @ transpose(dsum), u @ transpose(dsum)),
+        decay=jnp.sum(entries * dsum, axis=-1),
         onward=jnp.zeros_like(onward),
     )
-    return carry, d_products, dv
+    return carry, dproducts, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     plan: Plan,
     inputs: WKVInputs,
-    boundaries: Boundaries,
+    segments: ChunkSegments,
     stored: jax.Array | None,
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Outputs `[B, T, H, V]`, the state after the last token, and `stored` with the stores made."""
-    return _chunked_forward(plan, inputs, boundaries, stored, state)[0]
+    """Computes outputs `[B, T, H, V]`, the state after the last token, and the stored states."""
+    return _chunked_forward(plan, inputs, segments, stored, state)[0]
 
 
 def _precision(inputs: WKVInputs) -> contextlib.AbstractContextManager[Any]:
-    """Full products for float32 inputs; for 16-bit ones what JAX is set to suffices."""
+    """Returns a context in which products of float32 inputs lose no digits.
+
+    For inputs of 16 bits, JAX's setting suffices.
+    """
     if jnp.result_type(*inputs).itemsize >= 4:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
@@ -227,13 +231,13 @@ def _groups(inputs: WKVInputs, plan: Plan) -> jax.Array:
     return jnp.arange(inputs.r.shape[1] // (plan.group * plan.chunk))
 
 
-def _chunked_forward(plan, inputs, boundaries, stored, state):
+def _chunked_forward(plan, inputs, segments, stored, state):
     dtype, initially_stored = state.dtype, stored
 
     def group(carry, index):
         o, *states = carry
         r, log_decay, k, v, a, b = (_read(x, index, plan, dtype) for x in inputs)
-        at = _read_boundaries(boundaries, index, plan)
+        at = _read_segments(segments, index, plan)
         masks = at if isinstance(at, Masks) else None
 
         def run(make_products):
@@ -249,47 +253,47 @@ def _chunked_forward(plan, inputs, boundaries, stored, state):
     with _precision(inputs):
         carry = (jnp.zeros_like(inputs.v), state, stored)
         carry, entries = jax.lax.scan(group, carry, _groups(inputs, plan))
-    return carry, Residuals(inputs, boundaries, entries)
+    return carry, Residuals(inputs, segments, entries)
 
 
 def _chunked_backward(plan, residuals, gradients):
-    do, d_state, d_stored = gradients
-    dtype = d_state.dtype
-    inputs, boundaries = residuals.inputs, residuals.boundaries
+    do, dstate, dstored = gradients
+    dtype = dstate.dtype
+    inputs, segments = residuals.inputs, residuals.segments
 
     def group(carry, x):
         index, entries = x
-        d_inputs, *d_states = carry
+        dinputs, *dstates = carry
         r, log_decay, k, v, a, b, do_here = (_read(x, index, plan, dtype) for x in (*inputs, do))
-        at = _read_boundaries(boundaries, index, plan)
+        at = _read_segments(segments, index, plan)
         masks = at if isinstance(at, Masks) else None
 
         def run(make_products):
             products, backward = make_products(log_decay, (r, a), (k, b), masks)
-            d_states_before, d_products, dv = _backward_chunks(
+            dstates_before, dproducts, dv = _backward_chunks(
                 mask_products(products, masks),
                 to_chunks(v),
                 entries,
                 plan.scale * to_chunks(do_here),
                 _of_chunks(at),
-                d_stored,
-                tuple(d_states),
+                dstored,
+                tuple(dstates),
             )
-            d_log_decay, (dr, da), (dk, db) = backward(mask_products(d_products, masks))
-            return d_states_before, WKVInputs(dr, d_log_decay, dk, from_chunks(dv), da, db)
+            dlog_decay, (dr, da), (dk, db) = backward(mask_products(dproducts, masks))
+            return dstates_before, WKVInputs(dr, dlog_decay, dk, from_chunks(dv), da, db)
 
-        d_states, d_here = _with_products(plan, log_decay, run)
-        d_inputs = jax.tree.map(lambda d, x: _write(d, index, x), d_inputs, d_here)
-        return (d_inputs, *d_states), None
+        dstates, dhere = _with_products(plan, log_decay, run)
+        dinputs = jax.tree.map(lambda d, x: _write(d, index, x), dinputs, dhere)
+        return (dinputs, *dstates), None
 
-    d_loaded = None
-    if d_stored is not None:
-        d_loaded = never_stored(d_stored, boundaries.store.T)
+    dloaded = None
+    if dstored is not None:
+        dloaded = never_stored(dstored, segments.store.T)
     with _precision(inputs):
-        carry = (jax.tree.map(jnp.zeros_like, inputs), d_state, d_loaded)
+        carry = (jax.tree.map(jnp.zeros_like, inputs), dstate, dloaded)
         groups = (_groups(inputs, plan), residuals.entries)
-        (d_inputs, d_state, d_loaded), _ = jax.lax.scan(group, carry, groups, reverse=True)
-    return d_inputs, None, d_loaded, d_state
+        (dinputs, dstate, dloaded), _ = jax.lax.scan(group, carry, groups, reverse=True)
+    return dinputs, None, dloaded, dstate
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -320,7 +324,7 @@ def _plan(
 
 
 def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
-    """Masks for a row that is padded to T tokens."""
+    """Returns the masks of rows that are padded to T tokens."""
     index = find_segments(segment_ids).index
     index = jnp.pad(index, ((0, 0), (0, T - index.shape[1])), mode="edge")
     index = index.reshape(len(index), -1, plan.chunk)
