@@ -1,5 +1,16 @@
-"""The operators of RWKV-7 for JAX."""
+"""The operators of RWKV-7 for JAX.
 
+The names of this package are public, and so are all of these modules:
+
+    types        names of arrays and the legend of their dimensions
+    packing      several sequences in one row of tokens
+    validation   checks of arguments, in one wording
+    dispatch     how an implementation is chosen, for operators made of these
+
+All other modules are private.
+"""
+
+from pallas_kernels.dispatch import NotServed
 from pallas_kernels.operators.channel_mix import channel_mix
 from pallas_kernels.operators.cross_entropy import cross_entropy
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
@@ -14,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LayerWeights",
+    "NotServed",
     "channel_mix",
     "cross_entropy",
     "decode_layers",

@@ -16,11 +16,13 @@ class Device:
 
     Attributes:
       kind: its name, as in "NVIDIA H100 80GB HBM3", "cpu" or "TPU v5e".
+      platform: "cpu", "gpu" or "tpu".
       is_hopper: whether it is a GPU of compute capability 9.0.
       multiprocessors: the number of multiprocessors of a GPU; None where it is not known.
     """
 
     kind: str
+    platform: str
     is_hopper: bool
     multiprocessors: int | None
 
@@ -33,24 +35,27 @@ def device_in_context() -> Device:
     """
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
     if of_mesh is not None:
-        return _of_kind(of_mesh.device_kind, of_mesh.num_cores)
+        return _of_mesh(of_mesh)
     default = jax.config.jax_default_device
     if isinstance(default, str):
         default = jax.devices(default)[0]
     return _of_device(jax.devices()[0] if default is None else default)
 
 
-def _of_kind(kind: str, multiprocessors: int | None) -> Device:
+def _of_mesh(abstract: jax.sharding.AbstractDevice) -> Device:
+    kind = abstract.device_kind
     for device in jax.devices():
         if device.device_kind == kind:
             return _of_device(device)
     # This process has no such device: it lowers a program for another machine.
-    return Device(kind, _HOPPER_NAMES.search(kind) is not None, multiprocessors)
+    is_hopper = _HOPPER_NAMES.search(kind) is not None
+    return Device(kind, abstract.platform, is_hopper, abstract.num_cores)
 
 
 def _of_device(device: Any) -> Device:
     return Device(
         kind=device.device_kind,
+        platform=device.platform,
         is_hopper=getattr(device, "compute_capability", None) == _HOPPER_CAPABILITY,
         multiprocessors=getattr(device, "core_count", None),
     )

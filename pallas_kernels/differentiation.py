@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Choice, dispatch
 
@@ -63,7 +64,11 @@ def differentiate[R](reference: Forward[R]) -> Backward:
     """Returns the backward that JAX derives from a definition, computed from the inputs."""
 
     def backward(*inputs: Any, cotangents: Any, **settings: Any) -> tuple[Any, ...]:
-        _, pull_back = jax.vjp(functools.partial(reference, **settings), *inputs)
+        def run(*inputs: Any) -> R:
+            inputs = jax.tree.map(jnp.asarray, inputs)  # JAX passes constants as NumPy arrays
+            return reference(*inputs, **settings)
+
+        _, pull_back = jax.vjp(run, *inputs)
         return pull_back(cotangents)
 
     return backward

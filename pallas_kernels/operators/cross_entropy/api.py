@@ -6,51 +6,51 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.cross_entropy.reference import cross_entropy_reference
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
 from pallas_kernels.sharding import vary_alike
-from pallas_kernels.types import FloatArray
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 
-IMPLEMENTATIONS: dict[str, Callable[..., FloatArray]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": cross_entropy_xla,
     "reference": cross_entropy_reference,
 }
 
 
 def cross_entropy(
-    hidden: FloatArray,
-    weight: FloatArray,
-    targets: jax.Array,
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
     *,
     l2wrap: float = 0.0,
     chunk_size: int = 1024,
     implementation: str | None = None,
-) -> FloatArray:
+) -> Float[Array, "B T"]:
     """The cross entropy of every token under a language model's head, without its full logits:
 
         logits = hidden @ weight
         loss[b, t] = logsumexp(logits[b, t]) - logits[b, t, targets[b, t]]
 
     Logits are computed for `chunk_size` tokens at a time, in the forward and again in the
-    backward, and summed in float32 (float64 for float64 inputs), as is the gradient of the weight.
-    Differentiable in `hidden` and `weight`.
+    backward. Logits and the gradient of the weight are sums in float32 (float64 for float64
+    inputs). It is differentiable in `hidden` and `weight`.
 
     Args:
       hidden: `[B, T, C]`, what the model's head reads.
       weight: `[C, vocab]`, in the dtype of `hidden`.
-      targets: `[B, T]` integers from 0 to vocab - 1. Tokens that shall not count need one too;
-        leave out their loss (with `jnp.where`, say).
+      targets: `[B, T]` integers from 0 to vocab - 1. A token that shall not count needs a target
+        too; leave out its loss, with `jnp.where` for example.
       l2wrap: >= 0 and known at trace time. The gradient of each loss adds `l2wrap` times a token's
         largest logit (the first of equals) to the gradient of that logit, which draws large logits
         towards zero; the loss itself stays as it is. With 1e-4 and the mean over all tokens this
         is the `L2Wrap` of the official training code.
-      chunk_size: tokens whose logits exist at once, at most, where that allows one of each row;
-        known at trace time. "reference" ignores it.
-      implementation: "xla", which works in chunks and keeps its inputs and the logarithm of each
-        token's sum for the backward; "reference", the definition, with full logits; or None, which
+      chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
+        at trace time. "reference" ignores it.
+      implementation: "xla", which works in chunks and keeps its inputs and the logsumexp of each
+        token for the backward; "reference", the definition, with full logits; or None, which
         chooses.
 
     Returns:

@@ -2,18 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import contract
-from pallas_kernels.types import FloatArray
 
 
-def token_of(logits: FloatArray) -> jax.Array:
-    """The token that each of the logits `[..., vocab]` is for."""
+def token_of(logits: Float[Array, "*tokens vocab"]) -> Int[Array, "*tokens vocab"]:
+    """Returns the token that each logit is for."""
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-def losses_of(logits: FloatArray, targets: jax.Array) -> tuple[FloatArray, FloatArray]:
-    """The losses `[...]` of logits `[..., vocab]`, and their logsumexp."""
+def losses_of(
+    logits: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]
+) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+    """Returns the losses and the logsumexp of logits; nan for a target out of range."""
     vocab = logits.shape[-1]
     # A masked sum rather than a gather, so that logits sharded over the vocabulary stay so.
     is_target = token_of(logits) == targets[..., None]
@@ -24,9 +26,13 @@ def losses_of(logits: FloatArray, targets: jax.Array) -> tuple[FloatArray, Float
 
 
 def cross_entropy_reference(
-    hidden: FloatArray, weight: FloatArray, targets: jax.Array, l2wrap: float, chunk_size: int
-) -> FloatArray:
-    """The operator of `pallas_kernels.cross_entropy`, which documents the arguments."""
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
+    """Computes `pallas_kernels.cross_entropy`, which documents the arguments."""
     del chunk_size
     logits = contract("btc,cv->btv", hidden, weight)
     losses, _ = losses_of(logits, targets)
@@ -36,3 +42,6 @@ def cross_entropy_reference(
         penalty = l2wrap / 2 * jnp.square(largest)
         losses += penalty - jax.lax.stop_gradient(penalty)
     return losses
+
+
+__all__ = ["cross_entropy_reference", "losses_of", "token_of"]

@@ -5,39 +5,39 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of
 from pallas_kernels.precision import accumulation_dtype, contract
-from pallas_kernels.types import FloatArray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the backward needs; nothing of the size of the logits.
+    """What the backward needs; nothing is as large as the logits.
 
     Attributes:
-      hidden: `[B, T, C]`; for the logits and the gradient of the weight.
-      weight: `[C, vocab]`; for the logits and the gradient of hidden.
-      targets: `[B, T]`; where the gradient of the logits is less by one.
-      logsumexp: `[B, T]`; makes the logits probabilities at once.
+      hidden: `[B, T, C]`; gives the logits and the gradient of the weight.
+      weight: `[C, vocab]`; gives the logits and the gradient of hidden.
+      targets: `[B, T]`; the gradient of their logits is less by one.
+      logsumexp: `[B, T]`; turns logits into probabilities without another sum.
     """
 
-    hidden: FloatArray
-    weight: FloatArray
+    hidden: jax.Array
+    weight: jax.Array
     targets: jax.Array
-    logsumexp: FloatArray
+    logsumexp: jax.Array
 
 
 def _chunk_length(shape: tuple[int, ...], chunk_size: int) -> int:
-    """Tokens of each row in a chunk: as many as make at most `chunk_size`, evenly spread."""
+    """Returns how many tokens of each row a chunk has, for at most `chunk_size` in all rows."""
     rows, length = shape
     chunks = math.ceil(length / max(1, chunk_size // rows))
     return math.ceil(length / chunks)
 
 
 def _split(x: jax.Array, chunk_length: int) -> jax.Array:
-    """`[B, T, ...]` to `[chunks, B, L, ...]`, with zeros at the end of the last chunk.
+    """Returns `[B, T, ...]` as `[chunks, B, L, ...]`, with zeros at the end of the last chunk.
 
     Every chunk has tokens of all rows, so that rows may be sharded over devices.
     """
@@ -49,14 +49,18 @@ def _split(x: jax.Array, chunk_length: int) -> jax.Array:
 
 
 def _join(x: jax.Array, length: int) -> jax.Array:
-    """Reverses `_split` of `length` tokens."""
+    """Returns the chunks of `_split` as `[B, length, ...]`."""
     chunks, rows, chunk_length, *rest = x.shape
     return x.swapaxes(0, 1).reshape(rows, chunks * chunk_length, *rest)[:, :length]
 
 
 def _forward(
-    hidden: FloatArray, weight: FloatArray, targets: jax.Array, l2wrap: float, chunk_size: int
-) -> tuple[FloatArray, Residuals]:
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> tuple[Float[Array, "B T"], Residuals]:
     del l2wrap  # enters the gradient only
 
     def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
@@ -71,8 +75,8 @@ def _forward(
 
 
 def _backward(
-    l2wrap: float, chunk_size: int, residuals: Residuals, dlosses: FloatArray
-) -> tuple[FloatArray, FloatArray, None]:
+    l2wrap: float, chunk_size: int, residuals: Residuals, dlosses: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], None]:
     weight = residuals.weight
     dtype = accumulation_dtype(weight)
 
@@ -85,8 +89,8 @@ def _backward(
             largest = logits.max(-1, keepdims=True)
             is_first_largest = token == jnp.argmax(logits, axis=-1, keepdims=True)
             dlogits += jnp.where(is_first_largest, l2wrap * largest, 0)
-        # dlosses are small where they come from a mean over many tokens: multiplied to the
-        # logits' gradients before these are rounded, they would take float16 ones out of range.
+        # The gradients of a mean over many tokens are small. Multiplied here, before the rounding,
+        # they would take the gradients of float16 logits out of range.
         dlogits = dlogits.astype(weight.dtype)
         dhidden = dlosses * contract("blv,cv->blc", dlogits, weight)
         weighted = (hidden * dlosses).astype(hidden.dtype)
@@ -102,10 +106,17 @@ def _backward(
 
 
 def _losses(
-    hidden: FloatArray, weight: FloatArray, targets: jax.Array, l2wrap: float, chunk_size: int
-) -> FloatArray:
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
     return _forward(hidden, weight, targets, l2wrap, chunk_size)[0]
 
 
 cross_entropy_xla = jax.custom_vjp(_losses, nondiff_argnums=(3, 4))
 cross_entropy_xla.defvjp(_forward, _backward)
+
+
+__all__ = ["cross_entropy_xla"]

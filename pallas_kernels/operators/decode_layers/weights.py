@@ -1,7 +1,7 @@
 """The weights of a stack of RWKV-7 layers."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ class LayerWeights:
     channel_key: FloatArray
     channel_value: FloatArray
 
-    def prepared(self, dtype: Any) -> Self:
+    def prepared(self, dtype: Any) -> "LayerWeights":
         """Returns the weights as decoding reads them, so that no step has to change them.
 
         Args:
@@ -128,7 +128,7 @@ class LayerWeights:
         matrices = {name: getattr(self, name).astype(dtype) for name in MATRICES}
         return dataclasses.replace(self, **matrices).with_padded_ranks()
 
-    def with_padded_ranks(self, multiple: int = 64) -> Self:
+    def with_padded_ranks(self, multiple: int = 64) -> "LayerWeights":
         """The same with zeros added to the low-rank matrices, so that ranks are multiples.
 
         What a column of zeros makes, a row of zeros ignores. These matrices are small beside the

@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Array, Float
+
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.wkv7.call import Implementation, WKVCall, WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.operators.wkv7.reference import wkv7_reference
 from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import (
     check_float,
     check_same_dtype,
@@ -43,20 +45,20 @@ def check_inputs(inputs: Mapping[str, Any], call: WKVCall) -> None:
 
 
 def wkv7(
-    r: FloatArray,
-    log_decay: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    a: FloatArray,
-    b: FloatArray,
+    r: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
     *,
     scale: float = 1.0,
-    initial_state: FloatArray | None = None,
+    initial_state: Float[Array, "B *N H K V"] | None = None,
     segment_ids: SegmentIds | None = None,
     num_segments: int | None = None,
     min_log_decay: float | None = None,
     implementation: str | None = None,
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]:
     """The WKV operator of RWKV-7, for training and for reading long inputs.
 
     For every row and head, with a state S of `[K, V]`:
@@ -65,8 +67,8 @@ def wkv7(
         o_t = scale * S_t^T r_t
 
     as in "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4; `docs/rwkv7.md` derives
-    what is computed here. Differentiable in all arrays, the initial state and through the final
-    state.
+    what is computed here. It is differentiable in all arrays and the initial state, through outputs
+    and final state.
 
     Args:
       r: `[B, T, H, K]`, receptance. T may be any number >= 1.

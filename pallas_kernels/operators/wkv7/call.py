@@ -53,8 +53,11 @@ class WKVCall:
     min_log_decay: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-type Implementation = Callable[[WKVInputs, WKVCall], tuple[FloatArray, FloatArray]]
-"""Takes checked arguments; returns o `[B, T, H, V]` and the final state."""
+type Results = tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]
+"""The outputs, and the final state: one for each row, or one for each of its N segments."""
+
+type Implementation = Callable[[WKVInputs, WKVCall], Results]
+"""Computes a call whose arguments have been checked."""
 
 
 def prepare(
@@ -84,4 +87,4 @@ def tokens_first(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1)
 
 
-__all__ = ["Implementation", "WKVCall", "WKVInputs", "prepare", "tokens_first"]
+__all__ = ["Implementation", "Results", "WKVCall", "WKVInputs", "prepare", "tokens_first"]

@@ -81,7 +81,7 @@ def transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-def select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
+def select(mask: np.ndarray | jax.Array, x: jax.Array, otherwise: jax.Array | int) -> jax.Array:
     """Applies `jnp.where` with a mask over the last axes of x."""
     return jnp.where(mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape), x, otherwise)
 

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs, prepare, tokens_first
+from pallas_kernels.operators.wkv7.call import Results, WKVCall, WKVInputs, prepare, tokens_first
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import FloatArray
 
 
 def update(
@@ -27,7 +26,7 @@ def update(
     return state, jnp.einsum("bhkv,bhk->bhv", state, r)
 
 
-def wkv7_reference(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
+def wkv7_reference(inputs: WKVInputs, call: WKVCall) -> Results:
     """Computes `pallas_kernels.wkv7`, which documents it, token by token."""
     dtype = inputs.v.dtype
     inputs, initial, segment_ids = prepare(inputs, call)

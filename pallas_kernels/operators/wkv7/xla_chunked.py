@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs, prepare
+from pallas_kernels.devices import device_in_context
+from pallas_kernels.operators.wkv7.call import Results, WKVCall, WKVInputs, prepare
 from pallas_kernels.operators.wkv7.chunk_alignment import (
     Transfers,
     align_segments,
@@ -52,7 +53,7 @@ from pallas_kernels.operators.wkv7.segment_states import (
     store_state_backward,
 )
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.types import SegmentIds
 
 MAX_CHUNK = {"cpu": 32}
 MAX_CHUNK_ELSEWHERE = 64
@@ -307,17 +308,17 @@ def _plan(
 ) -> tuple[Plan, int]:
     """Returns how to cut rows of B * H = `matrices` heads, and the length of a row that fits."""
     min_log_decay = call.min_log_decay
-    backend = jax.default_backend()
-    longest = MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE)
+    platform = device_in_context().platform
+    longest = MAX_CHUNK.get(platform, MAX_CHUNK_ELSEWHERE)
     if min_log_decay is not None:
         while longest > 1 and -min_log_decay * longest > MAX_EXPONENT:
             longest //= 2
     bounded = min_log_decay is not None and longest >= MIN_CHUNK_BOUNDED
     if not bounded:
-        longest = min(MAX_CHUNK.get(backend, MAX_CHUNK_ELSEWHERE), MAX_CHUNK_UNPROMISED)
+        longest = min(MAX_CHUNK.get(platform, MAX_CHUNK_ELSEWHERE), MAX_CHUNK_UNPROMISED)
     chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
     chunks = aligned_length(T, call.num_segments or 1, chunk) // chunk
-    wanted = MATRICES.get(backend, MATRICES_ELSEWHERE)
+    wanted = MATRICES.get(platform, MATRICES_ELSEWHERE)
     group = min(chunks, -(-wanted // matrices))
     chunks += -chunks % group
     return Plan(chunk, group, call.scale, bounded), chunks * chunk
@@ -332,7 +333,7 @@ def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
     return Masks(index, entry)
 
 
-def wkv7_xla(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
+def wkv7_xla(inputs: WKVInputs, call: WKVCall) -> Results:
     """Computes `pallas_kernels.wkv7`, which documents it, in chunks."""
     B, T, H, _ = inputs.r.shape
     num_segments = call.num_segments
