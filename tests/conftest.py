@@ -11,6 +11,10 @@ os.environ.setdefault("NPROC", "8")
 import jax
 import pytest
 
+from tests import type_checks
+
+type_checks.install()
+
 # Shapes that only agree by broadcasting, and products in reduced precision, are errors here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -7,10 +7,10 @@ from pallas_kernels.precision import accumulation_dtype
 
 
 def value_residual_reference(
-    v: Float[Array, "B T H V"],
-    v_first: Float[Array, "B T H V"],
-    logits: Float[Array, "B T H V"],
-) -> Float[Array, "B T H V"]:
+    v: Float[Array, "*axes"],
+    v_first: Float[Array, "*axes"],
+    logits: Float[Array, "*axes"],
+) -> Float[Array, "*axes"]:
     """Computes `pallas_kernels.value_residual`, which documents the arguments."""
     inputs = (v, v_first, logits)
     dtype, output_dtype = accumulation_dtype(*inputs), v.dtype
