@@ -16,6 +16,7 @@ ROW = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 3

@@ -34,6 +34,7 @@ def test_every_decayed_parameter_is_named():
     assert FASTER_PARAMETERS == ("time_mix.decay_base",)
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     before, after = runpy.run_path(str(ROOT / "examples" / "train.py"))["main"](steps=20)
     assert 7.5 < before < 9

@@ -13,7 +13,7 @@ from goose_jax.cli.main import main
 from goose_jax.cli.sizes import format_bytes
 from goose_jax.state import init_state
 from tests.goose_jax.official_weights import GOLDEN
-from tests.goose_jax.test_pretrained import assert_same_params
+from tests.goose_jax.random_parameters import assert_same_params
 
 OFFICIAL, FLA = str(GOLDEN / "tiny_official.pth"), str(GOLDEN / "tiny_fla_hf")
 

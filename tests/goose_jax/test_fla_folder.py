@@ -15,7 +15,7 @@ from goose_jax.checkpoints import (
     save_pretrained,
 )
 from tests.goose_jax.official_weights import GOLDEN
-from tests.goose_jax.test_pretrained import assert_same_params, make_model
+from tests.goose_jax.random_parameters import assert_same_params, make_model
 
 FLA = GOLDEN / "tiny_fla_hf"
 MODEL = "model.safetensors"

@@ -391,6 +391,7 @@ def test_tokens_can_be_read_without_generating_any(model):
         prefill(model, [[1]], state=3)
 
 
+@pytest.mark.slow
 def test_the_page_about_generation_runs(capsys):
     page = (ROOT / "docs/generation.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
@@ -439,6 +440,7 @@ def test_the_decoding_example_runs(capsys):
     assert all(lines.count(f"'{start}") == 1 for start in ("def main(", "import"))
 
 
+@pytest.mark.slow
 def test_the_example_of_modules_learns(capsys):
     with jax.numpy_rank_promotion("allow"):  # as in a user's program
         losses = runpy.run_path(str(ROOT / "examples/modules.py"))["main"](steps=60)

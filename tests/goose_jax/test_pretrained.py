@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
-from goose_jax import RWKV7, RWKV7Config, load_pretrained, save_pretrained
+from goose_jax import load_pretrained, save_pretrained
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, save_checkpoint
 from goose_jax.checkpoints.fla_folder import read_tensors
 from goose_jax.checkpoints.key_map import axis_sizes, key_map
@@ -23,51 +22,17 @@ from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth
 from goose_jax.nn.initializers import SHIFT_MIX_NAMES
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG
+from tests.goose_jax.random_parameters import (
+    CONFIG,
+    assert_same_params,
+    flat_params,
+    make_model,
+)
 from tests.helpers import relative_rms
 
 OFFICIAL, FLA = GOLDEN / "tiny_official.pth", GOLDEN / "tiny_fla_hf"
-UNUSED = {f"blocks.time_mix.value_residual_{name}" for name in ("base", "down", "up")}
-# All sizes differ, and the ranks are not the official ones.
-CONFIG = RWKV7Config(
-    vocab_size=13,
-    hidden_size=96,
-    num_layers=2,
-    head_size=32,
-    intermediate_size=40,
-    decay_rank=5,
-    alpha_rank=6,
-    value_rank=7,
-    gate_rank=8,
-    head_norm_eps=64e-5,
-)
 
 forward = jax.jit(lambda model, tokens: model(tokens))
-
-
-def make_model(**settings):
-    """A model without its initialisation, filled with random numbers: cheaper."""
-    config = dataclasses.replace(CONFIG, **settings)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state)
-    return nnx.merge(graphdef, params)
-
-
-def flat_params(model):
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(path): np.asarray(param[...]) for path, param in params}
-
-
-def assert_same_params(model, expected, *, unused=True):
-    found, expected = flat_params(model), flat_params(expected)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        actual = found[name]
-        if name in UNUSED and not unused:
-            assert not actual[0].any(), name
-            actual, value = actual[1:], value[1:]
-        assert actual.dtype == value.dtype, name
-        assert actual.tobytes() == value.tobytes(), name
 
 
 def arrays_of(path):
@@ -366,6 +331,7 @@ def write_weights(path, weights, layout):
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's account of memory")
+@pytest.mark.slow
 def test_memory_of_loading_is_that_of_the_model(tmp_path):
     config = dataclasses.replace(
         CONFIG, vocab_size=1000, hidden_size=1024, num_layers=8, intermediate_size=2048

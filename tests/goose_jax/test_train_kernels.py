@@ -49,7 +49,11 @@ def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "interpreted", [pytest.param(True, marks=on_cpu), pytest.param(False, marks=pytest.mark.gpu)]
+    "interpreted",
+    [
+        pytest.param(True, marks=[on_cpu, pytest.mark.slow]),
+        pytest.param(False, marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.usefixtures("quick_to_compile")
 def test_gradients_are_as_exact_as_those_of_xla(interpreted):

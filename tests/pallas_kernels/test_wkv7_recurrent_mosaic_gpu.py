@@ -18,17 +18,9 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
     wkv7_token_by_token,
 )
 from tests.helpers import in_mesh_of, relative_rms
-from tests.pallas_kernels.test_wkv7 import assert_matches, run, with_gradients
-from tests.pallas_kernels.test_wkv7_mosaic_gpu import (
-    by_rows,
-    in_shard_map,
-    row_after_row,
-    transformed,
-)
-from tests.pallas_kernels.test_wkv7_mosaic_gpu import (
-    no_races_and_no_hanging as no_races_and_no_hanging,  # all tests here use it
-)
+from tests.pallas_kernels.transformations import by_rows, in_shard_map, row_after_row, transformed
 from tests.pallas_kernels.wkv7_cases import NAMES, Case, expected, make_cotangents, make_inputs
+from tests.pallas_kernels.wkv7_checks import assert_matches, run, with_gradients
 
 LIMITS = {
     "float32": (2e-6, 2e-6),
@@ -37,7 +29,7 @@ LIMITS = {
 }
 """Relative RMS errors of outputs and states, and of gradients."""
 
-pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "no_races_and_no_hanging")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 
