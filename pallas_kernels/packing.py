@@ -22,7 +22,7 @@ from pallas_kernels.validation import check_int, check_positive
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """What operators need to know of segment ids.
+    """Where the segments of rows begin and end.
 
     Attributes:
       valid: `[B, T]`, false for padding.
@@ -52,7 +52,12 @@ def find_segments(segment_ids: SegmentIds) -> Segments:
 
 
 def _nearest_before(segment_ids: SegmentIds) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Position and id of the last token before each that is not padding; -1 and 0 for none."""
+    """Finds the last token before each one that is not padding.
+
+    Returns:
+      Its position; -1 if there is none.
+      Its segment id; 0 if there is none.
+    """
     position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     latest = jax.lax.cummax(jnp.where(segment_ids != 0, position, -1), axis=1)
     before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -61,12 +66,12 @@ def _nearest_before(segment_ids: SegmentIds) -> tuple[Int[Array, "B T"], Int[Arr
 
 
 def segment_ids_from_cu_seqlens(cu_seqlens: Any, length: int) -> SegmentIds:
-    """Segment ids `[1, length]` int32 of a row packed as FLA's `cu_seqlens` describes.
+    """Returns the segment ids `[1, length]` int32 of a row that FLA's `cu_seqlens` describes.
 
     Args:
       cu_seqlens: `[N + 1]` integers, non-decreasing, starting at 0: sequence n takes the tokens
-        from `cu_seqlens[n]` up to, but not with, `cu_seqlens[n + 1]`; it may be empty. It gets
-        the id n + 1. Tokens from `cu_seqlens[N]` on are padding.
+        from `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1`; it may be empty. Its id is n + 1. Tokens
+        from `cu_seqlens[N]` on are padding.
       length: T, the static number of tokens in the row.
 
     Raises:

@@ -8,6 +8,7 @@ One letter, one meaning, everywhere in this package:
     K  key channels of a head (receptance, decay, removal and replacement keys too)
     V  value channels of a head
     C  channels of the residual stream, C = H * K
+    F  channels inside the channel mix
     N  packed segments in a row
     L  tokens in a chunk
     G  chunks that are worked on at once

@@ -1,4 +1,4 @@
-"""Checks of arguments, made once, at the public functions, in one wording."""
+"""Checks of arguments, made once, by public functions, in one wording."""
 
 from typing import Any
 
@@ -51,7 +51,18 @@ def check_float(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None
 
 
 def check_int(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None:
-    """Checks an integer array as `check_float` does a floating-point one."""
+    """Checks an array of integers against named axes and binds the axes that are new.
+
+    Args:
+      name: the argument's name, for messages.
+      value: what the caller gave.
+      axes: the expected axes, as in "B T".
+      sizes: axis name to size; axes met for the first time are added to it.
+
+    Raises:
+      TypeError: if `value` is not an array of integers.
+      ValueError: if its shape disagrees with `axes` and `sizes`, or is empty.
+    """
     shape, dtype = _shape_and_dtype(name, value)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {dtype.name}")
@@ -59,7 +70,18 @@ def check_int(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None:
 
 
 def check_bool(name: str, value: Any, axes: str, sizes: dict[str, int]) -> None:
-    """Checks an array of booleans as `check_float` does a floating-point one."""
+    """Checks an array of booleans against named axes and binds the axes that are new.
+
+    Args:
+      name: the argument's name, for messages.
+      value: what the caller gave.
+      axes: the expected axes, as in "B".
+      sizes: axis name to size; axes met for the first time are added to it.
+
+    Raises:
+      TypeError: if `value` is not an array of booleans.
+      ValueError: if its shape disagrees with `axes` and `sizes`, or is empty.
+    """
     shape, dtype = _shape_and_dtype(name, value)
     if dtype != np.bool_:
         raise TypeError(f"{name} must have dtype bool, got {dtype.name}")
@@ -84,9 +106,18 @@ def check_same_dtype(**arrays: Any) -> None:
 def check_segment_ids(
     segment_ids: Any, sizes: dict[str, int], num_segments: int | None = None
 ) -> None:
-    """Checks segment ids `[B, T]`; with `num_segments`, that they can have one state each.
+    """Checks segment ids `[B, T]`, and with `num_segments` that each segment can have a state.
 
-    Values are unknown while tracing (under jit, say); there only shape and dtype are checked.
+    While tracing, for example under jit, values are unknown; then only shape and dtype are checked.
+
+    Args:
+      segment_ids: what the caller gave.
+      sizes: axis name to size; B and T are added to it, or must agree.
+      num_segments: N, if each segment has a state: ids are at most N, and each is in one run.
+
+    Raises:
+      TypeError: if `segment_ids` is not an array of integers.
+      ValueError: if its shape or values are wrong, or `num_segments` is not an integer >= 1.
     """
     check_int("segment_ids", segment_ids, "B T", sizes)
     if num_segments is not None:
@@ -113,6 +144,21 @@ def check_segment_ids(
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Checks that a static size is an integer >= 1."""
+    """Checks that a size known at trace time is an integer >= 1.
+
+    Raises:
+      ValueError: naming the argument and its value.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "check_bool",
+    "check_float",
+    "check_int",
+    "check_positive",
+    "check_same_dtype",
+    "check_segment_ids",
+]

@@ -33,18 +33,19 @@ def channel_mix(
 
         relu(mixed @ key_weight)^2 @ value_weight      with mixed = x + (shift(x) - x) * mix
 
-    Matrix products take their operands in the dtype of `x` and sum in float32 (float64 for float64
-    inputs); what is between them is computed in that dtype too. Differentiable in all arrays and
-    through both results.
+    Operands of matrix products have the dtype of `x`. Sums, and everything between the products,
+    are float32 (float64 for float64 inputs). It is differentiable in all arrays, through both
+    results.
 
     Args:
       x: `[B, T, C]`, tokens.
-      mix: `[C]`, as a row of the `mixes` of `token_shift_mix`. It may have a dtype of its own.
-      key_weight: `[C, F]`, in the dtype of `x`, as is the next; F is usually 4 C.
-      value_weight: `[F, C]`.
+      mix: `[C]`, 0 keeps a token as it is, 1 takes the one before. It may have a dtype of its own.
+      key_weight: `[C, F]`, in the dtype of `x`; F is usually 4 C.
+      value_weight: `[F, C]`, in the dtype of `x`.
       state: `[B, C]`, the token before each row's first one, in the dtype of `x`; None means
         zeros.
-      segment_ids: `[B, T]` integers, several sequences in a row, as in `token_shift_mix`.
+      segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
+        and consecutive equal ids are one segment (see `pallas_kernels.packing`).
       implementation: "xla", which keeps its inputs and `relu(mixed @ key_weight)` for the
         backward; "reference", the definition; or None, which chooses.
 

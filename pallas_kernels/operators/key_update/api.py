@@ -44,9 +44,9 @@ def key_update(
         which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
-      new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`, as are the others.
-      a: `[B, T, H, K]`, minus the removal key.
-      b: `[B, T, H, K]`, the removal key times the learning rate.
+      new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`.
+      a: `[B, T, H, K]`, minus the removal key, in the dtype of `k`.
+      b: `[B, T, H, K]`, the removal key times the learning rate, in the dtype of `k`.
 
     Raises:
       ValueError: for wrong shapes, sizes or names, with the argument and its value.

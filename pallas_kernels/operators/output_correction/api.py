@@ -43,14 +43,13 @@ def output_correction(
 
     Args:
       o: `[B, T, H, V]`, the output of `wkv7`.
-      r: `[B, T, H, K]`, receptance; this and the three below have the dtype of `o`.
-      k: `[B, T, H, K]`, the replacement key, as `wkv7` took it.
-      v: `[B, T, H, V]`, value.
-      gate: `[B, T, H, V]`.
-      bonus: `[H, K]`, weights of the current token. The parameters may each have a dtype of their
-        own.
-      norm_scale: `[H, V]`.
-      norm_bias: `[H, V]`.
+      r: `[B, T, H, K]`, receptance, in the dtype of `o`.
+      k: `[B, T, H, K]`, the replacement key that `wkv7` took, in the dtype of `o`.
+      v: `[B, T, H, V]`, value, in the dtype of `o`.
+      gate: `[B, T, H, V]`, in the dtype of `o`.
+      bonus: `[H, K]`, weights of the current token. It may have a dtype of its own.
+      norm_scale: `[H, V]`. It may have a dtype of its own.
+      norm_bias: `[H, V]`. It may have a dtype of its own.
       eps: > 0, known at trace time; the official code's is 1e-5 times the head size.
       implementation: "xla", whose backward needs only the inputs; "reference", the definition,
         which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.

@@ -28,8 +28,9 @@ def value_residual(
 
     Args:
       v: `[B, T, H, V]`, this layer's values.
-      v_first: `[B, T, H, V]`, the first layer's, in the dtype of `v`.
-      logits: `[B, T, H, V]`, of the share of `v_first`. It may have a dtype of its own.
+      v_first: `[B, T, H, V]`, the first layer's values, in the dtype of `v`.
+      logits: `[B, T, H, V]`; their sigmoid is the share of `v_first`. They may have a dtype of
+        their own.
       implementation: "xla", whose backward needs only the inputs; "reference", the definition,
         which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
 

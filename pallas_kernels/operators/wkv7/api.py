@@ -66,9 +66,9 @@ def wkv7(
         S_t = diag(exp(log_decay_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
         o_t = scale * S_t^T r_t
 
-    as in "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4; `docs/rwkv7.md` derives
-    what is computed here. It is differentiable in all arrays and the initial state, through outputs
-    and final state.
+    as in "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4. `docs/rwkv7.md` derives
+    what the implementations compute. It is differentiable in all arrays and the initial state,
+    through outputs and final state.
 
     Args:
       r: `[B, T, H, K]`, receptance. T may be any number >= 1.
@@ -84,7 +84,7 @@ def wkv7(
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, consecutive equal
         ids are one segment, where the state restarts (see `pallas_kernels.packing`). Without
         `num_segments` the initial state belongs to the row's first segment, later ones start from
-        zero, and the final state is that after the row's last token.
+        zero, and the final state is the one after the row's last token.
       num_segments: N, known at trace time; asks for one initial and one final state per segment.
         Ids lie in 0..N, the segment with id n has the states `[:, n - 1]`, and each id occurs in
         at most one run per row; where it does not occur, the final state is the initial one.
