@@ -30,8 +30,8 @@ class Device:
 def device_in_context() -> Device:
     """Returns the device of the mesh in context, else JAX's default device.
 
-    The mesh is that of `jax.set_mesh`, `jax.sharding.use_abstract_mesh` or `jax.shard_map`; the
-    default device is that of `jax.default_device`, else the first of `jax.devices()`.
+    `jax.set_mesh`, `jax.sharding.use_abstract_mesh` and `jax.shard_map` set the mesh.
+    `jax.default_device` sets the default device; otherwise it is the first of `jax.devices()`.
     """
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
     if of_mesh is not None:

@@ -54,12 +54,12 @@ def cross_entropy(
         chooses.
 
     Returns:
-      losses: `[B, T]` float32 (float64 for float64 inputs), in nats; nan where a target that
-        could not be checked (under jit, say) is out of range.
+      losses: `[B, T]` float32 (float64 for float64 inputs), in nats; nan where a target is
+        out of range that could not be checked, for example under jit.
 
     Raises:
       ValueError: for wrong shapes, sizes, numbers or names, with the argument and its value; for
-        targets out of range where their values are known (not under jit, say).
+        targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
     sizes: dict[str, int] = {}

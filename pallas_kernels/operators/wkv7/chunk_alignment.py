@@ -18,7 +18,8 @@ class Transfers:
     """Says which of the N states of a row are loaded before each chunk and stored after it.
 
     Attributes:
-      load: `[B, T / L]` int32, the state that a chunk starts from; N for that of the chunk before.
+      load: `[B, T / L]` int32, the stored state that a chunk starts from; N to go on with
+        the state of the chunk before.
       store: `[B, T / L]` int32, the segment that ends with a chunk; N for none.
     """
 

@@ -118,7 +118,7 @@ def _lower(pair: Pair, diagonal: int) -> Pair:
 def bounded_products(
     log_decay: jax.Array, rows: Pair, columns: Pair, masks: Masks | None
 ) -> ProductsAndBackward:
-    """Computes the products if no decay is strong: L times the least log decay has an exponential.
+    """Computes the products if no decay is strong: the inverse of a chunk's decay must be finite.
 
     Decays are measured from the chunk's beginning. Then one matrix product gives all pairs of a
     row and a column, and one reverse cumulative sum gives the gradient of the log decays.

@@ -16,7 +16,7 @@ def load_state(state: jax.Array, stored: jax.Array, slot: jax.Array) -> jax.Arra
 def load_state_backward(
     dstate: jax.Array, dstored: jax.Array, slot: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradient of the carried state, and `dstored` plus that of the stored states."""
+    """Returns the gradient of the carried state; and `dstored` with the loaded ones' added."""
     dstored = dstored.at[jnp.arange(len(slot)), slot].add(dstate, mode="drop")
     return jnp.where(_is_named(dstored, slot), 0, dstate), dstored
 
