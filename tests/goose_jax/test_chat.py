@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,13 +152,13 @@ def test_conversations_are_saved_exactly(model, tmp_path):
         save_chat(path, Conversation(text, state), model)
         loaded = load_chat(path, model)
         assert loaded.text == text
-        jax.tree.map(np.testing.assert_array_equal, loaded.state, state)
+        chex.assert_trees_all_equal(loaded.state, state)
     half = half_precision(model)
     shifts = jnp.array(np.random.default_rng(0).normal(size=(1, 1, 64)), jnp.bfloat16)
     state = type(state)(time_shift=shifts, wkv=state.wkv, channel_shift=-shifts)
     save_chat(tmp_path / "b.chat", Conversation("b", state), half)
     loaded = load_chat(tmp_path / "b.chat", half).state
-    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+    chex.assert_trees_all_equal(loaded, state)
     assert loaded.time_shift.dtype == jnp.bfloat16
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.chat", "b.chat"]
 

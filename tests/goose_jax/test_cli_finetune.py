@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
     run = pathlib.Path(shutil.copytree(original, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "00000004")  # as if it had been killed in step 4
     main(["train", "--resume", str(run)])
-    jax.tree.map(np.testing.assert_array_equal, trained(kind, run), trained(kind, original))
+    chex.assert_trees_all_equal(trained(kind, run), trained(kind, original))
     kept = [{k: v for k, v in line.items() if "second" not in k} for line in lines_of(run)]
     assert kept == [
         {k: v for k, v in line.items() if "second" not in k} for line in lines_of(original)
@@ -147,7 +148,7 @@ def test_adapters_are_merged(lora, folder, tmp_path, capsys):
     adapter = load_tuning_checkpoint(lora)
     base, _ = load_pretrained(folder / "base.pth")
     expected = merge_lora(base, adapter.params, adapter.lora)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(merged), nnx.state(expected))
+    chex.assert_trees_all_equal(nnx.state(merged), nnx.state(expected))
     for name in ("output", "key"):
         before, after = (getattr(m.blocks.time_mix, name)[...] for m in (base, merged))
         assert not np.array_equal(before, after)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     assert [line["step"] for line in lines_of(run)] == [
         line["step"] for line in lines_of(finished[0])
     ]
-    jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(finished[0]))
+    chex.assert_trees_all_equal(params_of(run), params_of(finished[0]))
 
 
 def test_a_run_is_not_written_over(finished, folder, monkeypatch):

@@ -1,6 +1,7 @@
 import itertools
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,7 @@ def test_many_requests_continue_from_one_state(model, batch):
     ]
     other = submit(batch, 0)  # beside them, one from the start of a text
     received = Received(batch).run()
-    jax.tree.map(np.testing.assert_array_equal, state, kept)
+    chex.assert_trees_all_equal(state, kept)
     for request, (rest, seed) in zip(requests, asked, strict=True):
         whole = alone_of(model, prefix + rest, seed=seed, **settings)
         assert received.tokens[request] == whole.sequences[0]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from flax import nnx
 from goose_jax import RWKV7, RWKV7Config, SamplingConfig, init_state
 from goose_jax.generation import decoding
 from goose_jax.nn import DecodingWeights, prepare_decoding
+from tests.goose_jax.decoding import CONFIG, random_model
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model
 from tests.helpers import in_mesh_of, relative_rms
 
@@ -116,6 +118,27 @@ def test_a_block_of_tokens_casts_no_matrix(implementation):
     assert {"128x48", "128x128"} <= {shape.removeprefix("2x") for shape in unprepared}
 
 
+def test_a_block_of_other_values_traces_nothing(monkeypatch):
+    def run(seed, rows=1):
+        settings = decoding.row_settings(
+            seeds=[(seed, 0)] * rows,
+            sampling=[SamplingConfig(temperature=1 + seed)] * rows,
+            stop_tokens=[np.arange(1)] * rows,
+            limits=[8] * rows,
+        )
+        weights, progress = (
+            prepare_decoding(random_model(seed)),
+            decoding.init_progress(CONFIG, rows),
+        )
+        decoding.decode_block(weights, settings, progress, block_size=4)
+
+    run(seed=0)
+    monkeypatch.setattr(RWKV7, "decode", chex.assert_max_traces(RWKV7.decode, n=0))
+    run(seed=1)
+    with pytest.raises(AssertionError, match="traced > 0 times"):
+        run(seed=1, rows=11)
+
+
 def test_prepared_weights_share_what_needs_no_change():
     config = RWKV7Config(
         vocab_size=48, hidden_size=64, num_layers=2, value_rank=64, alpha_rank=64, decay_rank=64,
@@ -190,7 +213,7 @@ def test_kernels_on_the_gpu_agree_with_the_modules(B):
         for name in ("xla", "mosaic_gpu")
     }
     chosen = read(model, tokens, init_state(config, B), active, implementation=None)
-    jax.tree.map(np.testing.assert_array_equal, chosen, results["mosaic_gpu"])
+    chex.assert_trees_all_equal(chosen, results["mosaic_gpu"])
     (logits, state), (expected, expected_state) = results["mosaic_gpu"], results["xla"]
     rows = np.asarray(active)
     # Two ways of rounding: the definition in bfloat16 differs from the modules by 9.1e-3 in logits,

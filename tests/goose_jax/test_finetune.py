@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_new_adapters_change_nothing(model, params, forward):
     adapted = with_params(model, apply_lora(params, new, LORA))
     np.testing.assert_array_equal(forward(adapted), forward(model))
     low = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
-    jax.tree.map(np.testing.assert_array_equal, apply_lora(low, new, LORA), low)
+    chex.assert_trees_all_equal(apply_lora(low, new, LORA), low)
 
 
 def test_the_merged_model_is_the_base_with_its_adapters(model, params, adapters, forward):
@@ -168,7 +169,7 @@ def test_only_adapters_are_trained(params):
     initial = init_lora(params, LORA, jax.random.key(0))
     state, losses = train(lora_losses(low, LORA), initial, frozen)
     assert losses[-1] < losses[0] - 1  # measured: from 3.42 to 0.19
-    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    chex.assert_trees_all_equal(frozen, before)
 
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial))
     kept = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -193,7 +194,7 @@ def test_initial_states_are_trained_and_exported(model, params, forward, tmp_pat
     before = jax.tree.map(np.array, params)
     state, losses = train(state_losses(model), init_wkv(CONFIG), params)
     assert losses[-1] < losses[0] - 0.15  # measured: from 3.42 to 3.16
-    jax.tree.map(np.testing.assert_array_equal, params, before)
+    chex.assert_trees_all_equal(params, before)
     assert state.params["wkv"].shape == (2, 2, 16, 16)
 
     start = tuned_state(state.params, CONFIG)
@@ -245,7 +246,7 @@ def adapter(model, adapters):
 def test_what_is_saved_is_loaded(tmp_path, model, adapter):
     save_tuning_checkpoint(tmp_path / "lora", adapter)
     loaded = load_tuning_checkpoint(tmp_path / "lora")
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, adapter.params)
+    chex.assert_trees_all_equal(loaded.params, adapter.params)
     for field in ("lora", "base_config", "base_fingerprint", "base_path", "metadata", "kind"):
         assert getattr(loaded, field) == getattr(adapter, field)
     states = dataclasses.replace(adapter, lora=None, params=noisy(init_wkv(CONFIG), 2))

@@ -3,6 +3,7 @@ import re
 import runpy
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +97,7 @@ def test_streaming_in_any_blocks_changes_nothing(model):
         streamed = [np.concatenate(row).tolist() for row in zip(*blocks, strict=True)]
         assert streamed == expected.sequences == result.sequences
         assert (result.tokens == expected.tokens).all()
-        jax.tree.map(np.testing.assert_array_equal, result.state, expected.state)
+        chex.assert_trees_all_equal(result.state, expected.state)
 
 
 def test_a_stopped_sequence_is_padded_and_its_state_rests(model, forward):
@@ -156,7 +157,7 @@ def test_the_state_is_that_of_the_block_which_the_callback_ended(model):
         assert ended.lengths.tolist() == [7 * blocks] * 4
         assert ended.sequences == exactly.sequences
         assert not ended.tokens[:, 7 * blocks :].any()
-        jax.tree.map(np.testing.assert_array_equal, ended.state, exactly.state)
+        chex.assert_trees_all_equal(ended.state, exactly.state)
 
 
 def watch(monkeypatch):
@@ -198,7 +199,7 @@ def test_the_block_after_the_end_changes_nothing(model, monkeypatch):
     dispatched = sum(name == "dispatch" for name, _ in events)
     assert dispatched == len(blocks) + 1
     assert called.sequences == result.sequences
-    jax.tree.map(np.testing.assert_array_equal, result.state, called.state)
+    chex.assert_trees_all_equal(result.state, called.state)
     read = [prompt + new for prompt, new in zip(PROMPTS, result.sequences, strict=True)]
     assert_states_agree(result.state, prefill(model, read))
 
@@ -229,7 +230,7 @@ def test_a_carried_state_continues_the_text(model, forward):
         logits, _ = forward(read + second.sequences[row])
         assert logits[len(read) - 1 : -1].argmax(axis=-1).tolist() == second.sequences[row]
     # The state handed in is not consumed: it can be continued in several ways.
-    jax.tree.map(np.testing.assert_array_equal, first.state, kept)
+    chex.assert_trees_all_equal(first.state, kept)
 
 
 def test_a_forked_state_continues_as_the_whole_text_does(model):
@@ -243,9 +244,7 @@ def test_a_forked_state_continues_as_the_whole_text_does(model):
     assert_states_agree(forked.state, whole.state)
     # Rows that go on in the same way remain exactly the same.
     assert forked.sequences[0] == forked.sequences[3]
-    jax.tree.map(
-        np.testing.assert_array_equal, state_row(forked.state, 0), state_row(forked.state, 3)
-    )
+    chex.assert_trees_all_equal(state_row(forked.state, 0), state_row(forked.state, 3))
     assert len({tuple(row) for row in forked.sequences}) == 3
 
 
@@ -314,6 +313,18 @@ def test_programs_are_compiled_once(model, monkeypatch):
         prompts = [prompt] + [[2]] * 4  # a batch size that no other test uses
         generate(which, prompts, **({"max_new_tokens": 20} | settings))
     assert traces == [(5, 1), (5, 16)]
+
+
+def test_other_values_trace_nothing(model, monkeypatch):
+    settings = {"max_new_tokens": 20, "sampling": WARM}
+    generate(model, PROMPTS, **settings)
+    monkeypatch.setattr(RWKV7, "hidden", chex.assert_max_traces(RWKV7.hidden, n=0))
+    others = [[token + 1 for token in prompt] for prompt in PROMPTS]
+    sampling = SamplingConfig(temperature=0.5, top_p=0.8)
+    first = generate(random_model(1), others, seed=4, **settings | {"sampling": sampling})
+    generate(model, PROMPTS, state=first.state, **settings)
+    with pytest.raises(AssertionError, match="traced > 0 times"):
+        generate(model, PROMPTS + [[1]] * 3, **settings)  # a batch size that no other test uses
 
 
 def test_what_is_compiled_ahead_is_what_is_called(model):

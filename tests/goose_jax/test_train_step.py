@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +160,19 @@ def test_a_state_is_used_up_and_the_model_is_not(model, train_step):
     train_step(state, next_token_batch(some_tokens(4, T + 1)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_a_step_on_other_values_traces_nothing(model, train_step, monkeypatch):
+    def run(*shape, seed):
+        batch = next_token_batch(some_tokens(*shape, seed=seed))
+        return train_step(init_train_state(model, RECIPE), batch)
+
+    run(4, T + 1, seed=1)
+    monkeypatch.setattr(RWKV7, "hidden", chex.assert_max_traces(RWKV7.hidden, n=0))
+    state, _ = run(4, T + 1, seed=2)
+    train_step(state, next_token_batch(some_tokens(4, T + 1, seed=3)))
+    with pytest.raises(AssertionError, match="traced > 0 times"):
+        run(5, T + 1, seed=2)
 
 
 def test_metrics(model, train_step, gradient_of_mean_loss):

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -108,12 +109,12 @@ def test_a_saved_state_resumes_exactly(params, tmp_path, compute_dtype):
     state = prefill(model, [READ[:16].tolist()])
     save_state(tmp_path / "state.pth", state, model.config, "rwkv")
     loaded = load_state(tmp_path / "state.pth", model.config)
-    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+    chex.assert_trees_all_equal(loaded, state)
     forks = load_state(tmp_path / "state.pth", model.config, batch_size=3)
-    jax.tree.map(np.testing.assert_array_equal, forks, take_rows(state, [0] * 3))
+    chex.assert_trees_all_equal(forks, take_rows(state, [0] * 3))
 
     rest, settings = READ[16:18].tolist(), {"max_new_tokens": 50, "sampling": GREEDY}
     expected = generate(model, [rest], state=state, **settings)
     resumed = generate(model, [rest], state=loaded, **settings)
     assert resumed.sequences == expected.sequences
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, expected.state)
+    chex.assert_trees_all_equal(resumed.state, expected.state)

@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 
-import jax
-import numpy as np
+import chex
 import pytest
 from flax import nnx
 
@@ -76,7 +75,7 @@ def losses_of(run):
 
 
 def assert_equal(tree, expected):
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    chex.assert_trees_all_equal(tree, expected)
 
 
 def test_a_run_reports_and_keeps_what_it_measures(finished, model):

@@ -6,6 +6,7 @@ The model's own tests compare the definition with the modules.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,4 +338,4 @@ def test_on_the_gpu_equals_the_definition(B):
     for x, reference, rounded in zip(found, expected, in_bfloat16, strict=True):
         assert relative_rms(x, reference) < 1.2 * relative_rms(rounded, reference)
     again = call(*make(4, B, 1024, 4096, (64, 64, 32, 128)), implementation="mosaic_gpu")
-    jax.tree.map(np.testing.assert_array_equal, found, again)
+    chex.assert_trees_all_equal(found, again)

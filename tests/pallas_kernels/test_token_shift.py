@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_zeros_come_before_the_first_token_without_a_state(packed):
     function = jax.jit(functools.partial(token_shift_mix, segment_ids=segment_ids))
     actual = function(x, mixes)
     expected = function(x, mixes, state=jnp.zeros_like(x[:, 0]))
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,9 +286,7 @@ def test_shard_map(implementation, segmented):
         jax.jit(jax.grad(function, argnums=(0, 1)))(arrays, state, ids)
         for function in (sharded, unsharded)
     )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gradients, direct
-    )
+    chex.assert_trees_all_close(gradients, direct, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick_to_compile")

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,7 +301,7 @@ def test_other_devices_are_refused():
         )
     chosen = wkv7(**arrays, min_log_decay=RWKV7_BOUND)
     by_xla = wkv7(**arrays, min_log_decay=RWKV7_BOUND, implementation="xla")
-    jax.tree.map(np.testing.assert_array_equal, chosen, by_xla)
+    chex.assert_trees_all_equal(chosen, by_xla)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -461,7 +462,7 @@ def test_bits_are_the_same_in_twenty_runs():
     first = jax.device_get(run(on_gpu, case, jnp.bfloat16))
     for _ in range(19):
         again = jax.device_get(run(on_gpu, case, jnp.bfloat16))
-        jax.tree.map(np.testing.assert_array_equal, again, first)
+        chex.assert_trees_all_equal(again, first)
 
 
 @pytest.mark.gpu
@@ -469,7 +470,7 @@ def test_none_takes_the_kernels():
     arrays = arrays_of(bfloat16_case((2, 200, 4, 64, 64)))
     chosen = functools.partial(wkv7, min_log_decay=RWKV7_BOUND)
     assert kernels_for_cuda(lambda arrays: chosen(**arrays), arrays) == 1
-    jax.tree.map(np.testing.assert_array_equal, chosen(**arrays), on_gpu(**arrays))
+    chex.assert_trees_all_equal(chosen(**arrays), on_gpu(**arrays))
 
 
 @pytest.mark.gpu

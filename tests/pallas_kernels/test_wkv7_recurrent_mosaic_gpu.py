@@ -3,6 +3,7 @@ Hopper GPU."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -457,4 +458,4 @@ def test_repeats_are_equal_on_the_gpu():
     first = jax.device_get(run(on_gpu, case, jnp.bfloat16))
     for _ in range(10):
         again = jax.device_get(run(on_gpu, case, jnp.bfloat16))
-        jax.tree.map(np.testing.assert_array_equal, again, first)
+        chex.assert_trees_all_equal(again, first)
