@@ -40,7 +40,7 @@ _AXES = {
 
 
 def state_dtypes(config: RWKV7Config) -> tuple[np.dtype, np.dtype]:
-    """Returns the dtype of the shifts, and that of the wkv states, which is float32 at least."""
+    """Returns the dtype of the shifts and the dtype of the wkv states (float32 at least)."""
     compute_dtype = jnp.dtype(config.compute_dtype)
     return compute_dtype, jnp.promote_types(compute_dtype, jnp.float32)
 

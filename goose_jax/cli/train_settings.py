@@ -44,7 +44,7 @@ class Adapters:
     Attributes:
       base: path of the model's checkpoint.
       lora: size and weight of the adapters.
-      frozen_dtype: dtype of the model's parameters; None keeps that of the checkpoint.
+      frozen_dtype: dtype of the model's parameters; None keeps the checkpoint's dtype.
     """
 
     base: Path
@@ -59,7 +59,7 @@ class InitialState:
     Attributes:
       base: path of the model's checkpoint.
       start: path of a file of the state to start from; None starts from zeros.
-      frozen_dtype: dtype of the model's parameters; None keeps that of the checkpoint.
+      frozen_dtype: dtype of the model's parameters; None keeps the checkpoint's dtype.
     """
 
     base: Path

@@ -24,7 +24,7 @@ class RunDirectory:
     """The folder of a training run.
 
     Args:
-      path: the folder, which must exist. `create` makes a new one, and `open` finds that of a run.
+      path: the folder, which must exist. `create` makes a new one, `open` finds an existing one.
 
     Attributes:
       path: the folder.

@@ -15,6 +15,8 @@ from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pret
 from goose_jax.chat import ChatSession, ReplySettings, save_chat
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.main import main
+from goose_jax.cli.train_flags import TrainFlags
+from goose_jax.cli.train_setup import open_run, prepare
 from goose_jax.text import VocabularyTokenizer
 from goose_jax.training import load_initial_state, load_tuning_checkpoint, merge_lora
 
@@ -128,6 +130,29 @@ def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
     ]
     assert [line["step"] for line in kept if "held_out_bits_per_byte" in line] == [0, 4]
     assert json.loads((run / "settings.json").read_text())["tokenizer"].endswith("words.txt")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "state"])
+def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
+    opened = []
+    init = VocabularyTokenizer.__init__
+
+    def count(self, *args, **kwargs):
+        opened.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(VocabularyTokenizer, "__init__", count)
+    flags = TrainFlags(
+        from_=folder / "base.pth",
+        tune=kind,
+        data=folder / "fox.txt",
+        tokenizer=str(folder / "words.txt"),
+        sequence_length=12,
+        held_out_bytes=64,
+    )
+    resumed, settings = open_run(flags)
+    prepared = prepare(settings, resumed)
+    assert opened == [prepared.text.tokenizer]
 
 
 def test_bits_are_per_byte_whatever_the_tokenizer(folder, full):
