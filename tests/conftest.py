@@ -9,6 +9,7 @@ from collections.abc import Iterator
 os.environ.setdefault("NPROC", "8")
 
 import jax
+import jaxtyping
 import pytest
 
 from tests import type_checks
@@ -31,6 +32,14 @@ def few_optimisations() -> Iterator[None]:
         jax.config.update(option, on_cpu)
         yield
         jax.config.update(option, before)
+
+
+@pytest.fixture
+def only_own_checks() -> Iterator[None]:
+    """Turns checks of types off, for tests of what the code itself says of wrong arguments."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

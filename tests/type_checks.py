@@ -1,8 +1,8 @@
-"""Checks the shapes and types of arrays inside `pallas_kernels` while tests run."""
+"""Checks the types of arrays inside `pallas_kernels` and `goose_jax.nn` while tests run."""
 
 import importlib.util
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import beartype
@@ -22,16 +22,22 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Checks calls of the operators' implementations; must come before their import."""
-    spec = importlib.util.find_spec("pallas_kernels")
+    """Checks operators' implementations and the model; must come before their import."""
+    modules = [
+        name
+        for name in (*modules_of("pallas_kernels"), *modules_of("goose_jax"))
+        if name.startswith(("pallas_kernels.operators.", "goose_jax.nn."))
+        if not set(UNCHECKED).intersection(name.split("."))
+    ]
+    jaxtyping.install_import_hook([*modules, "pallas_kernels.packing"], "tests.type_checks.check")
+
+
+def modules_of(package: str) -> Iterator[str]:
+    """Yields the full names of a package's modules, without importing them."""
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
     (folder,) = map(pathlib.Path, spec.submodule_search_locations)
-    files = [path.relative_to(folder.parent).with_suffix("") for path in folder.rglob("*.py")]
-    modules = [
-        ".".join(file.parts)
-        for file in files
-        if "operators" in file.parts and file.name != "__init__"
-        if not set(UNCHECKED).intersection(file.parts)
-    ]
-    jaxtyping.install_import_hook([*modules, "pallas_kernels.packing"], "tests.type_checks.check")
+    for path in folder.rglob("*.py"):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(folder.parent).with_suffix("").parts)

@@ -274,7 +274,7 @@ def check_layer(layer: Layer, config: RWKV7Config) -> None:
         raise ValueError(f"{layer=} must be at least 0 and less than {config.num_layers=}")
 
 
-def _project(x: Tokens, weight: nnx.Param) -> Tokens:
+def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
     return x @ weight[...].astype(x.dtype)
 
 

@@ -162,6 +162,7 @@ def test_prepared_weights_share_what_needs_no_change():
     assert different == [f"blocks.time_mix.value_residual_{half}" for half in ("down", "up")]
 
 
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_arguments_are_named():
     model, state = golden_model(), init_state(GOLDEN_CONFIG, 2)
     with pytest.raises(ValueError, match=r"tokens must have 1 axes \[B\], got shape=\(2, 1\)"):

@@ -269,11 +269,13 @@ replace = functools.partial(dataclasses.replace, STATE)
         ({"segment_ids": jnp.ones((2, 3))}, TypeError, "segment_ids must have an integer dtype"),
     ],
 )
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_calls(model, arguments, error, message):
     with pytest.raises(error, match=message):
         model(**({"tokens": jnp.ones((2, 3), int)} | arguments))
 
 
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_construction(model):
     with pytest.raises(TypeError, match=r"rngs must be an nnx.Rngs, got int: 0"):
         RWKV7(GOLDEN_CONFIG, rngs=0)

@@ -104,6 +104,7 @@ def block():
         ((X, None, None, jnp.zeros((2, 4), int)), ValueError, "segment_ids .* with T=3"),
     ],
 )
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_calls_of_the_time_mix(block, arguments, error, message):
     with pytest.raises(error, match=message):
         block.time_mix(*arguments)
@@ -118,12 +119,14 @@ def test_wrong_calls_of_the_time_mix(block, arguments, error, message):
         ((X, None, jnp.zeros((2, 3))), TypeError, "segment_ids must have an integer dtype"),
     ],
 )
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_calls_of_the_channel_mix(block, arguments, error, message):
     with pytest.raises(error, match=message):
         block.channel_mix(*arguments)
 
 
 @pytest.mark.parametrize("module", [TimeMix, ChannelMix, Block])
+@pytest.mark.usefixtures("only_own_checks")
 def test_wrong_layer(module):
     with pytest.raises(ValueError, match=r"layer=2 must be at least 0 and less than .*=2"):
         module(CONFIG, layer=2, rngs=nnx.Rngs(0))
