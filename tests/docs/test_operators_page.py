@@ -42,6 +42,7 @@ def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
         assert relative_rms(result["ht"][n], state[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_layer_runs():
     shape = (2, 5, 2, 4)
     vectors = dict.fromkeys(("removal_scale", "replacement_mix", "bonus"), shape[2:])

@@ -172,6 +172,7 @@ def terminal(checkpoint, vocabulary_file):
     terminal.close()
 
 
+@pytest.mark.slow
 def test_a_session_on_a_terminal(terminal, model, tokenizer, tmp_path):
     expected = ChatSession(model, tokenizer, SHORT)
     file = tmp_path / "talk.chat"

@@ -173,6 +173,7 @@ def test_what_is_not_finite_stops_the_run(folder, capsys):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(saved)))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, compiled):
     out = folder / "interrupted"
     arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]

@@ -174,6 +174,7 @@ def test_every_parameter_is_trained_but_the_first_value_residual(model, tokens):
 
 
 @pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_and_changes_nothing(model, tokens):
     memory, gradients = {}, {}
     for remat in ("none", "dots", "full"):

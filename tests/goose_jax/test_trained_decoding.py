@@ -23,7 +23,7 @@ from goose_jax import (
 from goose_jax.data import random_batch
 from goose_jax.training import OptimizerConfig, init_train_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_quick_to_compile")]
 
 TEXT = np.frombuffer((Path(__file__).parents[2] / "LICENSE").read_bytes(), np.uint8)
 TOKENS = TEXT.astype(np.int32)

@@ -183,7 +183,14 @@ def test_interpreted_log_decay_of_its_own_dtype():
 
 
 @on_cpu
-@pytest.mark.parametrize("transformation", [by_rows, row_after_row, in_shard_map])
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        pytest.param(by_rows, marks=pytest.mark.slow),
+        row_after_row,
+        pytest.param(in_shard_map, marks=pytest.mark.slow),
+    ],
+)
 def test_interpreted_under_transformations(transformation):
     case = Case((2, 9, 1, 64, 64))
     check(functools.partial(transformed, transformation, interpreted), case)
