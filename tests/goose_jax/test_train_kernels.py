@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -34,9 +35,11 @@ def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
         GOLDEN_CONFIG, implementation=implementation, compute_dtype=compute_dtype
     )
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (1, 71), np.int32)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (1, 71), np.int32))
     state = init_state(config, 1)
-    state = dataclasses.replace(state, wkv=rng.normal(size=state.wkv.shape).astype(np.float32))
+    state = dataclasses.replace(
+        state, wkv=jnp.asarray(rng.normal(size=state.wkv.shape), jnp.float32)
+    )
 
     @jax.jit
     @jax.grad
