@@ -14,6 +14,7 @@ from pallas_kernels import wkv7_recurrent
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import Target
 from pallas_kernels.operators.wkv7.call import WKVCall
+from pallas_kernels.operators.wkv7_recurrent.call import RecurrentInputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
     check_recurrent_served,
     wkv7_token_by_token,
@@ -55,7 +56,7 @@ def token_by_token(
     pair = (a, b) if kk is None else (kk, alpha)
     return wkv7_token_by_token(
         Target(interpret=interpret),
-        (r, log_decay, k, v, *pair),
+        RecurrentInputs(r, log_decay, k, v, *pair),
         WKVCall(
             scale=scale,
             initial_state=initial_state,
@@ -357,7 +358,7 @@ def test_other_devices_are_refused():
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 192)])
 def test_served(K, V, dtype):
     k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
-    check_recurrent_served(k, k, v)
+    check_recurrent_served(RecurrentInputs(k, k, k, v, k, k))
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_not_served(K, V, dtype, decay_dtype, message):
         k, v = (jax.ShapeDtypeStruct((1, 4, 1, D), dtype) for D in (K, V))
         log_decay = jax.ShapeDtypeStruct(k.shape, decay_dtype)
     with pytest.raises(NotServed, match=message):
-        check_recurrent_served(log_decay, k, v)
+        check_recurrent_served(RecurrentInputs(k, log_decay, k, v, k, k))
 
 
 @pytest.mark.parametrize(("K", "chosen"), [(64, ["wkv7_recurrent_outputs"]), (32, [])])

@@ -1,12 +1,12 @@
 """WKV7 token by token on Hopper GPUs: which calls are served, segments, and the gradient.
 
-`recurrence` explains what the two kernels, forward and backward, share. The forward keeps states
+`recurrence` explains what the kernels in `outputs` and `gradients` share. The forward keeps states
 for the backward only where a gradient is asked for.
 
-Without a gradient, a state is written over: a loop over tokens that carries it, or a step to which
-it is donated, moves the state once each way, and no more. Not so in `jax.shard_map`, whose types
-such kernels do not have, in `jax.vmap`, where all calls could be given one state, and for states of
-segments, of which not all are written.
+Without a gradient, the kernel overwrites the state in place: a loop that carries the state, or a
+step to which it is donated, moves it once each way. Three cases need a new array for the state:
+`jax.shard_map`, whose types such kernels do not have; `jax.vmap`, where all calls might be given
+one state; and states of segments, because not all of them are written.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.wkv7.call import WKVCall
-from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.backward import recurrent_gradients
-from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.forward import recurrent_outputs
+from pallas_kernels.operators.wkv7_recurrent.call import RecurrentInputs
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.gradients import recurrent_gradients
+from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.outputs import recurrent_outputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     KEEP,
     PADDING,
@@ -32,7 +33,7 @@ from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import FloatArray, SegmentIds
 
 MAX_K = 128
-"""Registers and shared memory have room for states of so many keys by 64 values."""
+"""The most keys for which registers and shared memory have room."""
 
 
 @jax.tree_util.register_dataclass
@@ -41,13 +42,13 @@ class Residuals:
     """What the backward needs.
 
     Attributes:
-      inputs: as they were given.
-      initial: likewise.
-      codes: likewise.
+      inputs: of the operator.
+      initial: `[B, N, H, K, V]` float32, the initial states; None means zeros.
+      codes: what each step does to the state.
       entries: `[B, ceil(T / 8), H, K, V]` float32, the states before every eighth step.
     """
 
-    inputs: tuple[jax.Array, ...]
+    inputs: RecurrentInputs
     initial: jax.Array | None
     codes: Codes
     entries: jax.Array
@@ -55,16 +56,16 @@ class Residuals:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
-    form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
+    form: Form, inputs: RecurrentInputs, initial: jax.Array | None, codes: Codes
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, V]` and final states `[B, N, H, K, V]`."""
+    """Returns outputs `[B, T, H, V]` and final states `[B, N, H, K, V]`."""
     if initial is None or codes.leave is not None or jax.typeof(initial).mat.varying:
         return _outputs_and_states(form, inputs, initial, codes)
 
     @jax.custom_batching.custom_vmap
     def in_place(inputs, initial, codes):
-        # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) lets
-        # it read there, and then forgets that the kernel writes its results over the old ones.
+        # Where a loop takes operands of the kernel from a stack, XLA (of jax 0.11.2) lets the
+        # kernel read them there, and forgets that it overwrites the state. Barriers prevent this.
         inputs, initial, codes = jax.lax.optimization_barrier((inputs, initial, codes))
         reference = jax.new_ref(initial)
         o, _, _ = recurrent_outputs(form, inputs, reference, codes, save=False)
@@ -81,7 +82,7 @@ def _recur(
 
 
 def _outputs_and_states(
-    form: Form, inputs: tuple[jax.Array, ...], initial: jax.Array | None, codes: Codes
+    form: Form, inputs: RecurrentInputs, initial: jax.Array | None, codes: Codes
 ) -> tuple[jax.Array, jax.Array]:
     o, final, _ = recurrent_outputs(form, inputs, initial, codes, save=False)
     return o, final
@@ -94,29 +95,29 @@ def _recur_forward(form, inputs, initial, codes):
 
 def _recur_backward(form, residuals, gradients):
     inputs, initial, codes = residuals.inputs, residuals.initial, residuals.codes
-    d_inputs, d_initial = recurrent_gradients(
+    dinputs, dinitial = recurrent_gradients(
         form, inputs, initial, codes, residuals.entries, *gradients
     )
     if initial is None:
-        return d_inputs, None, None
+        return dinputs, None, None
     if codes.leave is not None:  # gradients of states that no step entered were not written
         entered = _occur(codes.enter, initial.shape[1])
-        d_initial = jnp.where(entered, d_initial, 0)
-    return d_inputs, d_initial, None
+        dinitial = jnp.where(entered, dinitial, 0)
+    return dinputs, dinitial, None
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
 
 
 def _occur(codes: jax.Array | None, num_segments: int) -> jax.Array:
-    """`[B, N, 1, 1, 1]`: which of the N states codes `[B, T]` name."""
+    """Returns `[B, N, 1, 1, 1]`, true for each of the N states that the codes `[B, T]` name."""
     assert codes is not None
     occur = (codes[:, :, None] == jnp.arange(num_segments)[None, None]).any(axis=1)
     return occur[:, :, None, None, None]
 
 
 def _find_codes(segment_ids: SegmentIds, num_segments: int | None) -> Codes:
-    """The codes of tokens in the order of reading."""
+    """Returns the codes of the steps, for segment ids `[B, T]` in the order of reading."""
     segments = find_segments(segment_ids)
     slot = segment_ids.astype(jnp.int32) - 1
     if num_segments is None:
@@ -131,7 +132,7 @@ def _find_codes(segment_ids: SegmentIds, num_segments: int | None) -> Codes:
 
 def wkv7_token_by_token(
     target: Target,
-    inputs: tuple[FloatArray, ...],
+    inputs: RecurrentInputs,
     call: WKVCall,
     *,
     fused: bool = False,
@@ -141,9 +142,9 @@ def wkv7_token_by_token(
 
     Args:
       target: what the kernels are compiled for.
-      inputs: r, log_decay, k, v, then a and b, or kk and alpha; each `[B, T, H, _]`.
-      call: whatever else the call asks for.
-      fused: whether kk and alpha are given.
+      inputs: of the operator.
+      call: what else the call asks for.
+      fused: whether kk and alpha are given instead of a and b.
       reverse: whether to read from the last token to the first.
     """
     num_segments = call.num_segments
@@ -157,7 +158,7 @@ def wkv7_token_by_token(
     if num_segments is None:
         o, final = _recur(form, inputs, None if initial is None else initial[:, None], codes)
         return o, final[:, 0]
-    (B, _, H, K), V = inputs[0].shape, inputs[3].shape[-1]
+    (B, _, H, K), V = inputs.r.shape, inputs.v.shape[-1]
     states = jnp.zeros((B, num_segments, H, K, V), jnp.float32) if initial is None else initial
     _, states = vary_alike(inputs, states)
     o, final = _recur(form, inputs, states, codes)
@@ -165,30 +166,29 @@ def wkv7_token_by_token(
 
 
 def wkv7_recurrent_mosaic_gpu(
-    inputs: tuple[FloatArray, ...], call: WKVCall, *, fused: bool, reverse: bool
+    inputs: RecurrentInputs, call: WKVCall, *, fused: bool, reverse: bool
 ) -> tuple[FloatArray, FloatArray]:
     """Computes `pallas_kernels.wkv7_recurrent` on Hopper GPUs, in float32 inside.
 
     Args:
-      inputs: r, log_decay, k, v, then a and b, or kk and alpha; each `[B, T, H, _]`.
-      call: whatever else the call asks for.
-      fused: whether kk and alpha are given.
+      inputs: of the operator.
+      call: what else the call asks for.
+      fused: whether kk and alpha are given instead of a and b.
       reverse: whether to read from the last token to the first.
 
     Raises:
       NotServed: for other dtypes and head sizes.
     """
-    _, log_decay, k, v, *_ = inputs
-    check_recurrent_served(log_decay, k, v)
+    check_recurrent_served(inputs)
     return wkv7_token_by_token(target_in_context(), inputs, call, fused=fused, reverse=reverse)
 
 
-def check_recurrent_served(log_decay: FloatArray, k: FloatArray, v: FloatArray) -> None:
+def check_recurrent_served(inputs: RecurrentInputs) -> None:
     """Raises NotServed for calls that the kernels do not serve on any device."""
-    for name, x in (("k", k), ("log_decay", log_decay)):
+    for name, x in (("k", inputs.k), ("log_decay", inputs.log_decay)):
         if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             raise NotServed(f"mosaic_gpu needs inputs of 16 or 32 bits, got {name}.dtype={x.dtype}")
-    K, V = k.shape[-1], v.shape[-1]
+    K, V = inputs.k.shape[-1], inputs.v.shape[-1]
     if K % TILE or K > MAX_K or V % TILE:
         raise NotServed(f"mosaic_gpu needs K of 64 or 128, V of 64 n, got {K=}, {V=}")
 

@@ -1,8 +1,9 @@
 """Outputs and states of the recurrent form, token by token.
 
-For one token the kernel does little but copy the state: it reads and writes 16 KiB of it for each
-head, and 1 KiB of vectors. So all loads of a step are under way before the first number is used,
-those of a token while the one before is worked on, and several blocks share a multiprocessor.
+For one token the kernel does little but copy the state: for each head it reads and writes 16 KiB of
+state and 1 KiB of vectors. So all loads of a step are under way before the first number is used,
+the loads of the next token are under way while a token is worked on, and several blocks of the grid
+share a multiprocessor.
 """
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.hopper.grid import grid_place
 from pallas_kernels.hopper.state_vectors import read
 from pallas_kernels.hopper.target import TILE
+from pallas_kernels.operators.wkv7_recurrent.call import RecurrentInputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     CHECKPOINT,
     KEEP,
@@ -26,30 +28,30 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
 
 def recurrent_outputs(
     form: Form,
-    inputs: tuple[jax.Array, ...],
+    inputs: RecurrentInputs,
     initial_state: jax.Array | jax.Ref | None,
     codes: Codes,
     *,
     save: bool,
 ) -> tuple[jax.Array, ...]:
-    """Outputs, final states, and what the backward needs of them.
+    """Computes outputs and final states, and what the backward needs.
 
     Args:
-      form: what to compile.
-      inputs: r, log_decay, k `[B, T, H, K]`, v `[B, T, H, V]`, then a and b, or kk and alpha,
-        `[B, T, H, K]`.
-      initial_state: `[B, N, H, K, V]` float32; None for zeros, if there is one for each row; or,
-        likewise, a reference, in which the final state then is too.
-      codes: of the steps.
-      save: whether to return the last result.
+      form: which form of the operator to compile.
+      inputs: of the operator.
+      initial_state: `[B, N, H, K, V]` float32. Where each row has one state, it may be None for
+        zeros, or a reference, which the kernel then overwrites with the final state.
+      codes: the codes of the steps.
+      save: whether to return the states before every eighth step.
 
     Returns:
-      o `[B, T, H, V]` in the dtype of v; the final states `[B, N, H, K, V]` float32, not written
-      where no step leaves one, None if they are in the reference; the states before every eighth
-      step, `[B, ceil(T / 8), H, K, V]` float32.
+      The outputs, `[B, T, H, V]` in the dtype of v.
+      The final states, `[B, N, H, K, V]` float32, not written for a state that no step leaves;
+      None if they are in the reference.
+      The states before every eighth step, `[B, ceil(T / 8), H, K, V]` float32; None without `save`.
     """
-    r, _, _, v, _, _ = inputs
-    (B, T, H, K), V = r.shape, v.shape[-1]
+    v = inputs.v
+    (B, T, H, K), V = inputs.r.shape, v.shape[-1]
     N = 1 if initial_state is None else initial_state.shape[1]
     in_place = initial_state is not None and isinstance(initial_state, jax.Ref)
 
@@ -83,7 +85,7 @@ def recurrent_outputs(
 
             state = unless_padding(token, read_token, skip_token, state)
             if codes.leave is not None:
-                slot = codes.leave[memory.place[0], step]
+                slot = codes.leave[memory.place.row, step]
 
                 @pl.when(slot != KEEP)
                 def _():
@@ -100,7 +102,7 @@ def recurrent_outputs(
         if initial is None or codes.leave is not None:
             state = memory.zero_state(K)
         else:
-            state = memory.load_state(memory.state_of(initial, 0))
+            state = memory.load_state_columns(memory.state_of(initial, 0))
         token, state = jax.lax.fori_loop(0, T - 1, advance_and_load, (token, state))
         state = advance(jnp.int32(T - 1), token, state)
         if codes.leave is None:
@@ -121,3 +123,6 @@ def recurrent_outputs(
         scratch_types=[],
     )
     return kernel(inputs, initial_state, codes)
+
+
+__all__ = ["recurrent_outputs"]
