@@ -16,7 +16,6 @@ kernels for minutes before its first result.
 import dataclasses
 import functools
 import importlib.util
-import math
 import time
 from typing import Any
 
@@ -25,16 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from pallas_kernels import wkv7, wkv7_recurrent
+from pallas_kernels import MIN_LOG_DECAY, wkv7, wkv7_recurrent
 
-BOUND = -math.exp(-0.5)
 IMPLEMENTATIONS = {
-    "mosaic_gpu": functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=BOUND),
+    "mosaic_gpu": functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=MIN_LOG_DECAY),
     "reference": functools.partial(wkv7, implementation="reference"),
     "recurrent": functools.partial(wkv7_recurrent, implementation="xla"),
     "recurrent, mosaic_gpu": functools.partial(wkv7_recurrent, implementation="mosaic_gpu"),
     "xla": functools.partial(wkv7, implementation="xla"),
-    "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=BOUND),
+    "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=MIN_LOG_DECAY),
 }
 ON_CPU = ("reference", "recurrent", "xla", "xla, bounded")
 ON_GPU = ("mosaic_gpu", "xla, bounded")
@@ -71,7 +69,7 @@ def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
     keys = jax.random.split(jax.random.key(0), 7)
     r, k, v, kk, rate, decay, do = (jax.random.normal(key, shape) for key in keys)
     kk /= jnp.linalg.norm(kk, axis=-1, keepdims=True)
-    inputs = [r, BOUND * jax.nn.sigmoid(decay), 0.3 * k, v, -kk, kk * jax.nn.sigmoid(rate)]
+    inputs = [r, MIN_LOG_DECAY * jax.nn.sigmoid(decay), 0.3 * k, v, -kk, kk * jax.nn.sigmoid(rate)]
     return [x.astype(dtype) for x in inputs], do.astype(dtype)
 
 
@@ -123,7 +121,7 @@ def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, An
     if FLA in names:
         from wkv7_of_fla import make_fla_programs
 
-        programs[FLA] = make_fla_programs(inputs, do, BOUND)
+        programs[FLA] = make_fla_programs(inputs, do, MIN_LOG_DECAY)
     return programs
 
 

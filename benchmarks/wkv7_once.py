@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from wkv7 import BOUND, make_inputs
+from wkv7 import make_inputs
 
-from pallas_kernels import wkv7
+from pallas_kernels import MIN_LOG_DECAY, wkv7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
         wkv7,
         segment_ids=segment_ids,
         num_segments=2 if per_segment else None,
-        min_log_decay=BOUND,
+        min_log_decay=MIN_LOG_DECAY,
         implementation=settings.implementation,
     )
 

@@ -19,17 +19,20 @@ from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
 from pallas_kernels.operators.wkv7 import wkv7
+from pallas_kernels.operators.wkv7.log_decay import MIN_LOG_DECAY, log_decay_from_logits
 from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MIN_LOG_DECAY",
     "LayerWeights",
     "NotServed",
     "channel_mix",
     "cross_entropy",
     "decode_layers",
     "key_update",
+    "log_decay_from_logits",
     "output_correction",
     "token_shift_mix",
     "value_residual",

@@ -1,7 +1,5 @@
 """The time mix: the half of a block in which tokens read the tokens before them."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +10,9 @@ from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
 from goose_jax.state import check_array, state_dtypes
 from pallas_kernels import (
+    MIN_LOG_DECAY,
     key_update,
+    log_decay_from_logits,
     output_correction,
     token_shift_mix,
     value_residual,
@@ -25,8 +25,6 @@ type Tokens = Float[Array, "B T C"]
 type Heads = Float[Array, "B T H K"]
 type TimeMixState = tuple[Float[Array, "B C"], Float[Array, "B H K V"]]
 
-MIN_LOG_DECAY = -math.exp(-0.5)
-"""The lower bound of the log decay, which is `MIN_LOG_DECAY * sigmoid(logits)` in RWKV-7."""
 
 CHUNKED_FROM = 16
 """Rows with fewer tokens are read token by token, by `wkv7_recurrent`; others by `wkv7`."""
@@ -212,7 +210,7 @@ class TimeMix(nnx.Module):
 
     def _log_decay(self, x: Tokens) -> Tokens:
         low = _project(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
-        return MIN_LOG_DECAY * jax.nn.sigmoid(_add_base(low, self.decay_base))
+        return log_decay_from_logits(_add_base(low, self.decay_base))
 
     def _alpha(self, x: Tokens) -> Tokens:
         low = _project(_project(x, self.alpha_down), self.alpha_up)

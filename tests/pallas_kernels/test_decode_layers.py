@@ -16,6 +16,7 @@ from pallas_kernels import (
     LayerWeights,
     decode_layers,
     key_update,
+    log_decay_from_logits,
     output_correction,
     value_residual,
     wkv7_recurrent,
@@ -33,7 +34,6 @@ from pallas_kernels.operators.decode_layers.mosaic_gpu.projections import (
     splits_of,
 )
 from pallas_kernels.operators.decode_layers.reference import (
-    LOG_DECAY_SCALE,
     decode_layers_reference,
     layer_norm,
 )
@@ -235,7 +235,7 @@ def heads_by_definition(weights, token, wkv):
     v = value_residual(v, v_first, residual + base(w.value_residual_base))
     alpha = jax.nn.sigmoid(alpha + base(w.alpha_base))
     k, a, b = key_update(k, alpha, w.removal_scale, w.replacement_mix)
-    log_decay = LOG_DECAY_SCALE * jax.nn.sigmoid(decay + base(w.decay_base))
+    log_decay = log_decay_from_logits(decay + base(w.decay_base))
     o, new = wkv7_recurrent(r, log_decay, k, v, a, b, initial_state=wkv[0])
     corrected = (gate, w.bonus, w.norm_scale, w.norm_bias)
     y = output_correction(o, r, k, v, *corrected, eps=EPS["head_norm_eps"])

@@ -1,7 +1,6 @@
 """One token through all layers, by the definition."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,10 @@ from pallas_kernels.operators.output_correction.reference import (
 )
 from pallas_kernels.operators.value_residual.reference import value_residual_reference
 from pallas_kernels.operators.wkv7.call import WKVInputs
+from pallas_kernels.operators.wkv7.log_decay import log_decay_from_logits
 from pallas_kernels.operators.wkv7.reference import update
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import FloatArray, Mask
-
-LOG_DECAY_SCALE = -math.exp(-0.5)
-"""RWKV-7's log decay is this times the sigmoid of its logits."""
 
 
 def decode_layers_reference(
@@ -98,7 +95,7 @@ def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
     )
     v = value_residual_reference(v, v_first, residual_logits)
     r, log_decay, k, v, alpha, gate = (
-        in_heads(y) for y in (r, LOG_DECAY_SCALE * jax.nn.sigmoid(decay_logits), k, v, alpha, gate)
+        in_heads(y) for y in (r, log_decay_from_logits(decay_logits), k, v, alpha, gate)
     )
     k, a, b = key_update_reference(k, alpha, w.removal_scale, w.replacement_mix)
     vectors = (y[:, 0].astype(state.dtype) for y in (r, log_decay, k, v, a, b))
@@ -126,4 +123,4 @@ def _of_active(active: Mask, x: FloatArray, y: FloatArray) -> FloatArray:
     return jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
-__all__ = ["LOG_DECAY_SCALE", "decode_layers_reference"]
+__all__ = ["decode_layers_reference"]

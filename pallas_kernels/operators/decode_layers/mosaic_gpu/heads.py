@@ -29,8 +29,8 @@ from pallas_kernels.hopper.state_vectors import (
 )
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.operators.decode_layers.mosaic_gpu.rows import if_active, update_in_place
-from pallas_kernels.operators.decode_layers.reference import LOG_DECAY_SCALE
 from pallas_kernels.operators.key_update.reference import MIN_NORM
+from pallas_kernels.operators.wkv7.log_decay import log_decay_from_logits
 
 
 class Vectors(NamedTuple):
@@ -150,7 +150,7 @@ def heads(
         norm = jax.lax.rsqrt(jnp.maximum(_sum(removal * removal), MIN_NORM**2))
         removed = -norm * norm * read(state, removal)
         state = (
-            along_keys(jnp.exp(LOG_DECAY_SCALE * jax.nn.sigmoid(decay)), state) * state
+            along_keys(jnp.exp(log_decay_from_logits(decay)), state) * state
             + along_keys(removal * alpha, state) * along_values(removed, state)
             + along_keys(k, state) * along_values(v, state)
         )
