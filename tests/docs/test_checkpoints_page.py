@@ -14,6 +14,7 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text
 MARKS = {"same": "", "transposed": " ᵀ", "flat": " ¹", "row": " ²"}
 
 
+@pytest.mark.slow
 def test_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
 
 
+@pytest.mark.slow
 def test_code_runs(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {"__name__": "finetuning_page"}

@@ -25,6 +25,7 @@ CONVERSION, LAYER, DECODING, SHARDED = BLOCKS
 INPUTS = ("r", "log_decay", "k", "v", "a", "b")
 
 
+@pytest.mark.slow
 def test_conversion_from_cu_seqlens_equals_sequences_on_their_own():
     keys, values = (1, 7, 2, 4), (1, 7, 2, 3)
     drawn = draw(0, r=keys, log_decay=keys, k=keys, v=values, a=keys, b=keys, h0=(3, 2, 4, 3))

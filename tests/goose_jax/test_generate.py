@@ -444,6 +444,7 @@ def test_only_sampling_draws_random_numbers_and_only_filters_sort():
         assert (" sort[" in text) == sorts
 
 
+@pytest.mark.slow
 def test_the_decoding_example_runs(capsys):
     result = runpy.run_path(str(ROOT / "examples/generate.py"))["main"]()
     assert result.lengths.tolist() == [64] * 2

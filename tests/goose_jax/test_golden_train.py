@@ -9,6 +9,8 @@ from goose_jax.training import OptimizerConfig, init_train_state, make_train_ste
 from tests.goose_jax.official_weights import GOLDEN, golden_model, golden_weights, to_official
 from tests.helpers import relative_rms
 
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
 # The rates in the file are those of a run of 50 steps that was cut off after 20.
 RECIPE = OptimizerConfig(
     total_steps=50, warmup_steps=10, learning_rate=6e-4, final_learning_rate=6e-5, weight_decay=0.1

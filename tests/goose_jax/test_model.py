@@ -200,6 +200,7 @@ def test_bfloat16_computation_keeps_float32_where_it_matters(model, tokens):
 
 
 @pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.slow
 def test_gradients_in_bfloat16_of_packed_texts(model):
     """The loss of one text does not depend on the embeddings of the text packed before it."""
     ids = jnp.asarray([[1] * 20 + [2] * 20])

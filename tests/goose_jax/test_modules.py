@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 CONFIG = RWKV7Config(vocab_size=9, hidden_size=128, num_layers=2, compute_dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["config", "nn.time_mix", "nn.channel_mix", "nn.block", "nn.model"]
 )

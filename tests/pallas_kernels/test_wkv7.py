@@ -84,6 +84,8 @@ SLOW_BY_XLA = {
     "65 tokens, V 96",
     "200 tokens, K 128",
     "K 256, V 8",
+    "packed",
+    "packed, mixed decay",
     "state per segment",
     "state per segment, mixed decay",
     "strong decay in later chunks",
