@@ -29,30 +29,32 @@ def decode_layers(
     head_norm_eps: float = 64e-5,
     implementation: str | None = None,
 ) -> Results:
-    """One token of each row through all layers of an RWKV-7 model, for decoding.
+    """Reads one token of each row through all layers of an RWKV-7 model, for decoding.
 
-    What is computed is one step of the model between the embedding's norm and the final norm, as
-    the layers of `goose_jax.RWKV7` do it. The kernels have no gradient, and in `jax.shard_map` need
-    `check_vma=False`, because they write over states.
+    Computes what the layers of `goose_jax.RWKV7` compute between the norm of the embedding and the
+    final norm. The kernels have no gradient. In `jax.shard_map` they need `check_vma=False`,
+    because they overwrite states.
 
     Args:
       x: `[B, C]`, the normalised embedding of each row's token.
-      time_shift: `[layers, B, C]`, in the dtype of x: the last token's input to each time mix.
+      time_shift: `[layers, B, C]`, in the dtype of x, the input of each time mix for the previous
+        token.
       wkv: `[layers, B, H, K, K]`, float32 (float64 for float64 inputs), the states.
-      channel_shift: `[layers, B, C]`, in the dtype of x.
-      weights: of the layers.
-      active: `[B]`, false for rows whose states shall stay as they are; their x means nothing.
-        None means all.
-      norm_eps: of the layer norms.
-      head_norm_eps: of the norm over each head's output.
+      channel_shift: `[layers, B, C]`, in the dtype of x, the input of each channel mix for the
+        previous token.
+      weights: weights of all layers.
+      active: `[B]` booleans, false for rows whose states must not change; their results for x have
+        no meaning. None means that all rows are active.
+      norm_eps: added to the variance in the layer norms.
+      head_norm_eps: added to the variance in the norm over each head's output.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, heads of 64, C a multiple of
         256); "reference", plain JAX; or None, which takes the first that serves the call.
 
     Returns:
-      x: `[B, C]`, before the final norm.
-      time_shift: as it came in, and so are the next two.
-      wkv: as above.
-      channel_shift: as above.
+      x: `[B, C]`, in the dtype of x, before the final norm.
+      time_shift: `[layers, B, C]`, the new state of the time mixes' token shift.
+      wkv: `[layers, B, H, K, K]`, the new states.
+      channel_shift: `[layers, B, C]`, the new state of the channel mixes' token shift.
 
     Raises:
       ValueError: for wrong shapes and names, with the argument and its value.

@@ -1,16 +1,18 @@
-"""One token through all layers, by the definition."""
+"""One token through all layers, by the definitions of the operators in a layer."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.operators.channel_mix.reference import channel_mix_reference
 from pallas_kernels.operators.decode_layers.weights import LayerWeights
 from pallas_kernels.operators.key_update.reference import key_update_reference
 from pallas_kernels.operators.output_correction.reference import (
     normalize,
     output_correction_reference,
 )
+from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
 from pallas_kernels.operators.value_residual.reference import value_residual_reference
 from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.log_decay import log_decay_from_logits
@@ -30,7 +32,7 @@ def decode_layers_reference(
     norm_eps: float,
     head_norm_eps: float,
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """The operator of `pallas_kernels.decode_layers`, which documents the arguments."""
+    """Computes `pallas_kernels.decode_layers`, which documents the arguments."""
     dtype = x.dtype
 
     def run_layer(carry, of_layer):
@@ -41,10 +43,15 @@ def decode_layers_reference(
         y, v_first, new_wkv = _time_mix(token, v_first, time_shift, wkv, w, layer, head_norm_eps)
         x = x + y
         channel_token = layer_norm(x, w.channel_norm_scale, w.channel_norm_bias, norm_eps)
-        mixed = _mix(channel_token, channel_shift, w.channel_shift_mix)
-        x = x + jnp.square(jax.nn.relu(mixed @ w.channel_key.astype(dtype))) @ (
-            w.channel_value.astype(dtype)
+        y, _ = channel_mix_reference(
+            channel_token[:, None],
+            w.channel_shift_mix,
+            w.channel_key.astype(dtype),
+            w.channel_value.astype(dtype),
+            channel_shift,
+            None,
         )
+        x = x + y[:, 0]
         new = (token, new_wkv, channel_token)
         if active is not None:
             new = jax.tree.map(functools.partial(_of_active, active), new, states)
@@ -58,15 +65,9 @@ def decode_layers_reference(
 
 
 def layer_norm(x: FloatArray, scale: FloatArray, bias: FloatArray, eps: float) -> FloatArray:
-    """The layer norm of `x` `[B, C]`, computed in float32 at least."""
+    """Returns the layer norm of `x` `[B, C]`, computed in float32 at least."""
     normed, _ = normalize(x.astype(accumulation_dtype(x)), eps)
     return (normed * scale[None] + bias[None]).astype(x.dtype)
-
-
-def _mix(x: FloatArray, before: FloatArray, share: FloatArray) -> FloatArray:
-    dtype = accumulation_dtype(x, share)
-    token = x.astype(dtype)
-    return (token + (before.astype(dtype) - token) * share[None]).astype(x.dtype)
 
 
 def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
@@ -82,7 +83,8 @@ def _time_mix(x, v_first, before, state, w, layer, head_norm_eps):
     def logits(y, activation, base, down, up):
         return low_rank(y, activation, down, up).astype(dtype) + base[None]
 
-    x_r, x_w, x_k, x_v, x_a, x_g = (_mix(x, before, share) for share in w.time_shift_mix)
+    mixed, _ = token_shift_mix_reference(x[:, None], w.time_shift_mix, before, None)
+    x_r, x_w, x_k, x_v, x_a, x_g = (y[:, 0] for y in mixed)
     r, k, v = (
         y @ z.astype(x.dtype) for y, z in ((x_r, w.receptance), (x_k, w.key), (x_v, w.value))
     )
@@ -119,7 +121,7 @@ def _identity(x: FloatArray) -> FloatArray:
 
 
 def _of_active(active: Mask, x: FloatArray, y: FloatArray) -> FloatArray:
-    """Rows of x where active, else of y."""
+    """Returns the rows of x where `active`, else the rows of y."""
     return jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 

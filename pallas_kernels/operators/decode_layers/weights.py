@@ -5,116 +5,103 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from pallas_kernels.types import FloatArray
 from pallas_kernels.validation import check_float
-
-_AXES = {
-    "time_norm_scale": "layers C",
-    "time_norm_bias": "layers C",
-    "time_shift_mix": "layers 6 C",
-    "receptance": "layers C C",
-    "key": "layers C C",
-    "value": "layers C C",
-    "output": "layers C C",
-    "decay_base": "layers C",
-    "decay_down": "layers C decay_rank",
-    "decay_up": "layers decay_rank C",
-    "alpha_base": "layers C",
-    "alpha_down": "layers C alpha_rank",
-    "alpha_up": "layers alpha_rank C",
-    "value_residual_base": "layers C",
-    "value_residual_down": "layers C value_rank",
-    "value_residual_up": "layers value_rank C",
-    "gate_down": "layers C gate_rank",
-    "gate_up": "layers gate_rank C",
-    "removal_scale": "layers H K",
-    "replacement_mix": "layers H K",
-    "bonus": "layers H K",
-    "head_norm_scale": "layers H K",
-    "head_norm_bias": "layers H K",
-    "channel_norm_scale": "layers C",
-    "channel_norm_bias": "layers C",
-    "channel_shift_mix": "layers C",
-    "channel_key": "layers C F",
-    "channel_value": "layers F C",
-}
-
-_LOW_RANK = ("decay", "alpha", "value_residual", "gate")
-
-MATRICES = (
-    *("receptance", "key", "value", "output", "channel_key", "channel_value"),
-    *(f"{name}_{half}" for name in _LOW_RANK for half in ("down", "up")),
-)
-"""Names of the weights that activations are multiplied with as matrices."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """The weights of all layers, stacked; matrices multiply from the right, `x @ weight`.
+    """The weights of all layers, stacked along the first axis.
 
-    Attributes:
-      time_norm_scale: `[layers, C]`, of the layer norm before the time mix.
-      time_norm_bias: `[layers, C]`.
-      time_shift_mix: `[layers, 6, C]`, shares of the previous token in what receptance, decay, key,
-        value, alpha and gate are made of.
-      receptance: `[layers, C, C]`, and so are key, value and output.
-      key: as above.
-      value: as above.
-      output: as above.
-      decay_base: `[layers, C]`, logits that a low-rank projection is added to; so are alpha_base
-        and value_residual_base.
-      decay_down: `[layers, C, rank]`; every down has a rank of its own.
-      decay_up: `[layers, rank, C]`.
-      alpha_base: as above.
-      alpha_down: as above.
-      alpha_up: as above.
-      value_residual_base: as above; those of the first layer are not used.
-      value_residual_down: as above.
-      value_residual_up: as above.
-      gate_down: as above.
-      gate_up: as above.
-      removal_scale: `[layers, H, K]`, and so are the next four.
-      replacement_mix: as above.
-      bonus: as above.
-      head_norm_scale: as above.
-      head_norm_bias: as above.
-      channel_norm_scale: `[layers, C]`, of the layer norm before the channel mix.
-      channel_norm_bias: `[layers, C]`.
-      channel_shift_mix: `[layers, C]`.
-      channel_key: `[layers, C, F]`.
-      channel_value: `[layers, F, C]`.
+    Matrices multiply from the right, `x @ weight`. H * K is C, F is the number of inner channels of
+    the channel mix, and each low-rank pair has a rank of its own.
     """
 
-    time_norm_scale: FloatArray
-    time_norm_bias: FloatArray
-    time_shift_mix: FloatArray
-    receptance: FloatArray
-    key: FloatArray
-    value: FloatArray
-    output: FloatArray
-    decay_base: FloatArray
-    decay_down: FloatArray
-    decay_up: FloatArray
-    alpha_base: FloatArray
-    alpha_down: FloatArray
-    alpha_up: FloatArray
-    value_residual_base: FloatArray
-    value_residual_down: FloatArray
-    value_residual_up: FloatArray
-    gate_down: FloatArray
-    gate_up: FloatArray
-    removal_scale: FloatArray
-    replacement_mix: FloatArray
-    bonus: FloatArray
-    head_norm_scale: FloatArray
-    head_norm_bias: FloatArray
-    channel_norm_scale: FloatArray
-    channel_norm_bias: FloatArray
-    channel_shift_mix: FloatArray
-    channel_key: FloatArray
-    channel_value: FloatArray
+    time_norm_scale: Float[Array, "layers C"]
+    """Scale of the layer norm before the time mix."""
+
+    time_norm_bias: Float[Array, "layers C"]
+    """Bias of the layer norm before the time mix."""
+
+    time_shift_mix: Float[Array, "layers 6 C"]
+    """Shares of the previous token: for receptance, decay, key, value, alpha and gate."""
+
+    receptance: Float[Array, "layers C C"]
+    """Projection to the receptance."""
+
+    key: Float[Array, "layers C C"]
+    """Projection to the key."""
+
+    value: Float[Array, "layers C C"]
+    """Projection to the value."""
+
+    output: Float[Array, "layers C C"]
+    """Projection of the time mix's output."""
+
+    decay_base: Float[Array, "layers C"]
+    """Added to the low-rank logits of the decay."""
+
+    decay_down: Float[Array, "layers C decay_rank"]
+    """First half of the low-rank logits of the decay."""
+
+    decay_up: Float[Array, "layers decay_rank C"]
+    """Second half of the low-rank logits of the decay."""
+
+    alpha_base: Float[Array, "layers C"]
+    """Added to the low-rank logits of alpha."""
+
+    alpha_down: Float[Array, "layers C alpha_rank"]
+    """First half of the low-rank logits of alpha."""
+
+    alpha_up: Float[Array, "layers alpha_rank C"]
+    """Second half of the low-rank logits of alpha."""
+
+    value_residual_base: Float[Array, "layers C"]
+    """Added to the low-rank logits of the value residual; the first layer's is not used."""
+
+    value_residual_down: Float[Array, "layers C value_rank"]
+    """First half of the low-rank logits of the value residual."""
+
+    value_residual_up: Float[Array, "layers value_rank C"]
+    """Second half of the low-rank logits of the value residual."""
+
+    gate_down: Float[Array, "layers C gate_rank"]
+    """First half of the low-rank gate."""
+
+    gate_up: Float[Array, "layers gate_rank C"]
+    """Second half of the low-rank gate."""
+
+    removal_scale: Float[Array, "layers H K"]
+    """Scale of the key before it is normalised to the removal key."""
+
+    replacement_mix: Float[Array, "layers H K"]
+    """Share of alpha in the replacement key."""
+
+    bonus: Float[Array, "layers H K"]
+    """Weight of a token's own key in its output."""
+
+    head_norm_scale: Float[Array, "layers H K"]
+    """Scale of the norm over each head's output."""
+
+    head_norm_bias: Float[Array, "layers H K"]
+    """Bias of the norm over each head's output."""
+
+    channel_norm_scale: Float[Array, "layers C"]
+    """Scale of the layer norm before the channel mix."""
+
+    channel_norm_bias: Float[Array, "layers C"]
+    """Bias of the layer norm before the channel mix."""
+
+    channel_shift_mix: Float[Array, "layers C"]
+    """Share of the previous token in the input of the channel mix."""
+
+    channel_key: Float[Array, "layers C F"]
+    """Projection of the channel mix to its inner channels."""
+
+    channel_value: Float[Array, "layers F C"]
+    """Projection of the channel mix from its inner channels."""
 
     def prepared(self, dtype: Any) -> "LayerWeights":
         """Returns the weights as decoding reads them, so that no step has to change them.
@@ -129,10 +116,10 @@ class LayerWeights:
         return dataclasses.replace(self, **matrices).with_padded_ranks()
 
     def with_padded_ranks(self, multiple: int = 64) -> "LayerWeights":
-        """The same with zeros added to the low-rank matrices, so that ranks are multiples.
+        """Returns the weights with zeros added to low-rank matrices, so that ranks are multiples.
 
-        What a column of zeros makes, a row of zeros ignores. These matrices are small beside the
-        others, but where many tokens are decoded in one program it is best done once, before.
+        The results stay the same: a row of zeros ignores what a column of zeros makes. A program
+        that decodes many tokens should get weights that are padded already.
         """
         padded = {}
         for name in _LOW_RANK:
@@ -145,11 +132,27 @@ class LayerWeights:
         return dataclasses.replace(self, **padded)
 
 
+_AXES = {field.name: field.type.dim_str for field in dataclasses.fields(LayerWeights)}  # type: ignore[union-attr]
+
+_LOW_RANK = tuple(name.removesuffix("_down") for name in _AXES if name.endswith("_down"))
+
+MATRICES = tuple(
+    name
+    for name, (_, *axes) in ((name, axes.split()) for name, axes in _AXES.items())
+    if len(axes) == 2 and axes[0] not in ("6", "H")
+)
+"""Names of the weights that activations are multiplied with as matrices."""
+
+
 def check_weights(weights: Any, sizes: dict[str, int]) -> None:
-    """Checks all shapes against each other and against `sizes`, which gets those that are new.
+    """Checks the shapes of all weights against each other and against `sizes`.
+
+    Args:
+      weights: what a caller gave as `LayerWeights`.
+      sizes: axis name to size; the check adds the axes that it meets for the first time.
 
     Raises:
-      TypeError: if it is no `LayerWeights`, or a field is no floating-point array.
+      TypeError: if `weights` is not a `LayerWeights`, or a field is not a floating-point array.
       ValueError: if a shape does not fit.
     """
     if not isinstance(weights, LayerWeights):

@@ -15,12 +15,17 @@ def square_norm(x: Float[Array, "*axes K"]) -> Float[Array, "*axes 1"]:
     return jnp.square(x).sum(-1, keepdims=True)
 
 
-def inverse_norm(square: Float[Array, "*axes 1"]) -> Float[Array, "*axes 1"]:
+def inverse_norm(square: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """Returns `1 / max(norm, MIN_NORM)` for a squared norm.
 
     Unlike the norm, the bounded square has a derivative at zero.
     """
     return jax.lax.rsqrt(jnp.maximum(square, MIN_NORM**2))
+
+
+def replacement_key(k: jax.Array, alpha: jax.Array, replacement_mix: jax.Array) -> jax.Array:
+    """Returns the key that writes, for arrays that broadcast; kernels use it too."""
+    return k * (1 + (alpha - 1) * replacement_mix)
 
 
 def key_update_reference(
@@ -36,8 +41,8 @@ def key_update_reference(
     removal_scale, replacement_mix = (per_token(x, dtype) for x in inputs[2:])
     scaled = k * removal_scale
     kk = scaled * inverse_norm(square_norm(scaled))
-    new_k = k * (1 + (alpha - 1) * replacement_mix)
+    new_k = replacement_key(k, alpha, replacement_mix)
     return new_k.astype(output_dtype), -kk.astype(output_dtype), (kk * alpha).astype(output_dtype)
 
 
-__all__ = ["MIN_NORM", "inverse_norm", "key_update_reference", "square_norm"]
+__all__ = ["MIN_NORM", "inverse_norm", "key_update_reference", "replacement_key", "square_norm"]

@@ -6,6 +6,11 @@ from jaxtyping import Array, Float
 from pallas_kernels.precision import accumulation_dtype
 
 
+def move_to_first(v: jax.Array, v_first: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns `v + (v_first - v) * sigmoid(logits)`; kernels use it too."""
+    return v + (v_first - v) * jax.nn.sigmoid(logits)
+
+
 def value_residual_reference(
     v: Float[Array, "*axes"],
     v_first: Float[Array, "*axes"],
@@ -15,7 +20,7 @@ def value_residual_reference(
     inputs = (v, v_first, logits)
     dtype, output_dtype = accumulation_dtype(*inputs), v.dtype
     v, v_first, logits = (x.astype(dtype) for x in inputs)
-    return (v + (v_first - v) * jax.nn.sigmoid(logits)).astype(output_dtype)
+    return move_to_first(v, v_first, logits).astype(output_dtype)
 
 
-__all__ = ["value_residual_reference"]
+__all__ = ["move_to_first", "value_residual_reference"]

@@ -1,15 +1,20 @@
-"""All that happens within a head: key update, value residual, the WKV recurrence, correction.
+"""One token in each head: key update, value residual, WKV recurrence and output correction.
 
-A block of the grid has one row and one head, in the registers of one warpgroup: the state is read
-once and written once, and nothing else touches memory but vectors.
+A block of the grid works on one row and one head, in the registers of one warpgroup. It reads the
+state once and writes it once; besides, it moves only vectors.
 
-Vectors over keys have an entry for each row of the state `[K, V]`, vectors over values for each
-column; sums are over rows, which stay within a warp. A number is a vector over values that repeats
-it. The normalised removal key kk = kappa n, with n one number, is not formed:
+A vector over keys has an entry for each row of the state `[K, V]`, a vector over values has one for
+each column. Sums run over rows, so they stay within a warp. The kernel holds a scalar as a vector
+over values that repeats it. With the unnormalised removal key kappa and n = 1 / norm(kappa), the
+removal key is kk = n kappa. The recurrence
 
-    removed = -S^T kk       S' = exp(w) S + (kk alpha) removed^T + k' v'^T      o = S'^T r
+    removed = -S^T kk       S' = decay S + (kk alpha) removed^T + k' v'^T       o = S'^T r
 
-has n^2 as a factor of `removed` instead.
+holds kk twice. So the kernel uses kappa in both places and multiplies `removed` by n^2.
+
+The formulas are those of `decode_layers.reference`. The kernel calls its functions where they take
+single entries. It writes the norm of the output again, because sums need layouts of the kernel;
+tests/pallas_kernels/test_decode_layers.py compares the two.
 """
 
 from typing import Any, NamedTuple
@@ -29,22 +34,23 @@ from pallas_kernels.hopper.state_vectors import (
 )
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.operators.decode_layers.mosaic_gpu.rows import if_active, update_in_place
-from pallas_kernels.operators.key_update.reference import MIN_NORM
+from pallas_kernels.operators.key_update.reference import inverse_norm, replacement_key
+from pallas_kernels.operators.value_residual.reference import move_to_first
 from pallas_kernels.operators.wkv7.log_decay import log_decay_from_logits
 
 
 class Vectors(NamedTuple):
-    """What projections give, each `[padded rows, C]` in 16 bits.
+    """The results of the projections, each `[padded rows, C]` in 16 bits.
 
     Attributes:
       r: receptance.
       k: key.
       v: value.
-      v_first: that of the first layer.
-      decay: logits, without base.
-      alpha: likewise.
-      value_residual: likewise.
-      gate: factor of the output.
+      v_first: value of the first layer.
+      decay: logits of the decay, without their base.
+      alpha: logits of alpha, without their base.
+      value_residual: logits of the value residual, without their base.
+      gate: factor on the output.
     """
 
     r: jax.Array
@@ -58,17 +64,17 @@ class Vectors(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-    """Stacked over layers, `[layers, C]`; those of a head are neighbours.
+    """Weights of all layers, each `[layers, C]`, where the channels of a head are neighbours.
 
     Attributes:
-      decay_base: of the logits.
-      alpha_base: likewise.
-      value_residual_base: likewise.
-      removal_scale: as in `LayerWeights`, and so are the others.
-      replacement_mix: likewise.
-      bonus: likewise.
-      norm_scale: likewise.
-      norm_bias: likewise.
+      decay_base: `LayerWeights.decay_base`.
+      alpha_base: `LayerWeights.alpha_base`.
+      value_residual_base: `LayerWeights.value_residual_base`.
+      removal_scale: `LayerWeights.removal_scale`.
+      replacement_mix: `LayerWeights.replacement_mix`.
+      bonus: `LayerWeights.bonus`.
+      norm_scale: `LayerWeights.head_norm_scale`.
+      norm_bias: `LayerWeights.head_norm_bias`.
     """
 
     decay_base: jax.Array
@@ -90,19 +96,19 @@ def heads(
     active: jax.Array | None,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel.
+    """Runs the kernel.
 
     Args:
-      target: what it is compiled for.
-      layer: `[1]` int32, which of the stacked weights and states.
-      vectors: of the token.
-      weights: of the heads.
-      wkv: `[layers, B, H, 64, 64]` float32.
-      active: `[B]` int32, 0 for rows that leave their state alone, or None.
-      eps: of the norm of outputs.
+      target: what the kernel is compiled for.
+      layer: `[1]` int32, the number of the layer.
+      vectors: the results of the projections.
+      weights: weights of all layers.
+      wkv: `[layers, B, H, 64, 64]` float32, the states.
+      active: `[B]` int32, 0 for rows whose state must not change; None means all change.
+      eps: added to the variance in the norm of the output.
 
     Returns:
-      What the output projection reads, `[padded rows, C]`, and the new states.
+      The corrected outputs, `[padded rows, C]`, which the output projection reads; the new states.
     """
     _, B, H, _, _ = wkv.shape
     dtype = vectors.r.dtype
@@ -128,7 +134,7 @@ def heads(
         def logits(load, array, base):
             return load(array) + load(base, layer)
 
-        # All loads come before all stores, so that none waits for another one.
+        # All loads come before all stores, so that no load waits for a store.
         state = plgpu.load(wkv_gmem.at[layer, row, head], layout=STATE, optimized=False)
         r, k = of_keys(of_token.r), of_keys(of_token.k)
         decay = logits(of_keys, of_token.decay, of_head.decay_base)
@@ -143,12 +149,12 @@ def heads(
         gate = of_values(of_token.gate)
 
         alpha = jax.nn.sigmoid(alpha)
-        v = v + (v_first - v) * jax.nn.sigmoid(residual)
+        v = move_to_first(v, v_first, residual)
         removal = k * removal_scale
-        k = k * (1 + (alpha - 1) * replacement_mix)
+        k = replacement_key(k, alpha, replacement_mix)
 
-        norm = jax.lax.rsqrt(jnp.maximum(_sum(removal * removal), MIN_NORM**2))
-        removed = -norm * norm * read(state, removal)
+        n = inverse_norm(_sum(removal * removal))
+        removed = -n * n * read(state, removal)
         state = (
             along_keys(jnp.exp(log_decay_from_logits(decay)), state) * state
             + along_keys(removal * alpha, state) * along_values(removed, state)
@@ -184,12 +190,12 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 
 
 def _repeat(keys: jax.Array) -> jax.Array:
-    """A vector over keys for each value."""
+    """Repeats a vector over keys for each value."""
     return plgpu.layout_cast(jax.lax.broadcast_in_dim(keys, (TILE, TILE), [0]), STATE)
 
 
 def _sum(keys: jax.Array) -> jax.Array:
-    """The sum of a vector over keys, as a vector over values."""
+    """Returns the sum of a vector over keys, as a vector over values."""
     return jnp.sum(_repeat(keys), axis=0)
 
 

@@ -94,23 +94,23 @@ def run_layers(
     norm_eps: float,
     head_norm_eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The operator, on calls that the kernels serve."""
+    """Computes the operator, for a call that the kernels serve."""
     weights = weights.with_padded_ranks(TILE)
     active = None if active is None else active.astype(jnp.int32)
     run = jax.jit(
         functools.partial(_run_layer, target, norm_eps=norm_eps, head_norm_eps=head_norm_eps)
     )
-    # Where a loop takes anything that a kernel reads from a stack, XLA (of jax 0.11.2) would let it
-    # read there, and then forget that the kernel writes its new state over the old one.
+    # Where a loop takes operands of a kernel from a stack, XLA (of jax 0.11.2) lets the kernel read
+    # them there, and forgets that it overwrites the state. The barrier prevents this.
     x, states, active, weights = jax.lax.optimization_barrier((x, states, active, weights))
-    # The first layer is like the others, so that all kernels are compiled once: nothing is to be
-    # added to x, and it takes its own values for v_first.
+    # All layers run the same kernels, so that these are compiled once. The first layer adds zeros
+    # to x, and replaces v_first by its own values.
     parts = empty_parts(target, weights.channel_value, len(x))
     v_first = jnp.zeros_like(x, shape=parts.shape[1:])
     for layer in range(len(states[0])):
         index = jnp.full(1, layer, jnp.int32)
         x, parts, v_first, states = run(index, x, parts, v_first, states, active, weights)
-    # Nobody needs the last v_first; without it, the last layer would be compiled on its own.
+    # The barrier keeps the last v_first, or XLA would compile the last layer on its own.
     x, parts, _, states = jax.lax.optimization_barrier((x, parts, v_first, states))
     return (x + parts[:, : len(x)].sum(0).astype(x.dtype), *states)
 
@@ -128,7 +128,7 @@ def _run_layer(
     norm_eps: float,
     head_norm_eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, States]:
-    """One layer: takes and returns what is still to be added to x in parts."""
+    """Runs one layer; takes and returns in parts what the next kernel adds to x."""
     B, w = len(x), weights
     time_shift, wkv, channel_shift = states
 

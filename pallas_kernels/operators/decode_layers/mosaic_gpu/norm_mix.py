@@ -1,11 +1,15 @@
-"""What comes before projections: the residual stream brought up to date, normalised, and mixed.
+"""Updates the residual stream, normalises it and mixes it with the previous token.
 
-    x'       = x + sum of parts          what the layer before, or this one's time mix, added
+    x'       = x + sum of parts          parts of the last projection: of a time mix or channel mix
     token    = layer_norm(x')
     mixed_m  = token + (before - token) * mixes[m]
 
-A block of the grid has one row, in the registers of one warpgroup. `before`, the token shift, is
-overwritten by `token`.
+A block of the grid works on one row, in the registers of one warpgroup. `token` overwrites
+`before`, which is the state of the token shift.
+
+`layer_norm` is that of `decode_layers.reference`, and the mix that of `token_shift.reference`. The
+kernel writes them again, because sums and products run over layouts of the kernel. test_norm_mix
+compares them.
 """
 
 import functools
@@ -24,12 +28,12 @@ THREADS = 128
 
 
 class NormWeights(NamedTuple):
-    """Stacked over layers.
+    """Weights of all layers.
 
     Attributes:
-      scale: `[layers, C]`.
-      bias: `[layers, C]`.
-      mixes: `[layers, M, C]`.
+      scale: `[layers, C]`, scale of the norm.
+      bias: `[layers, C]`, bias of the norm.
+      mixes: `[layers, M, C]`, shares of the previous token.
     """
 
     scale: jax.Array
@@ -47,17 +51,17 @@ def norm_mix(
     active: jax.Array | None,
     eps: float,
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """The kernel.
+    """Runs the kernel.
 
     Args:
-      target: what it is compiled for.
-      layer: `[1]` int32, which of the stacked weights and states.
+      target: what the kernel is compiled for.
+      layer: `[1]` int32, the number of the layer.
       x: `[B, C]`, the residual stream; C is a multiple of 256.
-      parts: `[splits, padded rows, C]` float32, what is to be added to it.
-      weights: of the norm and the mixes.
-      shift: `[layers, B, C]`, the token before.
-      active: `[B]` int32, 0 for rows that leave their state alone, or None.
-      eps: of the norm.
+      parts: `[splits, padded rows, C]` float32, added to the residual stream.
+      weights: weights of the norm and the mixes.
+      shift: `[layers, B, C]`, the previous token.
+      active: `[B]` int32, 0 for rows whose state must not change; None means all change.
+      eps: added to the variance in the norm.
 
     Returns:
       The new residual stream `[B, C]`, M mixes `[padded rows, C]`, and the new shifts.
@@ -81,7 +85,7 @@ def norm_mix(
         def load(ref):
             return plgpu.load(ref, layout=row_layout, optimized=False)
 
-        # All loads come before all stores, so that none waits for another one.
+        # All loads come before all stores, so that no load waits for a store.
         parts = [load(parts_gmem.at[split, row]) for split in range(parts_gmem.shape[0])]
         x = load(x_gmem.at[row])
         before = load(shift_gmem.at[layer, row])

@@ -1,17 +1,17 @@
 """Products of a few rows with many weights, several at a time.
 
-Each row of activations meets each weight once, so the time is that of reading the weights. A block
-of the grid computes 64 columns of one product, for up to 128 rows: it streams its weights through a
-ring of tiles in shared memory, and there is always as much on its way as the ring has room for.
-Two blocks share a multiprocessor, so that one reads while the other begins or ends.
+Each row of activations meets each weight once, so reading the weights takes the time. A block of
+the grid computes 64 columns of one product, for up to 128 rows. It streams its weights through a
+ring of tiles in shared memory, and keeps the ring full of copies under way. Two blocks share a
+multiprocessor, so that one reads while the other begins or ends.
 
     grid    columns of all products x splits of the inner axis x blocks of rows
 
 Tensor cores take 64 rows of their first operand at a time, but as few as 8 columns of the second.
-So what is computed is the transpose, `weights^T x^T`: there are always 64 columns.
+So the kernel computes the transpose, `weights^T x^T`, whose first operand always has 64 rows.
 
-Products with few columns are split along the inner axis too, so that every multiprocessor has a
-part; whoever reads the result adds the parts.
+Products with few columns are also split along the inner axis, so that every multiprocessor has a
+part. The kernel that reads the result adds the parts.
 """
 
 import math
@@ -139,21 +139,21 @@ def _project(
     def body(
         layer_gmem: Any,
         xs_gmem: list[Any],
-        ws_gmem: list[Any],
+        all_weights_gmem: list[Any],
         *ys_gmem: Any,
         x_smem: Any,
         w_smem: Any,
         y_smem: Any,
         loaded: Any,
     ) -> None:
-        def compute(product, layer, x_gmem, w_gmem, y_gmem, columns):
+        def compute(product, layer, x_gmem, weights_gmem, y_gmem, columns):
             steps = product.x.shape[1] // splits // depth
             own_rows = pl.ds(jax.lax.axis_index("rows") * each, each)
             split = jax.lax.axis_index("split")
 
             def fetch(step):
                 inner = pl.ds((split * steps + step) * depth, depth)
-                w, x = w_gmem.at[layer, inner, columns], x_gmem.at[own_rows, inner]
+                w, x = weights_gmem.at[layer, inner, columns], x_gmem.at[own_rows, inner]
                 ring.copy(step, loaded, [(w, w_smem), (x, x_smem)])
 
             ring.fill(fetch, steps)
@@ -187,15 +187,21 @@ def _project(
 
         first = 0
         block = jax.lax.axis_index("columns")
-        for product, x_gmem, w_gmem, y_gmem in zip(
-            products, xs_gmem, ws_gmem, ys_gmem, strict=True
+        for product, x_gmem, weights_gmem, y_gmem in zip(
+            products, xs_gmem, all_weights_gmem, ys_gmem, strict=True
         ):
             end = first + product.blocks
 
             @pl.when((block >= first) & (block < end))
-            def _(first=first, product=product, x_gmem=x_gmem, w_gmem=w_gmem, y_gmem=y_gmem):
+            def _(
+                first=first,
+                product=product,
+                x_gmem=x_gmem,
+                weights_gmem=weights_gmem,
+                y_gmem=y_gmem,
+            ):
                 columns = pl.ds((block - first) * TILE, TILE)
-                compute(product, layer_gmem[0], x_gmem, w_gmem, y_gmem, columns)
+                compute(product, layer_gmem[0], x_gmem, weights_gmem, y_gmem, columns)
 
             first = end
 

@@ -1,4 +1,4 @@
-"""What kernels that work on single rows of a batch share."""
+"""Parts of the kernels that work on single rows of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 
 def if_active(active_gmem: Any | None, row: jax.Array) -> Callable[[Callable[[], None]], None]:
-    """A decorator that runs a function if the row is active; all are if `active_gmem` is None."""
+    """Returns a decorator that runs a function if the row is active; None means all rows are."""
     if active_gmem is None:
         return lambda function: function()
     return pl.when(active_gmem[row] != 0)
@@ -17,15 +17,15 @@ def if_active(active_gmem: Any | None, row: jax.Array) -> Callable[[Callable[[],
 def update_in_place(
     kernel: Callable[..., Any], operands: tuple[Any, ...], state: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Calls a kernel that reads and writes a state.
+    """Calls a kernel that reads and overwrites a state.
 
-    Where nobody else needs the state as it was, the new one takes its memory: a kernel then moves
-    no more than the layer and the rows it works on.
+    Where nothing else reads the old state, the new one takes its memory. The kernel then moves only
+    the layer and the rows that it works on.
 
     Args:
       kernel: takes the operands, then the state as a reference.
-      operands: that it only reads.
-      state: that it also writes.
+      operands: what the kernel only reads.
+      state: what the kernel reads and overwrites.
 
     Returns:
       The kernel's results, and the new state.
