@@ -28,7 +28,15 @@ import tyro
 from device import copy_rate
 from flax import nnx
 
-from goose_jax import RWKV7, RWKV7Config, RWKV7State, SamplingConfig, generate, init_state
+from goose_jax import (
+    RWKV7,
+    RWKV7Config,
+    RWKV7State,
+    SamplingConfig,
+    generate,
+    init_state,
+    prepare_decoding,
+)
 from goose_jax.generation import prefill
 
 GREEDY = SamplingConfig(temperature=0)
@@ -121,8 +129,10 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
         flush=True,
     )
 
+    prepared = prepare_decoding(model)
+
     def read() -> object:
-        return prefill(model, [prompt])
+        return prefill(prepared, [prompt])
 
     jax.block_until_ready(read())
     reading = float(np.median([seconds_of(read) for _ in range(settings.rounds)]))
@@ -131,7 +141,7 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
         f"| {name} | prefill | {len(prompt)} | {1e3 * reading:.2f} | {rate:,.0f} | | |", flush=True
     )
     position = settings.position or (1_000 if on_cpu else 100_000)
-    late = prefill(model, [tokens.integers(1, model.config.vocab_size, position)])
+    late = prefill(prepared, [tokens.integers(1, model.config.vocab_size, position)])
 
     for implementation in settings.implementations or ("xla", "mosaic_gpu")[: 1 if on_cpu else 2]:
         for size in settings.batch_sizes:

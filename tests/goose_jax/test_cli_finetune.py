@@ -117,14 +117,8 @@ def fails(capsys, *arguments):
     return capsys.readouterr().err.rpartition("goose-jax: error: ")[2]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("full", marks=pytest.mark.slow),
-        pytest.param("lora", marks=pytest.mark.slow),
-        "state",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "state"])
 def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
     original = request.getfixturevalue(kind)
     run = pathlib.Path(shutil.copytree(original, tmp_path / "run"))

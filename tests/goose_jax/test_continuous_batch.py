@@ -104,7 +104,7 @@ def expected_reason(result):
     return "length" if result.lengths[0] == result.tokens.shape[1] else "stop"
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_requests_get_the_tokens_that_they_get_alone(model, alone, num_slots):
     batch = ContinuousBatch(model, num_slots=num_slots, block_size=BLOCK)
     received = Received(batch)

@@ -94,6 +94,7 @@ def forward():
     return nnx.jit(lambda model, state=None: model(jnp.asarray(BATCH.inputs), state)[0])
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_a_dense_model_projected(model, params, adapters):
     def gradient(losses):
         return jax.jit(jax.grad(lambda *trees: jnp.mean(losses(*trees, BATCH))))

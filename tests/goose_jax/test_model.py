@@ -222,6 +222,7 @@ def test_gradients_in_bfloat16_of_packed_texts(model):
     assert not any(by_name[name].any() for name in UNTRAINED)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 def test_other_head_sizes(tokens):
     """The golden weights with four heads of 32 instead of two of 64."""

@@ -83,6 +83,7 @@ def assert_close(tree, expected, tolerance):
         assert relative_rms(x, reference) < tolerance, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_full_logits(model, gradient_of_mean_loss):
     """L2Wrap is the gradient of `l2wrap / 2 * max_logit^2`, without being part of the value."""
     batch = next_token_batch(some_tokens(4, T + 1))
@@ -112,6 +113,7 @@ def test_the_loss_is_that_of_full_logits(model, gradient_of_mean_loss):
     assert_close(gradient, expected_gradient, 1e-4)
 
 
+@pytest.mark.slow
 def test_microbatches_make_the_step_of_the_big_batch(model, train_step):
     """Although they do not count the same number of targets."""
     big = next_token_batch(some_tokens(4, T + 1))

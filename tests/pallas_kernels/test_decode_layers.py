@@ -188,7 +188,10 @@ def test_norm_mix():
 
 
 @on_cpu
-@pytest.mark.parametrize("kind", ["random", "repeated", "no key"])
+@pytest.mark.parametrize(
+    "kind",
+    ["random", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("repeated", "no key"))],
+)
 def test_heads_over_many_tokens(kind):
     """States do not drift: tokens that repeat with next to no decay, or have no removal key."""
     rng = np.random.default_rng(0)

@@ -178,6 +178,10 @@ def _run_layer(
 
 
 def _squared_relu(x: jax.Array) -> jax.Array:
+    """Squares relu in float32; `channel_mix.reference` rounds between the two.
+
+    `test_interpreted_equals_the_definition` compares the kernels with the reference.
+    """
     x = jnp.maximum(x, 0)
     return x * x
 

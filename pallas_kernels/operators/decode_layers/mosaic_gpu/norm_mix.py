@@ -7,9 +7,8 @@
 A block of the grid works on one row, in the registers of one warpgroup. `token` overwrites
 `before`, which is the state of the token shift.
 
-`layer_norm` is that of `decode_layers.reference`, and the mix that of `token_shift.reference`. The
-kernel writes them again, because sums and products run over layouts of the kernel. test_norm_mix
-compares them.
+`decode_layers.reference` has the same layer norm, and `token_shift.reference` the same mix. The
+kernel writes both again, because it computes in layouts of its own. `test_norm_mix` compares them.
 """
 
 import functools
