@@ -63,6 +63,7 @@ def test_layer_runs():
     assert jnp.isfinite(names["y"]).all()
 
 
+@pytest.mark.slow
 def test_sharded_runs():
     drawn = draw(0, **dict.fromkeys(INPUTS, (2, 5, 2, 4)))
     names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
@@ -75,6 +76,7 @@ def test_sharded_runs():
     assert relative_rms(names["final_state"], direct[1]) < 1e-6
 
 
+@pytest.mark.slow
 def test_decoding_runs():
     config = RWKV7Config(vocab_size=5, hidden_size=64, num_layers=2, compute_dtype="float32")
     model, state = RWKV7(config, rngs=nnx.Rngs(0)), init_state(config, 3)

@@ -162,6 +162,7 @@ def train(losses, initial, frozen, steps=30):
     return state, values
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained(params):
     """Beside a model in bfloat16, with remat."""
     low = with_settings(param_dtype="bfloat16", compute_dtype="bfloat16", remat="full")
@@ -191,6 +192,7 @@ def test_what_is_frozen_is_no_part_of_the_program(model, params):
         assert 'dense<"0x' not in program.as_text()  # as a constant array would be written
 
 
+@pytest.mark.slow
 def test_initial_states_are_trained_and_exported(model, params, forward, tmp_path):
     before = jax.tree.map(np.array, params)
     state, losses = train(state_losses(model), init_wkv(CONFIG), params)

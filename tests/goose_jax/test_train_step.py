@@ -132,6 +132,7 @@ def test_microbatches_make_the_step_of_the_big_batch(model, train_step):
     assert int(accumulated.step) == int(state.step) == 1
 
 
+@pytest.mark.slow
 def test_a_packed_batch_is_its_documents(model, gradient_of_mean_loss):
     documents = [some_tokens(n, seed=n) for n in (3, 7, 2, 9)]
     tokens, segment_ids = pack_documents(documents, length=T + 1)

@@ -39,7 +39,7 @@ def slow_if(condition: bool, *values):
 
 
 # The form without a bound of the decay takes longest to compile. Its rarer programs run in CI only.
-ALL_BUT_XLA_IN_A_MOMENT = [slow_if(name == "xla", name) for name in IMPLEMENTATIONS]
+ALL_WITH_XLA_SLOW = [slow_if(name == "xla", name) for name in IMPLEMENTATIONS]
 
 PACKED = (
     # Boundaries before, at and after the edge of a chunk of 64, one-token segments, padding first,
@@ -158,7 +158,7 @@ def test_16_bit_inputs_lose_only_their_own_rounding(implementation, dtype):
         assert relative_rms(gradients[name], gradients32[name]) < limit
 
 
-@pytest.mark.parametrize("implementation", ALL_BUT_XLA_IN_A_MOMENT)
+@pytest.mark.parametrize("implementation", ALL_WITH_XLA_SLOW)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_float64(implementation):
     case = Case((1, 70, 1, 32, 32))
@@ -181,7 +181,7 @@ def test_log_decay_may_have_a_dtype_of_its_own():
     assert gradients["r"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("implementation", ALL_BUT_XLA_IN_A_MOMENT)
+@pytest.mark.parametrize("implementation", ALL_WITH_XLA_SLOW)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_pieces_with_carried_state_equal_the_whole(implementation):
     case = Case((1, 100, 1, 32, 16))
@@ -196,7 +196,7 @@ def test_pieces_with_carried_state_equal_the_whole(implementation):
     assert relative_rms(state, expected(case)["final_state"]) < FORWARD_LIMIT
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_WITH_XLA_SLOW)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_padding_may_hold_anything(implementation):
     case = Case((1, 40, 1, 16, 16), lengths=(((0, 3), (1, 20), (0, 7), (1, 10)),))
@@ -232,7 +232,7 @@ def test_gradients_do_not_leak_across_segments(implementation):
             assert not gradient[~of_segment].any(), name
 
 
-@pytest.mark.parametrize("implementation", ALL_BUT_XLA_IN_A_MOMENT)
+@pytest.mark.parametrize("implementation", ALL_WITH_XLA_SLOW)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_vmap_scan_and_checkpoint(implementation):
     case = Case((2, 24, 1, 16, 16))
@@ -255,7 +255,7 @@ def test_vmap_scan_and_checkpoint(implementation):
 
 
 @pytest.mark.parametrize("segmented", [slow_if(True, False), True])
-@pytest.mark.parametrize("implementation", ALL_BUT_XLA_IN_A_MOMENT)
+@pytest.mark.parametrize("implementation", ALL_WITH_XLA_SLOW)
 @pytest.mark.usefixtures("quick_to_compile")
 def test_shard_map(implementation, segmented):
     case = Case((2, 24, 2, 16, 16))
