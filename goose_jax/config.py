@@ -72,7 +72,7 @@ class RWKV7Config:
         operators need, "dots" keeps the results of matrix products, "full" keeps only the input of
         each block.
       implementation: implementation of `pallas_kernels.wkv7`; None chooses one. "reference" also
-        names that of `pallas_kernels.wkv7_recurrent`, which reads short rows.
+        selects the reference of `pallas_kernels.wkv7_recurrent`, which reads short rows.
 
     Raises:
       ValueError: if a value is out of range; the message names it.

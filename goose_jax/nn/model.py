@@ -282,8 +282,8 @@ class RWKV7(nnx.Module):
             None if state is None else BlockState(state.time_shift, state.wkv, state.channel_shift)
         )
         layers = jnp.arange(config.num_layers)
-        # Made from x, so that in a shard_map its type varies over the mesh as that of the values
-        # that the first layer computes.
+        # Made from x, so that in jax.shard_map its type varies over the mesh, like the type of the
+        # values of the first layer.
         v_first = jnp.zeros_like(x).reshape(*x.shape[:2], config.num_heads, config.head_size)
         (x, _), new = jax.lax.scan(
             _rematerialised(run_block, config), (x, v_first), (layers, params, block_states)

@@ -245,7 +245,7 @@ class TimeMix(nnx.Module):
                 b,
                 initial_state=state,
                 segment_ids=segment_ids,
-                # Other names are those of implementations in chunks, which this operator lacks.
+                # All other names belong to implementations in chunks, which this operator lacks.
                 implementation="reference" if implementation == "reference" else None,
             )
         return wkv7(

@@ -36,7 +36,7 @@ def wkv_of(state: RWKV7State) -> Parameters:
       ValueError: if the state has several rows, or a token shift is not zero.
     """
     if state.wkv.shape[1] != 1:
-        raise ValueError(f"state must be that of one text, got {state.wkv.shape=}")
+        raise ValueError(f"state must have one row, got {state.wkv.shape=}")
     if jnp.any(state.time_shift != 0) or jnp.any(state.channel_shift != 0):
         raise ValueError("state has token shifts that are not zero: it is no initial state")
     return {"wkv": state.wkv[:, 0].astype(jnp.float32)}

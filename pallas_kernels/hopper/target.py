@@ -39,10 +39,10 @@ def _interpretation(on: bool) -> Iterator[None]:
 
 
 def as_computed(x: jax.Array) -> jax.Array:
-    """Copies a loaded value, so that its type is that of computed values.
+    """Copies a loaded value, so that it has the same type as computed values.
 
-    In `jax.shard_map` the type of a loaded value varies over the mesh, that of a computed one does
-    not, and the carry of a loop has one type. The compiler removes the copy.
+    In `jax.shard_map` the type of a loaded value varies over the mesh, and the type of a computed
+    value does not. The carry of a loop must keep one type. The compiler removes the copy.
     """
     return x * 1
 

@@ -245,8 +245,8 @@ def _join(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Makes one block of every `radix` blocks.
 
-    Between a row in block p and a column in an earlier block q lie the decays from the column to
-    the end of q, those of the blocks in between, and those from the beginning of p to the row.
+    Three decays lie between a row in block p and a column in an earlier block q: from the column to
+    the end of q, over the blocks between q and p, and from the beginning of p to the row.
 
     Args:
       A: `[..., L / size, 2, size, 2, size]`, rows by columns within blocks.

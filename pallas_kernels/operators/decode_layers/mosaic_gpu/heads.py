@@ -12,9 +12,9 @@ removal key is kk = n kappa. The recurrence
 
 holds kk twice. So the kernel uses kappa in both places and multiplies `removed` by n^2.
 
-The formulas are those of `decode_layers.reference`. The kernel calls its functions where they take
-single entries. It writes the norm of the output again, because sums need layouts of the kernel;
-tests/pallas_kernels/test_decode_layers.py compares the two.
+The kernel computes what `decode_layers.reference` computes, and calls the same functions where
+these take single entries. It writes the norm of the output again, because sums need layouts of the
+kernel; tests/pallas_kernels/test_decode_layers.py compares the two.
 """
 
 from typing import Any, NamedTuple

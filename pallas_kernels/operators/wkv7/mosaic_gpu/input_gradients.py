@@ -158,7 +158,7 @@ class _Gradients:
       steps: number of steps of this block.
       scale: factor on r.
       gmem: references to the operands.
-      d_inputs_gmem: references to the gradients, whose first axis is that of partial sums.
+      d_inputs_gmem: references to the gradients, with a leading axis of partial sums.
       slots: references to shared memory.
       scratch: references to shared memory.
       barriers: references.

@@ -48,9 +48,9 @@ def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem:
     together do the last one. So far operands have 16 bits. One step of Newton's method with an A of
     twice the digits, `X <- X + (I - X (I - A)) X`, removes the error of that.
 
-    The result is rounded to 16 bits in such a way that the errors E are those of a product with
-    `I + E`: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have in
-    common. If each entry were rounded by itself, the errors would not be taken away, and would add
+    The result is rounded to 16 bits so that rounding acts like a product with `I + E`, where E
+    holds the errors: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have
+    in common. Errors of entries that are rounded one by one would not be taken away, and would add
     up where tokens repeat.
 
     Args:
