@@ -214,7 +214,7 @@ def test_states_that_cannot_be_tuned(model, params):
     packed = next_token_batch(np.ones((2, 5), int), np.ones((2, 5), int))
     with pytest.raises(ValueError, match="batch has segment_ids"):
         state_losses(model)(init_wkv(CONFIG), params, packed)
-    with pytest.raises(ValueError, match="of one text"):
+    with pytest.raises(ValueError, match="must have one row"):
         wkv_of(tuned_state(init_wkv(CONFIG), CONFIG, 2))
     start = tuned_state(init_wkv(CONFIG), CONFIG)
     with pytest.raises(ValueError, match="token shifts"):
