@@ -133,6 +133,7 @@ class ChatSession:
           `max_new_tokens`. "interrupted": `stopped` returned True.
 
         Raises:
+          NonFiniteLogitsError: if the logits are NaN or infinite.
           ValueError: if the tokenizer cannot encode the message.
         """
         before, settings = self._conversation, self.settings

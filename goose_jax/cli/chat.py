@@ -16,6 +16,7 @@ from goose_jax.chat import ChatSession, Ending, ReplySettings, load_chat, save_c
 from goose_jax.chat.prompt import clean, think_prefix
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.config import Dtype
+from goose_jax.generation import NonFiniteLogitsError
 from goose_jax.nn import RWKV7
 from goose_jax.training import load_initial_state
 
@@ -131,6 +132,9 @@ class _Terminal:
                 ending = reply(write, pressed.is_set)
         except KeyboardInterrupt:
             print("\n[stopped at once: this message and its reply are forgotten]\n")
+            return
+        except NonFiniteLogitsError as error:
+            print(f"\nerror: {error}\n[this message and its reply are forgotten]\n")
             return
         note = {
             "end": "",

@@ -54,6 +54,7 @@ def generate(
     Raises:
       ValueError: if an argument is out of range, or the checkpoint is damaged.
       OSError: if the checkpoint does not exist or cannot be read.
+      NonFiniteLogitsError: if the logits are NaN or infinite.
     """
     stop_texts = TextStop(stop)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)

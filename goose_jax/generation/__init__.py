@@ -1,6 +1,7 @@
 """Sampling tokens, and generating text for one batch or for many requests."""
 
 from goose_jax.generation.continuous_batch import ContinuousBatch, FinishReason, RequestUpdate
+from goose_jax.generation.non_finite import NonFiniteLogitsError
 from goose_jax.generation.sampling import (
     SamplingConfig,
     sample_token,
@@ -13,6 +14,7 @@ __all__ = [
     "ContinuousBatch",
     "FinishReason",
     "Generation",
+    "NonFiniteLogitsError",
     "RequestUpdate",
     "SamplingConfig",
     "generate",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from goose_jax.generation.decoding import (
     MAX_PIECE,
-    NO_TOKEN,
+    NOT_FINITE,
     Progress,
     RowSettings,
     decode_block,
@@ -21,6 +21,7 @@ from goose_jax.generation.decoding import (
     read_in_pieces,
     row_settings,
 )
+from goose_jax.generation.non_finite import non_finite_logits
 from goose_jax.generation.sampling import SamplingConfig, check_sampling
 from goose_jax.generation.validation import (
     Ids,
@@ -130,8 +131,7 @@ class _Block:
     """A block that has been dispatched.
 
     Attributes:
-      tokens: `[slots, block]` int32, with `NO_TOKEN` after the end of a sequence. They may not be
-        computed yet.
+      tokens: `[slots, block]` int32, as `decode_block` returns them. They may not be computed yet.
       slots: the request of each row, or None for a row that generates nothing.
     """
 
@@ -203,13 +203,14 @@ class ContinuousBatch:
         self._start_of_text = init_state(model.config, 1)
         self._reading: collections.deque[_Reading] = collections.deque()
         self._in_flight: collections.deque[_Block] = collections.deque()
+        self._delayed: list[RequestUpdate] = []
         self._decoded: _Slots = ()
         self._settings: RowSettings | None = None
 
     @property
     def unfinished(self) -> int:
-        """Number of requests that have not finished, including those in the queue."""
-        return len(self._unfinished)
+        """Number of requests, in the queue too, whose last update `step` has not returned."""
+        return len(self._unfinished) + sum(u.finish_reason is not None for u in self._delayed)
 
     def submit(
         self,
@@ -284,7 +285,15 @@ class ContinuousBatch:
           An update of each request that took part in the block that was waited for, and of each
           request that was cancelled before it generated anything. There is at least one update
           while `unfinished` is not 0.
+
+        Raises:
+          NonFiniteLogitsError: if the logits of requests are NaN or infinite. These requests, the
+            ids of which are in the error's `failed`, have ended without an update. The others go
+            on: the next `step` returns their updates.
         """
+        if self._delayed:
+            updates, self._delayed = self._delayed, []
+            return updates
         updates = self._drop_cancelled()
         # A block in which no row generated is not worth waiting for.
         while self._in_flight and not any(map(_is_running, self._in_flight[0].slots)):
@@ -292,7 +301,11 @@ class ContinuousBatch:
         while len(self._in_flight) < _IN_FLIGHT and self._dispatch():
             pass
         if self._in_flight:
-            updates += self._receive(self._in_flight.popleft())
+            received, failed = self._receive(self._in_flight.popleft())
+            updates += received
+            if failed:
+                self._delayed = updates
+                raise non_finite_logits(self._weights, "request", failed)
         return updates
 
     def _drop_cancelled(self) -> list[RequestUpdate]:
@@ -392,15 +405,25 @@ class ContinuousBatch:
                 request.is_read = True
         self._progress = place_rows(self._progress, progress, rows)
 
-    def _receive(self, block: _Block) -> list[RequestUpdate]:
-        """Waits for a block, and returns an update of each request that generated in it."""
-        updates = []
+    def _receive(self, block: _Block) -> tuple[list[RequestUpdate], list[int]]:
+        """Waits for a block.
+
+        Returns:
+          An update of each request that generated in it, and the ids of the requests whose logits
+          are NaN or infinite.
+        """
+        updates, failed = [], []
         for slot, (row, request) in enumerate(
             zip(np.asarray(block.tokens), block.slots, strict=True)
         ):
             if request is None or request.finished:
                 continue
-            tokens = row[row != NO_TOKEN].tolist()
+            if NOT_FINITE in row:
+                failed.append(request.id)
+                self._slots[slot] = None
+                self._end(request)
+                continue
+            tokens = row[row >= 0].tolist()
             request.received += len(tokens)
             reason = self._finish_reason(request, len(tokens))
             state = None
@@ -410,7 +433,7 @@ class ContinuousBatch:
                 if request.return_state:
                     state = take_rows(self._progress.state, [slot])
             updates.append(self._update(request, tokens, reason, state))
-        return updates
+        return updates, failed
 
     def _finish_reason(self, request: _Request, num_new: int) -> FinishReason | None:
         if request.received == request.max_new_tokens:
@@ -428,9 +451,12 @@ class ContinuousBatch:
         state: RWKV7State | None,
     ) -> RequestUpdate:
         if reason is not None:
-            request.finished = True
-            del self._unfinished[request.id]
+            self._end(request)
         return RequestUpdate(request.id, tokens, reason, state)
+
+    def _end(self, request: _Request) -> None:
+        request.finished = True
+        del self._unfinished[request.id]
 
 
 def _is_running(request: _Request | None) -> bool:

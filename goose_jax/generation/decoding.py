@@ -28,6 +28,9 @@ from goose_jax.state import RWKV7State, init_state, state_dtypes
 NO_TOKEN = -1
 """Fills the tokens that `decode_block` returns after the end of a sequence."""
 
+NOT_FINITE = -2
+"""Stands for the token that could not be drawn, because the logits are NaN or infinite."""
+
 MAX_PIECE = 2048
 """Longer prompts are read in pieces of this many tokens."""
 
@@ -194,6 +197,9 @@ def decode_block(
 ) -> tuple[Progress, Int[Array, "B block"]]:
     """Generates up to `block_size` tokens in each row. A row that ends gets fewer.
 
+    A row whose logits are NaN or infinite before it has all of its tokens ends with `NOT_FINITE`.
+    The host looks for it among the tokens that it reads anyway.
+
     Args:
       weights: the model.
       settings: settings of the B rows.
@@ -203,7 +209,7 @@ def decode_block(
 
     Returns:
       The new progress, and `[B, block_size]` int32 tokens with `NO_TOKEN` after the end of a
-      sequence.
+      sequence, before which `NOT_FINITE` may stand.
     """
     model = weights.model()
 
@@ -211,7 +217,9 @@ def decode_block(
         keys = jax.vmap(jax.random.fold_in)(settings.keys, progress.lengths)
         token = sample_token(keys, progress.logits, progress.counts, settings.sampling)
         is_stop = (token[:, None] == settings.stop_tokens).any(axis=-1)
-        stopped = progress.stopped | is_stop | (progress.lengths >= settings.limits)
+        ended = progress.stopped | (progress.lengths >= settings.limits)
+        finite = jnp.isfinite(progress.logits).all(axis=-1)
+        stopped = ended | is_stop | ~finite
         read = jnp.where(stopped, 0, token)
         hidden, state = model.decode(read, progress.state, ~stopped, implementation=implementation)
         progress = Progress(
@@ -221,7 +229,8 @@ def decode_block(
             lengths=progress.lengths + ~stopped,
             stopped=stopped,
         )
-        return progress, jnp.where(stopped, NO_TOKEN, token)
+        token = jnp.where(stopped, NO_TOKEN, token)
+        return progress, jnp.where(ended | finite, token, NOT_FINITE)
 
     progress, tokens = jax.lax.scan(step, progress, length=block_size)
     return progress, tokens.T

@@ -218,7 +218,10 @@ def _penalized(
 ) -> Float[Array, "B V"]:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     presence = jnp.where(counts > 0, _column(config.presence_penalty, logits.dtype), 0.0)
-    return logits - presence - counts * _column(config.frequency_penalty, logits.dtype)
+    penalized = logits - presence - counts * _column(config.frequency_penalty, logits.dtype)
+    # Huge penalties may overflow. An infinite logit would make all probabilities NaN.
+    largest = jnp.finfo(logits.dtype).max
+    return jnp.clip(penalized, -largest, largest)
 
 
 def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.generation.decoding import (
-    NO_TOKEN,
+    NOT_FINITE,
     Progress,
     RowSettings,
     decode_block,
@@ -24,6 +24,7 @@ from goose_jax.generation.decoding import (
     read_prompts,
     row_settings,
 )
+from goose_jax.generation.non_finite import non_finite_logits
 from goose_jax.generation.sampling import SamplingConfig
 from goose_jax.generation.validation import (
     Ids,
@@ -115,6 +116,8 @@ def generate(
     Raises:
       TypeError: if `state` or `sampling` has the wrong type.
       ValueError: if an argument is out of range. The message names the argument.
+      NonFiniteLogitsError: if the logits of a row are NaN or infinite before the row has ended.
+        The callback has got the tokens before that. The message names the likely cause.
       NotServed: if a named implementation does not serve this model or device.
 
     Example:
@@ -150,7 +153,7 @@ def generate(
     )
     if on_tokens is None and not stops.size:
         blocks = list(blocks)  # nothing can end the generation early, so nothing needs waiting for
-    return _collect(blocks, len(rows), max_new_tokens, on_tokens)
+    return _collect(weights, blocks, len(rows), max_new_tokens, on_tokens)
 
 
 def prefill(
@@ -214,7 +217,7 @@ class _Block:
     """A block that has been dispatched. Its arrays may not be computed yet.
 
     Attributes:
-      tokens: `[B, block]` int32, with `NO_TOKEN` after the end of a sequence.
+      tokens: `[B, block]` int32, as `decode_block` returns them.
       state: recurrent state after these tokens.
     """
 
@@ -246,6 +249,7 @@ def _dispatch_blocks(
 
 
 def _collect(
+    weights: DecodingWeights,
     blocks: Iterable[_Block],
     batch_size: int,
     max_new_tokens: int,
@@ -257,14 +261,17 @@ def _collect(
     begin = 0
     for block, next_block in _with_next(blocks):
         new = np.asarray(block.tokens)[:, : max_new_tokens - begin]
-        is_token = new != NO_TOKEN
+        is_token = new >= 0
         tokens[:, begin : begin + new.shape[1]] = np.where(is_token, new, PADDING)
         lengths += is_token.sum(axis=1, dtype=np.int32)
         begin += new.shape[1]
+        ended = False
         if on_tokens is not None:
-            of_rows = zip(new, is_token, strict=True)
-            if on_tokens([row[kept] for row, kept in of_rows]):
-                return Generation(tokens, lengths, block.state)
+            ended = bool(on_tokens([row[kept] for row, kept in zip(new, is_token, strict=True)]))
+        if failed := np.flatnonzero((new == NOT_FINITE).any(axis=1)).tolist():
+            raise non_finite_logits(weights, "row", failed)
+        if ended:
+            return Generation(tokens, lengths, block.state)
         state = next_block.state
         if (~is_token).any(axis=1).all():  # all rows have ended: the next block changes nothing
             break

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from goose_jax.chat import ChatSession, load_chat, save_chat
 from goose_jax.chat.prompt import next_turn
@@ -87,6 +89,21 @@ def test_messages_may_come_through_a_pipe(
     output = capsys.readouterr().out
     assert f"\nAssistant: <think{second}\n[stopped: max_new_tokens 8]\n\nUser: \n" in output
     assert f" <think{first}\n\nUser: a\nb\n\nAssistant: <think" in expected.conversation.text
+
+
+def test_logits_that_are_not_finite_are_an_error(
+    checkpoint, vocabulary_file, model, capsys, monkeypatch
+):
+    broken = nnx.clone(model)
+    broken.head[...] = broken.head[...].at[3, 5].set(jnp.inf)
+    found = (broken, chat_tokenizer())
+    monkeypatch.setattr(command, "load_model_and_tokenizer", lambda *_, **__: found)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/history\n"))
+    command.chat(checkpoint, SHORT)
+    output = capsys.readouterr().out
+    assert "\nerror: the model gave NaN or infinite logits for row 0: the parameter head " in output
+    assert "\n[this message and its reply are forgotten]\n" in output
+    assert output.endswith("\nUser: \nUser: \n")  # the conversation is still empty
 
 
 def test_a_second_ctrl_c_takes_the_message_back(checkpoint, vocabulary_file, capsys, monkeypatch):

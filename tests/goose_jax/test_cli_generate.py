@@ -1,6 +1,7 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tyro
 from flax import nnx
@@ -11,6 +12,7 @@ from goose_jax.checkpoints import (
     save_pretrained,
 )
 from goose_jax.cli.generate import generate
+from goose_jax.cli.main import main
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
@@ -105,6 +107,20 @@ def test_text_is_written_as_it_comes(checkpoint, monkeypatch):
 def test_wrong_arguments_are_named(run, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(*arguments)
+
+
+def test_logits_that_are_not_finite_are_an_error(model, tmp_path, capsys):
+    broken = nnx.clone(model)
+    broken.head[...] = broken.head[...].at[3, 5].set(jnp.nan)
+    save_checkpoint(tmp_path / "broken", broken, CheckpointMetadata(tokenizer="byte"))
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", str(tmp_path / "broken"), "--prompt", "x", "--max-new-tokens", "40"])
+    assert caught.value.code == 2
+    assert capsys.readouterr() == (
+        "x",
+        "goose-jax: error: the model gave NaN or infinite logits for row 0: the parameter head "
+        "holds such values, so the checkpoint is damaged or its training diverged\n",
+    )
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path):

@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import logging
+import math
 
 import chex
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from goose_jax.generation import (
     ContinuousBatch,
+    NonFiniteLogitsError,
     SamplingConfig,
     continuous_batch,
     decoding,
@@ -259,6 +262,50 @@ def test_the_next_block_is_dispatched_before_tokens_are_waited_for(model, monkey
     submit(batch, 3)  # two blocks; that in which all rows rested is not waited for
     Received(batch).run()
     assert [event for event in watched.events if event[0] == "wait"] == [("wait", 6), ("wait", 7)]
+
+
+def test_requests_whose_logits_are_not_finite_end_with_an_error(model, batch, alone):
+    cached = prefill(model, [[5]])
+    spoilt = dataclasses.replace(cached, wkv=cached.wkv.at[0, 0, 0, 0, 0].set(math.nan))
+    ids = [batch.submit(**request) for request in REQUESTS[:2]]
+    failing = batch.submit([5], max_new_tokens=9, state=spoilt, return_state=True)
+    failing_too = batch.submit([5, 6], max_new_tokens=9, sampling=GREEDY, state=spoilt)
+    last = batch.submit(**REQUESTS[3])
+    received = {request: [] for request in [*ids, last]}
+    failed, messages, reasons = [], [], {}
+    while batch.unfinished:
+        try:
+            updates = batch.step()
+        except NonFiniteLogitsError as error:
+            messages.append(str(error))
+            failed += error.failed
+            continue
+        assert updates
+        for update in updates:
+            received[update.request] += update.tokens
+            reasons[update.request] = update.finish_reason
+    assert failed == [failing, failing_too]
+    assert messages[0].startswith(
+        f"the model gave NaN or infinite logits for request {failing}: all parameters are finite"
+    )
+    assert [received[r] for r in [*ids, last]] == [alone[i].sequences[0] for i in (0, 1, 3)]
+    assert set(reasons.values()) == {"length"}
+    with pytest.raises(ValueError, match="must be the id of an unfinished request"):
+        batch.cancel(failing)
+
+
+def test_the_last_updates_are_not_lost_in_the_block_of_an_error(model, batch):
+    cached = prefill(model, [[5]])
+    spoilt = dataclasses.replace(cached, wkv=cached.wkv.at[0, 0, 0, 0, 0].set(math.nan))
+    good = batch.submit([5], max_new_tokens=2, sampling=GREEDY)
+    batch.submit([5], max_new_tokens=2, sampling=GREEDY, state=spoilt)
+    with pytest.raises(NonFiniteLogitsError):
+        batch.step()
+    assert batch.unfinished == 1
+    (update,) = batch.step()
+    assert (update.request, len(update.tokens), update.finish_reason) == (good, 2, "length")
+    assert batch.unfinished == 0
+    assert batch.step() == []
 
 
 def test_requests_that_come_and_go_compile_nothing(model, caplog):

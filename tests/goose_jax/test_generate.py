@@ -1,3 +1,6 @@
+import collections
+import dataclasses
+import itertools
 import math
 import re
 import runpy
@@ -12,6 +15,7 @@ from flax import nnx
 
 from goose_jax.generation import (
     ContinuousBatch,
+    NonFiniteLogitsError,
     SamplingConfig,
     decoding,
     generate,
@@ -274,6 +278,61 @@ def test_penalties_count_what_was_generated(model):
     never_again = SamplingConfig(temperature=0, presence_penalty=1e6)
     result = generate(model, PROMPTS, max_new_tokens=VOCAB, sampling=never_again)
     assert [sorted(row) for row in result.sequences] == [list(range(VOCAB))] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_row(model, value):
+    settings = {"max_new_tokens": 40, "seed": 1}
+    expected = generate(model, PROMPTS, **settings).sequences
+    # A token that comes once in all rows, in a later block than the first.
+    seen = collections.Counter(itertools.chain(*expected, *PROMPTS))
+    row, place = next(
+        (row, i) for row in range(4) for i in range(17, 40) if seen[expected[row][i]] == 1
+    )
+    graphdef, params = nnx.split(model)
+    broken = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
+    broken.embedding[...] = broken.embedding[...].at[expected[row][place]].set(value)
+    streamed = [[] for _ in PROMPTS]
+
+    def collect(new):
+        for text, tokens in zip(streamed, new, strict=True):
+            text.extend(tokens.tolist())
+
+    message = f"^the model gave NaN or infinite logits for row {row}: the parameter embedding holds"
+    with pytest.raises(NonFiniteLogitsError, match=message) as caught:
+        generate(broken, PROMPTS, on_tokens=collect, **settings)
+    assert caught.value.failed == (row,)
+    assert streamed[row] == expected[row][: place + 1]  # with the token that spoils the next logits
+    assert all(new == all_new[: len(new)] for new, all_new in zip(streamed, expected, strict=True))
+    with pytest.raises(NonFiniteLogitsError, match=message):
+        generate(broken, PROMPTS, **settings)
+    # All tokens of the row may come before the logits that are not finite.
+    short = settings | {"max_new_tokens": place + 1}
+    assert generate(broken, PROMPTS, **short).sequences == [new[: place + 1] for new in expected]
+
+
+def test_the_likely_cause_of_logits_that_are_not_finite_is_named(model):
+    cached = prefill(model, [[5]])
+    spoilt = dataclasses.replace(cached, wkv=cached.wkv.at[0, 0, 0, 0, 0].set(math.nan))
+    message = "row 0: all parameters are finite, so the state .* exceeded the range of float32$"
+    with pytest.raises(FloatingPointError, match=message):
+        generate(model, [[5]], max_new_tokens=40, state=spoilt)
+
+
+def test_an_overflow_of_float16_is_named(model):
+    def in_dtype(compute_dtype):
+        config = dataclasses.replace(CONFIG, compute_dtype=compute_dtype)
+        abstract = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+        params = jax.tree.map(lambda x: x, nnx.state(model))
+        other = nnx.merge(nnx.graphdef(abstract), params)
+        other.blocks.channel_mix.key[...] *= 1e3  # its square exceeds 65504
+        return other
+
+    settings = {"max_new_tokens": 4, "sampling": GREEDY, "block_size": 4}
+    message = "float16, whose largest number is 65504, is likely .*choose the dtype bfloat16 or f"
+    with pytest.raises(NonFiniteLogitsError, match=message):
+        generate(in_dtype("float16"), [[5]], **settings)
+    assert generate(in_dtype("bfloat16"), [[5]], **settings).lengths.tolist() == [4]
 
 
 def test_long_prompts_are_read_in_pieces(model, forward, monkeypatch):

@@ -248,6 +248,14 @@ def test_config_is_frozen_and_comparable():
         config.temperature = 2
 
 
+def test_penalties_that_overflow_leave_a_distribution():
+    counts = jnp.array([[0.0, 2.0, 2.0, 0.0]])
+    logits = jnp.array([[3.0, 1.0, 2.0, 3.0]])
+    for penalty, expected in ((3e38, [0.5, 0, 0, 0.5]), (-3e38, [0, 0.5, 0.5, 0])):
+        config = SamplingConfig(frequency_penalty=penalty, presence_penalty=penalty)
+        np.testing.assert_allclose(token_probabilities(logits, counts, config)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
