@@ -9,7 +9,8 @@ from goose_jax.generation import SamplingConfig, generate, prefill
 from goose_jax.generation.validation import SEEDS, check_seed
 from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State
-from goose_jax.text import TextStop, TextStream, Tokenizer
+from goose_jax.text import TextStop, TextStream, Tokenizer, encode_continuation
+from goose_jax.text.tokenizer import REPLACEMENT
 from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
@@ -138,7 +139,7 @@ class ChatSession:
         """
         before, settings = self._conversation, self.settings
         turn = next_turn(before.text, message, system=settings.system, think=settings.think)
-        tokens = self._tokenizer.encode(turn)
+        turn, tokens = self._encode_turn(turn, is_first=not before.text)
         stop = TextStop((*STOPS, *settings.stop))
         writer = _ReplyWriter(TextStream(self._tokenizer, tokens, stop), write)
         end = self._tokenizer.end_of_document
@@ -154,20 +155,35 @@ class ChatSession:
             block_size=BLOCK_SIZE,
         )
         interrupted = stopped()
-        writer.finish(complete=not interrupted)
+        at_limit = result.lengths[0] == settings.max_new_tokens and not writer.stopped
+        writer.finish(complete=not (interrupted or at_limit))
         state = result.state
-        if writer.stopped or interrupted:
-            # The state has read tokens that are not part of the reply. Read the turn again, in
-            # parallel, from the state before it.
-            kept = self._tokenizer.encode(writer.text) if writer.text else []
+        if not self._spell(result.sequences[0], writer.text):
+            # Read the turn again, in parallel, from the state before it.
+            kept = encode_continuation(self._tokenizer, writer.text)
             state = prefill(self._weights, [tokens + kept], state=before.state)
         self.conversation = Conversation(before.text + turn + writer.text, state)
         self._last_turn = (before, message)
         self._replies += 1
         if interrupted:
             return "interrupted"
-        at_limit = result.lengths[0] == settings.max_new_tokens and not writer.stopped
         return "length" if at_limit else "end"
+
+    def _encode_turn(self, turn: str, *, is_first: bool) -> tuple[str, list[int]]:
+        """Returns the tokens of a turn, and its text as they spell it."""
+        if is_first or not self._tokenizer.leading_space:
+            return turn, self._tokenizer.encode(turn)
+        tokens = encode_continuation(self._tokenizer, turn)
+        return self._tokenizer.decode_bytes(tokens).decode(errors="replace"), tokens
+
+    def _spell(self, tokens: list[int], text: str) -> bool:
+        """Returns whether tokens are exactly this text.
+
+        They are not if they go on after a stop text, if they end inside a character, if bytes are
+        not UTF-8, or if the text hides a token: one that decodes to nothing, or an unknown id.
+        """
+        pieces = [self._tokenizer.decode_bytes([token]) for token in tokens]
+        return b"".join(pieces) == text.encode() and not {b"", REPLACEMENT} & set(pieces)
 
     def regenerate(self, write: Callable[[str], None], stopped: Callable[[], bool]) -> Ending:
         """Replaces the last reply by another one, which is drawn with the next random numbers.

@@ -3,7 +3,7 @@
 from goose_jax.text.byte_tokenizer import ByteTokenizer
 from goose_jax.text.stop import TextStop
 from goose_jax.text.text_stream import TextStream
-from goose_jax.text.tokenizer import StreamingDecoder, Tokenizer
+from goose_jax.text.tokenizer import StreamingDecoder, Tokenizer, encode_continuation
 from goose_jax.text.tokenizer_json import HuggingFaceTokenizer
 from goose_jax.text.tokenizer_lookup import (
     TOKENIZER_NAMES,
@@ -23,6 +23,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "VocabularyTokenizer",
+    "encode_continuation",
     "find_tokenizer_file",
     "get_tokenizer",
     "open_tokenizer",

@@ -33,8 +33,8 @@ class TextStream:
         """Ends the stream, and returns the text that was held back.
 
         Args:
-          complete: whether the text ended by itself. If not, an incomplete character at its end is
-            dropped.
+          complete: whether the text ended by itself, not at a limit. If not, an incomplete
+            character at its end is dropped.
         """
         tail = self._stop.push(self._decoder.finish()) if complete else ""
         return tail + self._stop.finish()

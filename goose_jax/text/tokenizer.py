@@ -53,6 +53,27 @@ class Tokenizer(Protocol):
         ...
 
 
+def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the token ids of a text that follows other text, without a space before it.
+
+    It differs from `tokenizer.encode` only for a tokenizer that adds such a space. If the space and
+    the beginning of the text are one token, the space stays.
+
+    Args:
+      tokenizer: the tokenizer.
+      text: the text. It may be empty.
+
+    Raises:
+      ValueError: if the text cannot be encoded.
+    """
+    tokens = tokenizer.encode(text)
+    if tokenizer.leading_space:
+        for candidate in (tokens, tokens[1:], tokenizer.encode(text.removeprefix(" "))):
+            if tokenizer.decode_bytes(candidate) == text.encode():
+                return candidate
+    return tokens
+
+
 class StreamingDecoder:
     """Decodes tokens as they arrive, and holds back incomplete characters.
 
@@ -93,4 +114,4 @@ class StreamingDecoder:
         return text
 
 
-__all__ = ["REPLACEMENT", "StreamingDecoder", "Tokenizer"]
+__all__ = ["REPLACEMENT", "StreamingDecoder", "Tokenizer", "encode_continuation"]

@@ -53,9 +53,10 @@ def say(session, message, stopped=never):
     return ending, "".join(pieces)
 
 
-def check_state(conversation):
+def check_state(conversation, tokenizer=None):
     """Asserts that the state has read exactly the conversation's text."""
-    expected = prefill(chat_model(), [chat_tokenizer().encode(conversation.text)])
+    tokenizer = tokenizer or chat_tokenizer()
+    expected = prefill(chat_model(), [tokenizer.encode(conversation.text)])
     for name in ("time_shift", "wkv", "channel_shift"):
         error = relative_rms(getattr(conversation.state, name), getattr(expected, name))
         assert error < TOLERANCE, name

@@ -15,16 +15,21 @@ from goose_jax.chat import session as session_module
 from goose_jax.chat.prompt import clean, next_turn, think_prefix
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.config import RWKV7Config
-from goose_jax.generation import prefill
+from goose_jax.generation import generate, prefill
 from goose_jax.nn import RWKV7, DecodingWeights
+from goose_jax.text import VocabularyTokenizer
 from tests.goose_jax.conversations import (
+    GREEDY,
     SHORT,
+    VOCABULARY,
     chat_model,
     chat_tokenizer,
     check_state,
     never,
     say,
 )
+
+GREEDY_8 = {"max_new_tokens": 8, "sampling": GREEDY, "block_size": 4}
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -108,6 +113,77 @@ def test_an_interrupted_reply_is_kept_as_far_as_it_was_written(model, tokenizer)
     assert 0 < len(written) <= 4
     assert session.conversation.text == f"User: Hi\n\nAssistant:{written}"
     check_state(session.conversation)
+
+
+def with_bytes(changes):
+    """The tokenizer of the conversations, with other bytes for some ids; None takes an id away."""
+    vocabulary = {token: text.encode() for token, text in VOCABULARY.items()} | changes
+    known = {token: data for token, data in vocabulary.items() if data is not None}
+    return VocabularyTokenizer(known, vocab_size=97)
+
+
+@pytest.mark.parametrize(
+    ("place", "data", "ending"),
+    [
+        (1, b"\xff", "length"),  # never valid
+        (1, b"\xf0\x9f\xa6", "length"),  # the rest of the character does not come
+        (1, None, "length"),  # an unknown id
+        (7, b"\xf0\x9f\xa6", "length"),  # the limit is inside of a character
+        (7, b"\xff", "length"),
+        (3, b"\xf0\x9f\xa6", "interrupted"),
+        (3, b"\xf0\x9f\xa6", "end"),
+    ],
+)
+def test_the_state_has_read_the_text_where_a_reply_is_not_utf_8(
+    model, tokenizer, place, data, ending
+):
+    prompt = tokenizer.encode(next_turn("", "Hi"))
+    reply = generate(model, [prompt], **GREEDY_8).sequences[0]
+    # The ids of the prompt keep their bytes, so the model writes the same ids.
+    assert reply[place] not in prompt
+    spare = next(i for i in range(50, 97) if i not in prompt + reply)
+    tokenizer = with_bytes({spare: "\ufffd".encode(), reply[place]: data})
+    length = 8
+    if ending == "end":
+        tokenizer.end_of_document, length = reply[place + 1], place + 1
+    elif ending == "interrupted":
+        length = 4
+    data = b"".join(tokenizer.decode_bytes([token]) for token in reply[:length])
+    if ending == "end" or place < length - 1 or data.endswith(b"\xff"):
+        expected = data.decode(errors="replace")
+    else:
+        expected = data.decode(errors="ignore")
+    session = ChatSession(model, tokenizer, SHORT)
+    stopped = (lambda: True) if ending == "interrupted" else never
+    assert say(session, "Hi", stopped) == (ending, expected)
+    assert session.conversation.text == next_turn("", "Hi") + expected
+    check_state(session.conversation, tokenizer)
+
+
+class SpaceTokenizer(VocabularyTokenizer):
+    """Adds a space before each text that it encodes, as some files `tokenizer.json` say."""
+
+    leading_space = True
+
+    def encode(self, text):
+        return super().encode(" " + text)
+
+    def decode(self, tokens):
+        return super().decode(tokens).removeprefix(" ")
+
+
+def test_a_space_before_each_text_is_read_only_at_the_beginning(model):
+    tokenizer = SpaceTokenizer({token: text.encode() for token, text in VOCABULARY.items()})
+    session = ChatSession(model, tokenizer, SHORT)
+    text = next_turn("", "Hi") + say(session, "Hi")[1]
+    after_one_turn = session.conversation
+    reply = say(session, "Why?")[1]
+    check_state(session.conversation, tokenizer)
+    session.conversation = after_one_turn
+    session.settings = dataclasses.replace(SHORT, stop=(reply[3:5],))
+    assert say(session, "Why?") == ("end", reply[:3])
+    assert session.conversation.text == text + next_turn(text, "Why?") + reply[:3]
+    check_state(session.conversation, tokenizer)
 
 
 def test_a_failed_reply_leaves_the_conversation_as_it_was(model, tokenizer):
