@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
 import jax
+import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive
 
 type Remat = Literal["none", "dots", "full"]
 type Dtype = Literal["float32", "bfloat16", "float16"]
-"""The dtypes that a user can choose for parameters and computation."""
+"""The dtypes that the command line offers for parameters and computation."""
 
 PRESETS = {  # name: (layers, hidden size) of the released models; head size 64
     "0.1B": (12, 768),
@@ -30,6 +32,37 @@ _DERIVED = cast(int, None)  # __post_init__ puts a number in its place
 def default_compute_dtype() -> Dtype:
     """Returns the dtype that is fastest on this machine: float32 on CPUs, else bfloat16."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def dtype_name(argument: str, value: DTypeLike) -> str:
+    """Returns the name of a floating-point dtype, the one form in which configurations keep it.
+
+    Args:
+      argument: name of the argument that the user gave, for the error.
+      value: what JAX takes for a dtype: `jnp.bfloat16`, `np.dtype("float32")`, `np.float32`,
+        "float32", or `float`, which is JAX's default float.
+
+    Returns:
+      "bfloat16", "float16", "float32" or "float64".
+
+    Raises:
+      ValueError: if it is another dtype or none, or float64 without `jax_enable_x64`.
+
+    Example:
+      >>> dtype_name("dtype", jnp.bfloat16)
+      'bfloat16'
+    """
+    if value is float:
+        return jax.dtypes.canonicalize_dtype(float).name
+    try:
+        name = None if value is None else np.dtype(value).name  # numpy takes None for float64
+    except TypeError:
+        name = None
+    if name not in FLOAT_DTYPES:
+        raise ValueError(f"{argument} must be one of {FLOAT_DTYPES}, got {value!r}")
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(f"{argument}='float64' needs jax.config.update('jax_enable_x64', True)")
+    return name
 
 
 def low_rank(factor: float, hidden_size: int) -> int:
@@ -65,9 +98,11 @@ class RWKV7Config:
         `low_rank(5.0, hidden_size)`.
       norm_eps: epsilon of the layer norms.
       head_norm_eps: epsilon of the norm over each head's output; by default `1e-5 * head_size`.
-      param_dtype: name of the dtype in which parameters are stored.
-      compute_dtype: name of the dtype of activations and of the operands of matrix products. The
-        statistics of norms, log decays, wkv states and logits always have float32 at least.
+      param_dtype: dtype in which parameters are stored. This and `compute_dtype` take what JAX
+        takes for a dtype, such as `jnp.bfloat16`, and keep its name, such as "bfloat16".
+      compute_dtype: dtype of activations and of the operands of matrix products. Inputs of
+        `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
+        states and logits always have float32 at least.
       remat: what the backward pass computes again, block by block. "none" keeps all values that the
         operators need, "dots" keeps the results of matrix products, "full" keeps only the input of
         each block.
@@ -89,8 +124,8 @@ class RWKV7Config:
     gate_rank: int = _DERIVED
     norm_eps: float = 1e-5
     head_norm_eps: float = cast(float, None)
-    param_dtype: str = "float32"
-    compute_dtype: str = "bfloat16"
+    param_dtype: DTypeLike = "float32"
+    compute_dtype: DTypeLike = "bfloat16"
     remat: Remat = "none"
     implementation: str | None = None
 
@@ -115,7 +150,7 @@ class RWKV7Config:
         for name in ("norm_eps", "head_norm_eps"):
             _check_epsilon(name, getattr(self, name))
         for name in ("param_dtype", "compute_dtype"):
-            _check_dtype_name(name, getattr(self, name))
+            object.__setattr__(self, name, dtype_name(name, getattr(self, name)))
         if self.remat not in _REMAT:
             raise ValueError(f"{self.remat=} must be one of {_REMAT}")
         if self.implementation is not None and not isinstance(self.implementation, str):
@@ -176,10 +211,3 @@ def _check_epsilon(name: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and 0 < value < math.inf):
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
-
-
-def _check_dtype_name(name: str, value: Any) -> None:
-    if value not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be one of {FLOAT_DTYPES}, got {value!r}")
-    if value == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError(f"{name}='float64' needs jax.config.update('jax_enable_x64', True)")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from goose_jax.checkpoints.key_map import Layout, axis_sizes, key_map
 from goose_jax.checkpoints.native import CheckpointMetadata, find_checkpoint, read_description
 from goose_jax.checkpoints.pretrained import checkpoint_kind, open_foreign
-from goose_jax.config import RWKV7Config
+from goose_jax.config import RWKV7Config, dtype_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,9 @@ def read_contents(path: Path) -> CheckpointContents:
         path = find_checkpoint(path)
         config, metadata = read_description(path)
         layout: Layout = "pth"  # has the names of all parameters that our checkpoints hold
-        dtypes = dict.fromkeys(_tensor_names(config, layout), config.param_dtype)
+        dtypes = dict.fromkeys(
+            _tensor_names(config, layout), dtype_name("param_dtype", config.param_dtype)
+        )
         return CheckpointContents(
             path, "native", config, metadata, _count_parameters(config, layout, dtypes)
         )

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from goose_jax.checkpoints.pretrained import checkpoint_kind, load_pretrained
-from goose_jax.config import Dtype, default_compute_dtype
+from jax.typing import DTypeLike
+
+from goose_jax.checkpoints.pretrained import load_pretrained
 from goose_jax.nn import RWKV7
 from goose_jax.text import Tokenizer, open_tokenizer, tokenizer_name
 
 
 def load_model_and_tokenizer(
-    checkpoint: Path | str, *, tokenizer: str | None = None, dtype: Dtype | None = None
+    checkpoint: Path | str, *, tokenizer: str | None = None, dtype: DTypeLike | None = None
 ) -> tuple[RWKV7, Tokenizer]:
     """Loads a checkpoint of any layout, and its tokenizer.
 
@@ -17,9 +18,7 @@ def load_model_and_tokenizer(
       checkpoint: a path that `load_pretrained` accepts.
       tokenizer: a name or path that `get_tokenizer` accepts. None takes the tokenizer file in the
         checkpoint's folder; if there is none, the tokenizer that the checkpoint names.
-      dtype: dtype of the parameters and of the computation. None keeps the dtype of the parameters;
-        the compute dtype is then the one that a checkpoint of goose-jax records, and
-        `default_compute_dtype()` for other layouts.
+      dtype: dtype of the parameters and of the computation, as in `load_pretrained`.
 
     Raises:
       OSError: if a file cannot be read.
@@ -27,11 +26,7 @@ def load_model_and_tokenizer(
         has ids that the model's vocabulary does not have.
     """
     checkpoint = Path(checkpoint)
-    compute = dtype
-    if compute is None and checkpoint_kind(checkpoint) != "native":
-        compute = default_compute_dtype()
-    overrides = {} if compute is None else {"compute_dtype": compute}
-    model, metadata = load_pretrained(checkpoint, dtype=dtype, **overrides)
+    model, metadata = load_pretrained(checkpoint, dtype=dtype)
     name = tokenizer_name(checkpoint, given=tokenizer, recorded=metadata.tokenizer)
     return model, open_tokenizer(name, model.config.vocab_size)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from goose_jax.checkpoints import fla_folder
 from goose_jax.checkpoints.config_inference import infer_config
@@ -21,7 +22,12 @@ from goose_jax.checkpoints.native import (
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth
 from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
-from goose_jax.config import WORLD_VOCAB_SIZE, RWKV7Config
+from goose_jax.config import (
+    WORLD_VOCAB_SIZE,
+    RWKV7Config,
+    default_compute_dtype,
+    dtype_name,
+)
 from goose_jax.nn import RWKV7, abstract_model
 
 type CheckpointKind = Literal["pth", "huggingface", "native"]
@@ -50,7 +56,7 @@ class ForeignCheckpoint:
 
 
 def load_pretrained(
-    path: Path | str, *, dtype: str | None = None, **overrides: Any
+    path: Path | str, *, dtype: DTypeLike | None = None, **overrides: Any
 ) -> tuple[RWKV7, CheckpointMetadata]:
     """Loads a model from an official `.pth` file, a folder of FLA's, or a checkpoint of goose-jax.
 
@@ -61,9 +67,12 @@ def load_pretrained(
     Args:
       path: a `.pth` file; a folder with `config.json` and safetensors; or the directory of a
         checkpoint of goose-jax or of a training run.
-      dtype: name of the dtype that parameters are rounded to. None keeps their dtype.
+      dtype: dtype that parameters are rounded to, and that the model computes in: what JAX takes
+        for a dtype, such as `jnp.bfloat16` or "bfloat16". None keeps the dtype of the parameters;
+        the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
+        checkpoints, in `default_compute_dtype()`: float32 on CPUs, else bfloat16.
       **overrides: values for `compute_dtype`, `remat`, `implementation`, `norm_eps` or
-        `head_norm_eps` of `RWKV7Config`.
+        `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the rule above.
 
     Returns:
       model: the model, on JAX's default device.
@@ -85,8 +94,15 @@ def load_pretrained(
     """
     path = Path(path)
     if fixed := sorted(set(overrides) - set(_CHANGEABLE)):
-        raise ValueError(f"{', '.join(fixed)} cannot be overridden, only {', '.join(_CHANGEABLE)}")
-    if checkpoint_kind(path) == "native":
+        hint = "; dtype= sets the dtype of parameters" if "param_dtype" in fixed else ""
+        names = f"{', '.join(fixed)} cannot be overridden, only {', '.join(_CHANGEABLE)}"
+        raise ValueError(names + hint)
+    dtype = None if dtype is None else dtype_name("dtype", dtype)
+    is_native = checkpoint_kind(path) == "native"
+    compute_dtype = default_compute_dtype() if dtype is None and not is_native else dtype
+    if compute_dtype is not None:
+        overrides = {"compute_dtype": compute_dtype} | overrides
+    if is_native:
         model, metadata = load_checkpoint(path, **overrides)
         return (model if dtype is None else _cast(model, dtype)), metadata
     found = open_foreign(path, **overrides)

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from goose_jax.checkpoints.conversion import check_range
+from goose_jax.config import dtype_name
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.training.loss import L2WRAP, token_losses
@@ -128,7 +130,7 @@ def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> 
 
 
 def merge_lora(
-    model: RWKV7, lora: Parameters, config: LoraConfig, *, dtype: str | None = None
+    model: RWKV7, lora: Parameters, config: LoraConfig, *, dtype: DTypeLike | None = None
 ) -> RWKV7:
     """Returns a model whose matrices include the adapters; `model` does not change.
 
@@ -136,14 +138,15 @@ def merge_lora(
       model: the model that the adapters were trained beside.
       lora: the adapters.
       config: configuration of the adapters.
-      dtype: name of the dtype of all parameters of the result; None keeps the model's. A small
-        change may be rounded away in a dtype with fewer bits than the adapters were trained with.
+      dtype: dtype of all parameters of the result; None keeps the model's. A small change may be
+        rounded away in a dtype with fewer bits than the adapters were trained with.
 
     Raises:
       CheckpointError: if a value is beyond the range of float16.
       ValueError: if `dtype` is unknown.
     """
-    merged = dataclasses.replace(model.config, param_dtype=dtype or model.config.param_dtype)
+    param_dtype = model.config.param_dtype if dtype is None else dtype_name("dtype", dtype)
+    merged = dataclasses.replace(model.config, param_dtype=param_dtype)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     exact = jnp.promote_types(merged.param_dtype, jnp.float32)
 

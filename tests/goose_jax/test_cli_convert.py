@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -41,6 +42,21 @@ def test_to_another_dtype(tmp_path, capsys):
     main(["convert", FLA, str(target), "--layout", "pth", "--dtype", "bfloat16"])
     assert "in bfloat16, 1.53 MiB" in capsys.readouterr().out
     assert_same_params(load_pretrained(target)[0], load_pretrained(FLA, dtype="bfloat16")[0])
+
+
+def test_the_compute_dtype_of_a_new_checkpoint_does_not_depend_on_the_machine(
+    tmp_path, monkeypatch
+):
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        target = str(tmp_path / backend)
+        main(["convert", OFFICIAL, target, "--layout", "native"])
+        assert load_pretrained(target)[0].config.compute_dtype == "float32"
+    low, native = str(tmp_path / "low"), str(tmp_path / "native")
+    main(["convert", OFFICIAL, low, "--layout", "huggingface", "--dtype", "float16"])
+    main(["convert", low, native, "--layout", "native"])
+    config = load_pretrained(native)[0].config
+    assert (config.param_dtype, config.compute_dtype) == ("float16", "bfloat16")
 
 
 def test_errors_end_with_one_line(tmp_path, capsys):

@@ -2,6 +2,8 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from goose_jax import RWKV7Config
@@ -85,7 +87,12 @@ def test_dictionary_round_trip():
         ({"norm_eps": 0.0}, "norm_eps must be a number > 0, got 0.0"),
         ({"head_norm_eps": "1"}, "head_norm_eps must be a number > 0, got '1'"),
         ({"param_dtype": "int8"}, "param_dtype must be one of .*, got 'int8'"),
+        ({"param_dtype": jnp.int8}, "param_dtype must be one of .*, got <class .*int8"),
         ({"compute_dtype": "fp32"}, "compute_dtype must be one of .*, got 'fp32'"),
+        ({"compute_dtype": 32}, "compute_dtype must be one of .*, got 32"),
+        ({"compute_dtype": None}, "compute_dtype must be one of .*, got None"),
+        ({"compute_dtype": np.dtype("i4,f4")}, "compute_dtype must be one of .*, got dtype"),
+        ({"param_dtype": np.float64}, "param_dtype='float64' needs .*jax_enable_x64"),
         ({"compute_dtype": "float64"}, "compute_dtype='float64' needs .*jax_enable_x64"),
         ({"remat": "some"}, "self.remat='some' must be one of"),
         ({"implementation": 3}, "self.implementation=3 must be None or a name"),
@@ -96,9 +103,33 @@ def test_bad_values(values, message):
         RWKV7Config(**(SMALL | values))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("bfloat16", "bfloat16"),
+        (jnp.bfloat16, "bfloat16"),
+        (jnp.dtype("bfloat16"), "bfloat16"),
+        (jnp.float32, "float32"),
+        (np.float32, "float32"),
+        (np.dtype("<f4"), "float32"),
+        ("f4", "float32"),
+        (float, "float32"),  # JAX's default float
+        (np.float16, "float16"),
+    ],
+)
+def test_every_form_of_a_dtype_is_kept_as_its_name(dtype, name):
+    config = RWKV7Config(**SMALL, param_dtype=dtype, compute_dtype=dtype)
+    assert (config.param_dtype, config.compute_dtype) == (name, name)
+    assert config == RWKV7Config(**SMALL, param_dtype=name, compute_dtype=name)
+    assert hash(config) == hash(RWKV7Config.from_dict(json.loads(json.dumps(config.to_dict()))))
+    assert dataclasses.replace(RWKV7Config(**SMALL), param_dtype=dtype).param_dtype == name
+    assert RWKV7Config.preset("0.1B", param_dtype=dtype).param_dtype == name
+
+
 def test_it_is_frozen_and_float64_is_allowed_where_jax_has_it():
     config = RWKV7Config(**SMALL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 3
     with jax.enable_x64(True):
         assert RWKV7Config(**SMALL, compute_dtype="float64").compute_dtype == "float64"
+        assert RWKV7Config(**SMALL, compute_dtype=float).compute_dtype == "float64"

@@ -1,6 +1,8 @@
 """Loading a model together with its tokenizer."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from goose_jax.checkpoints import (
@@ -12,6 +14,7 @@ from goose_jax.checkpoints import (
 )
 from goose_jax.text import VocabularyTokenizer
 from tests.goose_jax.official_weights import GOLDEN, golden_model
+from tests.goose_jax.random_parameters import make_model
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +45,33 @@ def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["tiny_official.pth", "tiny_fla_hf"])
-def test_what_does_not_tell_a_compute_dtype_is_computed_in_what_suits_the_machine(name):
-    assert load_pretrained(GOLDEN / name)[0].config.compute_dtype == "bfloat16"
-    config = load_model_and_tokenizer(GOLDEN / name, tokenizer="byte")[0].config
-    suitable = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    assert config.compute_dtype == suitable
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_one_rule_of_dtypes_for_foreign_checkpoints(name, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    expected = "float32" if backend == "cpu" else "bfloat16"
+
+    def dtypes(**arguments):
+        alone = load_pretrained(GOLDEN / name, **arguments)[0].config
+        if "compute_dtype" not in arguments:  # the command line does not take it
+            found, _ = load_model_and_tokenizer(GOLDEN / name, tokenizer="byte", **arguments)
+            assert found.config == alone
+        return alone.param_dtype, alone.compute_dtype
+
+    assert dtypes() == ("float32", expected)
+    assert dtypes(dtype=jnp.bfloat16) == ("bfloat16", "bfloat16")
+    assert dtypes(dtype=np.dtype("float32")) == ("float32", "float32")
+    assert dtypes(compute_dtype=jnp.float16) == ("float32", "float16")
+    assert dtypes(dtype="bfloat16", compute_dtype="float32") == ("bfloat16", "float32")
+
+
+def test_one_rule_of_dtypes_for_our_checkpoints(tmp_path):
+    model = make_model(compute_dtype="bfloat16")
+    save_pretrained(model, tmp_path / "x", "native")
+
+    def dtypes(**arguments):
+        config = load_pretrained(tmp_path / "x", **arguments)[0].config
+        return config.param_dtype, config.compute_dtype
+
+    assert dtypes() == ("float32", "bfloat16")  # as recorded, on every machine
+    assert dtypes(dtype=jnp.float16) == ("float16", "float16")
+    assert dtypes(compute_dtype=jnp.float32) == ("float32", "float32")

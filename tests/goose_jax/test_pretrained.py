@@ -266,8 +266,15 @@ def test_arguments_are_checked(tmp_path):
     for name, value in (("vocab_size", 5), ("param_dtype", "float32"), ("colour", 1)):
         with pytest.raises(ValueError, match=f"{name} cannot be overridden, only compute_dtype"):
             load_pretrained(OFFICIAL, **{name: value})
-    with pytest.raises(ValueError, match="'int8'"):
-        load_pretrained(OFFICIAL, dtype="int8")
+    with pytest.raises(ValueError, match=r"param_dtype .*; dtype= sets the dtype of parameters"):
+        load_pretrained(OFFICIAL, param_dtype="float32")
+    for path in (OFFICIAL, FLA, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=r"^dtype must be one of .*, got 'int8'"):
+            load_pretrained(path, dtype="int8")
+    with pytest.raises(ValueError, match=r"^compute_dtype must be one of .*, got 'fp32'"):
+        load_pretrained(OFFICIAL, compute_dtype="fp32")
+    with pytest.raises(ValueError, match=r"^dtype='float64' needs .*jax_enable_x64"):
+        load_pretrained(OFFICIAL, dtype=np.float64)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_pretrained(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
@@ -296,7 +303,8 @@ def test_epsilons_that_a_layout_has_no_place_for(tmp_path):
     assert not list(tmp_path.iterdir())
     model = make_model(norm_eps=2e-5, head_norm_eps=32 * 2e-5)
     save_pretrained(model, tmp_path / "x", "huggingface")
-    assert load_pretrained(tmp_path / "x")[0].config == model.config
+    loaded, _ = load_pretrained(tmp_path / "x", compute_dtype=model.config.compute_dtype)
+    assert loaded.config == model.config
     config = load_pretrained(OFFICIAL, norm_eps=1e-6, head_norm_eps=1e-4)[0].config
     assert (config.norm_eps, config.head_norm_eps) == (1e-6, 1e-4)
 
