@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from goose_jax.text.byte_level import from_byte_level
 from goose_jax.text.tokenizer import REPLACEMENT
 
 type _Step = Callable[[str | bytes], str | bytes]
@@ -51,10 +52,13 @@ class HuggingFaceTokenizer:
             )
         import tokenizers  # an extra
 
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            fields = json.loads(text)
+            text = Path(path).read_text(encoding="utf-8-sig")
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            # The package writes all fields, in one form, whatever the file leaves out.
+            fields = json.loads(self._tokenizer.to_str())
+        except OSError:
+            raise
         except Exception as error:  # the package raises plain exceptions
             raise ValueError(f"{path} is no tokenizer.json: {error}") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -96,7 +100,7 @@ def _end_of_document(path: Path, vocabulary: Mapping[str, int], special: set[str
     config = path.with_name(_CONFIG)
     if config.is_file():
         try:
-            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            token = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{config} is not the JSON of a tokenizer: {error}") from error
         name = token["content"] if isinstance(token, dict) else token
@@ -171,27 +175,10 @@ def _from_byte_name(name: str) -> str | bytes:
     return bytes.fromhex(match[1]) if match else name
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """Returns the byte that each character of the byte-level alphabet stands for.
-
-    Printable characters of Latin-1 stand for their own byte. U+0100, U+0101, ... stand for the
-    other bytes.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + n): byte for n, byte in enumerate(others)
-    }
-
-
-_BYTE_LEVEL = _byte_level_alphabet()
-
-
 def _from_byte_level(name: str) -> str | bytes:
     # A token that was added to the vocabulary by hand may be plain text.
-    if all(character in _BYTE_LEVEL for character in name):
-        return bytes(_BYTE_LEVEL[character] for character in name)
-    return name
+    data = from_byte_level(name)
+    return name if data is None else data
 
 
 __all__ = ["HuggingFaceTokenizer"]

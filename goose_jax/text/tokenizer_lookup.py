@@ -1,18 +1,20 @@
 """Finds a tokenizer by its name, by its file, or by the folder of a checkpoint."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from goose_jax.text.byte_tokenizer import ByteTokenizer
 from goose_jax.text.tokenizer import Tokenizer
 from goose_jax.text.tokenizer_json import HuggingFaceTokenizer
 from goose_jax.text.vocabulary import VocabularyTokenizer, world_tokenizer
+from goose_jax.text.vocabulary_json import vocabulary_tokenizer
 
 _BY_NAME: dict[str, Callable[[], Tokenizer]] = {"byte": ByteTokenizer, "world": world_tokenizer}
 TOKENIZER_NAMES = tuple(_BY_NAME)
 """The names that `get_tokenizer` knows."""
 
-_IN_FOLDERS = ("tokenizer.json", "rwkv_vocab*.txt")
+_IN_FOLDERS = ("rwkv_vocab*.txt", "rwkv_vocab*.json", "tokenizer.json")
 _HOW_TO_GIVE_ONE = (
     "give --tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file"
 )
@@ -23,8 +25,10 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
     Args:
       name_or_path: "byte"; "world", the vocabulary of the official models (needs the extra
-        "world"); the path of a `tokenizer.json` (needs the extra "huggingface"); the path of a
-        vocabulary file with lines `id literal length`; or a folder that holds one of these files.
+        "world"); the path of a vocabulary file, with lines `id literal length` or in JSON; the path
+        of a `tokenizer.json`; or a folder that holds one of these files. A `tokenizer.json` needs
+        the extra "huggingface", unless it takes the longest match or holds the World vocabulary:
+        these are encoded by `VocabularyTokenizer`.
 
     Raises:
       OSError: if a file cannot be read.
@@ -39,9 +43,15 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
             "or the path of a tokenizer.json or a vocabulary file"
         )
     file = _file_in(path) if path.is_dir() else path
-    if file.suffix == ".json":
-        return HuggingFaceTokenizer(file)
-    return VocabularyTokenizer.from_file(file)
+    return _open_json(file) if file.suffix == ".json" else VocabularyTokenizer.from_file(file)
+
+
+def _open_json(file: Path) -> Tokenizer:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no tokenizer.json: {error}") from error
+    return vocabulary_tokenizer(file, fields) or HuggingFaceTokenizer(file)
 
 
 def open_tokenizer(name_or_path: str | Path, vocab_size: int) -> Tokenizer:
@@ -88,13 +98,23 @@ def find_tokenizer_file(folder: Path) -> Path | None:
     """Returns the tokenizer file in a folder, or None if there is none.
 
     Raises:
-      ValueError: if there are several.
+      OSError: if there are several, and one of them cannot be read.
+      ValueError: if there are several that do not hold the same vocabulary.
     """
-    files = sorted(file for pattern in _IN_FOLDERS for file in folder.glob(pattern))
-    if len(files) > 1:
+    files = [file for pattern in _IN_FOLDERS for file in sorted(folder.glob(pattern))]
+    if len(files) > 1 and not _hold_one_vocabulary(files):
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} holds several tokenizers; give the path of one: {names}")
     return files[0] if files else None
+
+
+def _hold_one_vocabulary(files: Sequence[Path]) -> bool:
+    tokenizers = [get_tokenizer(file) for file in files]
+    first, *others = (
+        tokenizer.vocabulary if isinstance(tokenizer, VocabularyTokenizer) else None
+        for tokenizer in tokenizers
+    )
+    return first is not None and all(other == first for other in others)
 
 
 def _file_in(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 r"""A tokenizer with a vocabulary of byte strings, such as the vocabulary of the World models.
 
 A vocabulary file has one line for each token: its id, its text or bytes as a Python literal, and
-its number of bytes.
+its number of bytes. Lines may end with CR LF, and the file may begin with a byte order mark.
 
     31 '\x1e' 1
     261 '\n\n' 2
@@ -62,6 +62,11 @@ class VocabularyTokenizer:
                 node = node.setdefault(byte, {})
             if node.setdefault(_TOKEN, token) != token:
                 raise ValueError(f"vocabulary has {data!r} twice: ids {node[_TOKEN]} and {token}")
+
+    @property
+    def vocabulary(self) -> dict[int, bytes]:
+        """The bytes of each id, without the end of a document."""
+        return {token: data for token, data in self._bytes.items() if token != self.end_of_document}
 
     @classmethod
     def from_file(cls, path: Path | str, *, vocab_size: int | None = None) -> "VocabularyTokenizer":
@@ -150,7 +155,7 @@ def read_vocabulary(path: Path | str) -> dict[int, bytes]:
         line has the same id or bytes, or if its length is wrong. The message names the line.
     """
     try:
-        lines = Path(path).read_bytes().decode().removesuffix("\n").split("\n")
+        lines = Path(path).read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no vocabulary file: {error}") from error
     vocabulary: dict[int, bytes] = {}

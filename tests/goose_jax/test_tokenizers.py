@@ -268,7 +268,7 @@ def test_tokenizers_are_found_by_name_file_and_folder(folder, tmp_path):
     assert isinstance(get_tokenizer("byte"), ByteTokenizer)
     with pytest.raises(ValueError, match=r"tokenizer 'morse' is unknown; give one of .*'byte'"):
         get_tokenizer("morse")
-    with pytest.raises(ValueError, match=r"holds no tokenizer: neither tokenizer\.json nor"):
+    with pytest.raises(ValueError, match=r"no tokenizer: neither rwkv_vocab\*\.txt nor .* nor tok"):
         get_tokenizer(tmp_path)
     (tmp_path / "rwkv_vocab_v1.txt").write_bytes((folder / "small.txt").read_bytes())
     assert get_tokenizer(tmp_path).encode("日本x") == [300, ord("x") + 5]
@@ -277,6 +277,186 @@ def test_tokenizers_are_found_by_name_file_and_folder(folder, tmp_path):
         get_tokenizer(str(tmp_path))
     (tmp_path / "rwkv_vocab_v1.txt").unlink()
     assert isinstance(get_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+# As GPT-2 spells bytes: printable Latin-1 as it is, other bytes from U+0100 on.
+SPELLING, _other = {}, 0x100
+for _byte in range(256):
+    if _byte in range(0x21, 0x7F) or (_byte >= 0xA1 and _byte != 0xAD):
+        SPELLING[_byte] = chr(_byte)
+    else:
+        SPELLING[_byte], _other = chr(_other), _other + 1
+
+SMALL = {byte + 1: bytes([byte]) for byte in range(256)} | {
+    257: b"  ",
+    258: "日本".encode(),
+    259: "日".encode()[:2],
+    261: b"\n\n",
+    262: b"the",
+    263: b" the",
+    264: b"therefore",
+}
+
+
+def byte_level_ids(vocabulary):
+    ids = {"".join(SPELLING[byte] for byte in data): i for i, data in vocabulary.items()}
+    return {"<|endoftext|>": 0, "\ue000260\ue001": 260} | ids
+
+
+def tokenizer_json(kind, vocabulary, **model):
+    end = {"id": 0, "content": "<|endoftext|>", "special": True, "normalized": False}
+    end |= {"lstrip": False, "rstrip": False, "single_word": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    whole |= {"trim_offsets": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end],
+        "normalizer": None,
+        "pre_tokenizer": whole,
+        "post_processor": None,
+        "decoder": whole,
+        "model": {"type": kind, "vocab": byte_level_ids(vocabulary)} | model,
+    }
+
+
+WORD_PIECE = {
+    "unk_token": "<|endoftext|>",
+    "continuing_subword_prefix": "",
+    "max_input_chars_per_word": 10**6,
+}
+FORMS = {
+    "WordPiece": tokenizer_json("WordPiece", SMALL, **WORD_PIECE),
+    "RwkvTrie": tokenizer_json("RwkvTrie", SMALL) | {"pre_tokenizer": None},
+    "manifest": {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "RWKV7ByteLevel"},
+        "decoder": {"type": "RWKV7ByteLevel"},
+        "model": {"type": "RWKV7LongestMatch", "vocab_file": "vocab.json", "vocab_size": 300},
+    },
+    "list": {"0": "<|rwkv_tokenizer_end_of_text|>"}
+    | {str(i): list(data) if i < 257 or i == 259 else data.decode() for i, data in SMALL.items()},
+}
+LATIN_1 = {data.decode("latin-1"): i for i, data in SMALL.items()}
+LATIN_1 |= {"<|endoftext|>": 0, "<|rwkv_unused_260|>": 260, "<|rwkv_unused_299|>": 299}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_files_that_mean_the_longest_match_are_recognised(tmp_path, form, mark):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(mark + json.dumps(FORMS[form]), encoding="utf-8")
+    (tmp_path / "vocab.json").write_text(mark + json.dumps(LATIN_1), encoding="utf-8")
+    tokenizer = get_tokenizer(tmp_path)
+    assert isinstance(tokenizer, VocabularyTokenizer)
+    assert tokenizer.vocabulary == SMALL
+    assert tokenizer.end_of_document == 0
+    assert tokenizer.encode("therefore the  日本旦\n\n") == [264, 263, 257, 258, 259, 167, 261]
+    assert tokenizer.encode("<|endoftext|>")[0] == ord("<") + 1
+
+
+def test_the_package_gives_the_same_tokens_for_short_texts(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(FORMS["WordPiece"]))
+    package, tokenizer = tokenizers.Tokenizer.from_file(str(path)), get_tokenizer(path)
+    for text in [*TEXTS, "therefore the  日本旦\n\n"]:
+        assert tokenizer.encode(text) == package.encode(text).ids
+
+
+def test_the_world_vocabulary_is_recognised_by_its_content(tmp_path, world):
+    path = tmp_path / "tokenizer.json"
+    vocabulary = {i: world.decode_bytes([i]) for i in range(1, 65530)}
+    fields = tokenizer_json("BPE", vocabulary, merges=[])
+    # An end of the document that is a text of the vocabulary is one of the usual mistakes.
+    fields["added_tokens"].append(fields["added_tokens"][0] | {"id": 65530, "content": "\n\n"})
+    path.write_text(json.dumps(fields))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\n\\n"}')
+    tokenizer = get_tokenizer(path)
+    assert isinstance(tokenizer, VocabularyTokenizer)
+    assert tokenizer.vocabulary == vocabulary
+    assert tokenizer.end_of_document == 0
+    # One token differs: this is another vocabulary.
+    ids = fields["model"]["vocab"]
+    ids["the"], ids["and"] = ids["and"], ids["the"]
+    path.write_text(json.dumps(fields))
+    assert isinstance(get_tokenizer(path), HuggingFaceTokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": FORMS["WordPiece"]["pre_tokenizer"] | {"use_regex": True}},
+        {"model": FORMS["WordPiece"]["model"] | {"continuing_subword_prefix": "##"}},
+        {"model": {"type": "WordLevel", "unk_token": "a", "vocab": byte_level_ids(SMALL)}},
+        {"model": FORMS["WordPiece"]["model"] | {"unk_token": "a", "vocab": {"a": 0, "b": 1}}},
+        {
+            "added_tokens": [
+                FORMS["WordPiece"]["added_tokens"][0] | {"id": 265, "content": "<|im_start|>"}
+            ]
+        },
+    ],
+)
+def test_other_files_stay_with_the_package(tmp_path, change):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(FORMS["WordPiece"] | change))
+    assert isinstance(get_tokenizer(path), HuggingFaceTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"1": "a", "2": "a"}, "vocabulary has b'a' twice: ids 1 and 2"),
+        ({"1": "a", "2": []}, r"vocabulary\[2\] must be some bytes of an id >= 1: b''"),
+        ({"1": "a", "2": [256]}, r"bytes must be in range\(0, 256\)"),
+        ({"0": "a", "1": "b"}, r"vocabulary\[0\] must be some bytes of an id >= 1: b'a'"),
+        ({"1": "a", "2": 3}, "id 2 must have a text or a list of bytes, and has '3'"),
+        ({"1": "a", "9" * 5000: "b"}, "Exceeds the limit"),
+        (tokenizer_json("RwkvTrie", {1: b"a"}) | {"added_tokens": None}, None),
+        (tokenizer_json("WordPiece", {-1: b"a"}, **WORD_PIECE), r"vocabulary\[-1\] must be some"),
+        (tokenizer_json("WordPiece", {"1": b"a"}, **WORD_PIECE), "'a' must have an id of its own"),
+        (
+            {"model": {"type": "RWKV7LongestMatch", "vocab_file": "../vocab.json"}},
+            "the name of a f",
+        ),
+        ({"model": {"type": "RWKV7LongestMatch"}}, "vocab_file must be the name .* got None"),
+        ({"model": {"type": "RWKV7LongestMatch", "vocab_file": "broken.json"}}, "Expecting value"),
+        ({"model": {"type": "RWKV7LongestMatch", "vocab_file": "list.json"}}, "must hold the ids"),
+    ],
+)
+def test_damaged_vocabularies_are_named(tmp_path, fields, message):
+    (tmp_path / "broken.json").write_text("")
+    (tmp_path / "list.json").write_text("[]")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    if message is None:
+        assert get_tokenizer(path).vocabulary == {1: b"a"}
+        return
+    with pytest.raises(ValueError, match=rf"tokenizer\.json has a damaged vocabulary: .*{message}"):
+        get_tokenizer(path)
+
+
+def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
+    path = tmp_path / "rwkv_vocab.txt"
+    lines = ["1 '\\r\\n' 2", "2 b'\\xe6' 1", "3 '日本' 6"]
+    for start in ("", "\ufeff"):
+        for end in ("\n", "\r\n"):
+            for last in ("", end):
+                path.write_bytes((start + end.join(lines) + last).encode())
+                assert read_vocabulary(path) == {1: b"\r\n", 2: b"\xe6", 3: "日本".encode()}
+
+
+def test_files_of_one_vocabulary_in_a_folder_are_one_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FORMS["WordPiece"]))
+    lines = "".join(f"{i} {data!r} {len(data)}\n" for i, data in SMALL.items())
+    (tmp_path / "rwkv_vocab_v1.txt").write_text(lines)
+    assert get_tokenizer(tmp_path).vocabulary == SMALL
+    (tmp_path / "rwkv_vocab_v1.txt").write_text(lines.replace("b'the' 3", "b'tha' 3"))
+    with pytest.raises(ValueError, match=r"several tokenizers.*: rwkv_vocab_v1\.txt, tokenizer"):
+        get_tokenizer(tmp_path)
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):
@@ -330,6 +510,18 @@ def test_other_files_are_no_tokenizer_json(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: "):
         get_tokenizer(path)
+
+
+def test_fields_may_be_missing(folder, tmp_path):
+    fields = json.loads((folder / "byte_level.json").read_text())
+    path = tmp_path / "tokenizer.json"
+    for missing in ("added_tokens", "decoder", "version"):
+        path.write_text(json.dumps({k: v for k, v in fields.items() if k != missing}))
+        if missing == "decoder":
+            with pytest.raises(ValueError, match=r"a decoder that is not supported: none at all"):
+                get_tokenizer(path)
+        else:
+            assert get_tokenizer(path).encode("a")
 
 
 def test_a_continuation_keeps_its_leading_space(folder):
