@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import WKV7_IMPLEMENTATIONS
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive
 
 type Remat = Literal["none", "dots", "full"]
@@ -106,8 +107,9 @@ class RWKV7Config:
       remat: what the backward pass computes again, block by block. "none" keeps all values that the
         operators need, "dots" keeps the results of matrix products, "full" keeps only the input of
         each block.
-      implementation: implementation of `pallas_kernels.wkv7`; None chooses one. "reference" also
-        selects the reference of `pallas_kernels.wkv7_recurrent`, which reads short rows.
+      implementation: implementation of `pallas_kernels.wkv7`, "mosaic_gpu", "xla" or "reference";
+        None chooses one. "reference" also selects the reference of
+        `pallas_kernels.wkv7_recurrent`, which reads short rows.
 
     Raises:
       ValueError: if a value is out of range; the message names it.
@@ -153,8 +155,10 @@ class RWKV7Config:
             object.__setattr__(self, name, dtype_name(name, getattr(self, name)))
         if self.remat not in _REMAT:
             raise ValueError(f"{self.remat=} must be one of {_REMAT}")
-        if self.implementation is not None and not isinstance(self.implementation, str):
-            raise ValueError(f"{self.implementation=} must be None or a name")
+        if self.implementation not in (None, *WKV7_IMPLEMENTATIONS):
+            raise ValueError(
+                f"{self.implementation=} must be None or one of {WKV7_IMPLEMENTATIONS}"
+            )
 
     @property
     def num_heads(self) -> int:

@@ -135,7 +135,6 @@ def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
     """
     if not isinstance(state, RWKV7State):
         raise TypeError(f"state must be None or an RWKV7State, got {type(state).__name__}")
-    shift_dtype, wkv_dtype = state_dtypes(config)
     sizes = {
         "layers": config.num_layers,
         "B": batch_size,
@@ -145,8 +144,8 @@ def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
         "V": config.head_size,
     }
     for name, axes in _AXES.items():
-        dtype = wkv_dtype if name == "wkv" else shift_dtype
-        check_array(f"state.{name}", getattr(state, name), axes, sizes, dtype)
+        check = check_wkv_state if name == "wkv" else check_activations
+        check(f"state.{name}", getattr(state, name), axes, sizes, config)
 
 
 def _check_axes(name: str, state: Any, sizes: dict[str, int]) -> None:
@@ -157,13 +156,34 @@ def _check_axes(name: str, state: Any, sizes: dict[str, int]) -> None:
         check_float(f"{name}.{field}", getattr(state, field), axes, sizes)
 
 
-def check_array(name: str, value: Any, axes: str, sizes: dict[str, int], dtype: np.dtype) -> None:
-    """Checks the axes of an array, as `check_float` does, and its dtype.
+def check_activations(
+    name: str, value: Any, axes: str, sizes: dict[str, int], config: RWKV7Config
+) -> None:
+    """Checks the axes of an array, as `check_float` does, and that it has the compute dtype.
 
     Raises:
       TypeError: if `value` is not an array, or has another dtype.
       ValueError: if its shape disagrees with `axes` and `sizes`.
     """
     check_float(name, value, axes, sizes)
+    dtype, _ = state_dtypes(config)
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{name} must have dtype {dtype.name}, got {value.dtype.name}: cast it, or make the "
+            f"RWKV7Config with compute_dtype={value.dtype.name!r}"
+        )
+
+
+def check_wkv_state(
+    name: str, value: Any, axes: str, sizes: dict[str, int], config: RWKV7Config
+) -> None:
+    """Checks the axes of wkv states, as `check_float` does, and their dtype.
+
+    Raises:
+      TypeError: if `value` is not an array, or has another dtype.
+      ValueError: if its shape disagrees with `axes` and `sizes`.
+    """
+    check_float(name, value, axes, sizes)
+    _, dtype = state_dtypes(config)
     if value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype.name}, got {value.dtype.name}")

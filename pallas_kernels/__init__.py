@@ -18,7 +18,7 @@ from pallas_kernels.operators.key_update import key_update
 from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
-from pallas_kernels.operators.wkv7 import wkv7
+from pallas_kernels.operators.wkv7 import WKV7_IMPLEMENTATIONS, wkv7
 from pallas_kernels.operators.wkv7.log_decay import MIN_LOG_DECAY, log_decay_from_logits
 from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIN_LOG_DECAY",
+    "WKV7_IMPLEMENTATIONS",
     "LayerWeights",
     "NotServed",
     "channel_mix",

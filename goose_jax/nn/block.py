@@ -11,6 +11,7 @@ from goose_jax.nn.channel_mix import ChannelMix
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Heads, TimeMix, Tokens
+from goose_jax.state import check_activations
 
 
 @jax.tree_util.register_dataclass
@@ -33,8 +34,10 @@ class Block(nnx.Module):
     """A time mix and a channel mix. Each reads the normalised residual stream and is added to it.
 
     Args:
-      config: configuration of the model.
-      layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
+      config: configuration of the model. Inputs must have its `compute_dtype`, which is bfloat16 if
+        nothing else is given.
+      layer: index of this layer, from 0; may be traced. The initial values depend on it, and
+        whether the layer needs `v_first`.
       rngs: source of random numbers for the initial values.
 
     Example:
@@ -45,6 +48,7 @@ class Block(nnx.Module):
       ((1, 3, 128), (1, 128))
 
     Attributes:
+      config: configuration of the model.
       time_mix_norm: `LayerNorm` before the time mix.
       time_mix: `TimeMix`.
       channel_mix_norm: `LayerNorm` before the channel mix.
@@ -52,6 +56,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: RWKV7Config, *, layer: Layer, rngs: nnx.Rngs):
+        self.config = config
         self.time_mix_norm = LayerNorm(config)
         self.time_mix = TimeMix(config, layer=layer, rngs=rngs)
         self.channel_mix_norm = LayerNorm(config)
@@ -70,12 +75,12 @@ class Block(nnx.Module):
 
         Args:
           x: `[B, T, C]` in the compute dtype, the residual stream.
-          v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer; None in the
-            first layer, which computes them.
+          v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer. None, which
+            only the first layer may get, computes them.
           state: the layer's state after the tokens before; None at the start of a text.
           segment_ids: `[B, T]` integers, if rows hold several sequences (see
             `pallas_kernels.packing`); 0 is padding.
-          is_first: true in the first layer, if `v_first` is given. It may be traced.
+          is_first: true lets this layer be the first, as in `TimeMix`. It may be traced.
 
         Returns:
           x: `[B, T, C]`, the residual stream after this layer.
@@ -84,8 +89,10 @@ class Block(nnx.Module):
 
         Raises:
           TypeError: if an argument has another dtype; the message names it.
-          ValueError: if an argument has another shape; the message names it.
+          ValueError: if an argument has another shape, or if a layer after the first gets no
+            `v_first`; the message names it.
         """
+        check_activations("x", x, "B T C", {"C": self.config.hidden_size}, self.config)
         time_state = None if state is None else (state.time_shift, state.wkv)
         mixed, v_first, (time_shift, wkv) = self.time_mix(
             self.time_mix_norm(x), v_first, time_state, segment_ids, is_first=is_first

@@ -9,7 +9,7 @@ from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.time_mix import Tokens, check_layer
-from goose_jax.state import check_array
+from goose_jax.state import check_activations
 from pallas_kernels import channel_mix
 from pallas_kernels.validation import check_segment_ids
 
@@ -21,7 +21,8 @@ class ChannelMix(nnx.Module):
     Expressive Dynamic State Evolution" (arXiv:2503.14456), section 4.
 
     Args:
-      config: configuration of the model. The initial values depend on `num_layers`.
+      config: configuration of the model. Inputs must have its `compute_dtype`, which is bfloat16 if
+        nothing else is given. The initial values depend on `num_layers`.
       layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
       rngs: source of random numbers for the initial values.
 
@@ -75,9 +76,9 @@ class ChannelMix(nnx.Module):
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         sizes = {"C": self.config.hidden_size}
-        check_array("x", x, "B T C", sizes, dtype)
+        check_activations("x", x, "B T C", sizes, self.config)
         if state is not None:
-            check_array("state", state, "B C", sizes, dtype)
+            check_activations("state", state, "B C", sizes, self.config)
         if segment_ids is not None:
             check_segment_ids(segment_ids, sizes)
         return channel_mix(

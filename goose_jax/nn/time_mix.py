@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
-from goose_jax.state import check_array, state_dtypes
+from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
     MIN_LOG_DECAY,
     key_update,
@@ -40,8 +40,10 @@ class TimeMix(nnx.Module):
     (arXiv:2503.14456), section 4.
 
     Args:
-      config: configuration of the model. The initial values depend on `num_layers`.
-      layer: index of this layer, from 0; may be traced. Only the initial values depend on it.
+      config: configuration of the model. Inputs must have its `compute_dtype`, which is bfloat16 if
+        nothing else is given. The initial values depend on `num_layers`.
+      layer: index of this layer, from 0; may be traced. The initial values depend on it, and
+        whether the layer needs `v_first`.
       rngs: source of random numbers for the initial values.
 
     Example:
@@ -54,6 +56,7 @@ class TimeMix(nnx.Module):
       ((1, 3, 128), (1, 3, 2, 64), (1, 2, 64, 64))
 
     Attributes:
+      needs_v_first: whether calls must give `v_first`: true if `layer` is not 0 and not traced.
       shift_mix: `[6, C]`, shares of the previous token; `initializers.SHIFT_MIX_NAMES` names the
         rows.
       receptance: `[C, C]`, projection to the receptance r.
@@ -83,6 +86,7 @@ class TimeMix(nnx.Module):
     def __init__(self, config: RWKV7Config, *, layer: Layer, rngs: nnx.Rngs):
         check_layer(layer, config)
         self.config = config
+        self.needs_v_first = not isinstance(layer, jax.Array) and layer > 0
         C = config.hidden_size
         heads = (config.num_heads, config.head_size)
 
@@ -134,14 +138,15 @@ class TimeMix(nnx.Module):
 
         Args:
           x: `[B, T, C]` in the compute dtype, normalised.
-          v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer; None in the
-            first layer, which computes them.
+          v_first: `[B, T, H, V]` in the compute dtype, the values of the first layer. None, which
+            only the first layer may get, computes them.
           state: the token shift `[B, C]` in the compute dtype and the wkv state `[B, H, K, V]` in
             float32, both after the tokens before; None at the start of a text.
           segment_ids: `[B, T]` integers, if rows hold several sequences (see
             `pallas_kernels.packing`); 0 is padding.
-          is_first: true in the first layer, if `v_first` is given: its values are then ignored. A
-            scan over layers needs this, because all layers run the same code. It may be traced.
+          is_first: true lets this layer be the first, whatever its index: `v_first` may be None,
+            and if it is given, its values are ignored. A scan over layers needs this, because all
+            layers run the same code. It may be traced.
 
         Returns:
           y: `[B, T, C]`, to be added to the residual stream.
@@ -150,9 +155,10 @@ class TimeMix(nnx.Module):
 
         Raises:
           TypeError: if an argument has another dtype; the message names it.
-          ValueError: if an argument has another shape; the message names it.
+          ValueError: if an argument has another shape, or if a layer after the first gets no
+            `v_first`; the message names it.
         """
-        self._check(x, v_first, state, segment_ids)
+        self._check(x, v_first, state, segment_ids, is_first)
         shift, wkv_state = (None, None) if state is None else state
         mixed, shift = token_shift_mix(x, self.shift_mix[...], state=shift, segment_ids=segment_ids)
         x_receptance, x_decay, x_key, x_value, x_alpha, x_gate = mixed
@@ -191,17 +197,22 @@ class TimeMix(nnx.Module):
         v_first: Heads | None,
         state: TimeMixState | None,
         segment_ids: Int[Array, "B T"] | None,
+        is_first: bool | Bool[Array, ""],
     ) -> None:
         config = self.config
         sizes = {"C": config.hidden_size, "H": config.num_heads}
         sizes |= {"K": config.head_size, "V": config.head_size}
-        shift_dtype, wkv_dtype = state_dtypes(config)
-        check_array("x", x, "B T C", sizes, shift_dtype)
+        check_activations("x", x, "B T C", sizes, config)
         if v_first is not None:
-            check_array("v_first", v_first, "B T H V", sizes, shift_dtype)
+            check_activations("v_first", v_first, "B T H V", sizes, config)
+        elif self.needs_v_first and is_first is not True:
+            raise ValueError(
+                "v_first must be given, the values of the first layer: this layer was not made "
+                "with layer=0 (is_first=True lets it be the first)"
+            )
         if state is not None:
-            check_array("state[0]", state[0], "B C", sizes, shift_dtype)
-            check_array("state[1]", state[1], "B H K V", sizes, wkv_dtype)
+            check_activations("state[0]", state[0], "B C", sizes, config)
+            check_wkv_state("state[1]", state[1], "B H K V", sizes, config)
         if segment_ids is not None:
             check_segment_ids(segment_ids, sizes)
 

@@ -95,7 +95,9 @@ def test_dictionary_round_trip():
         ({"param_dtype": np.float64}, "param_dtype='float64' needs .*jax_enable_x64"),
         ({"compute_dtype": "float64"}, "compute_dtype='float64' needs .*jax_enable_x64"),
         ({"remat": "some"}, "self.remat='some' must be one of"),
-        ({"implementation": 3}, "self.implementation=3 must be None or a name"),
+        ({"implementation": 3}, "self.implementation=3 must be None or one of .*'xla'"),
+        ({"implementation": "triton"}, "self.implementation='triton' must be None or one of"),
+        ({"implementation": ("xla", None)}, "self.implementation=.* must be None or one of"),
     ],
 )
 def test_bad_values(values, message):

@@ -95,14 +95,15 @@ def block():
     ("arguments", "error", "message"),
     [
         ((X.astype("bfloat16"),), TypeError, "x must have dtype float32, got bfloat16"),
+        ((X, None), ValueError, "v_first must be given, the values of the first layer"),
         ((X[0],), ValueError, r"x must have 3 axes \[B, T, C\]"),
         ((X[..., :64],), ValueError, "x must have shape .* with C=128"),
         ((X, V_FIRST[:, :2]), ValueError, "v_first must have shape .* with T=3"),
         ((X, V_FIRST.astype("float16")), TypeError, "v_first must have dtype float32"),
-        ((X, None, (SHIFT[:1], WKV)), ValueError, r"state\[0\] must have shape .* with B=2"),
-        ((X, None, (SHIFT, WKV[:, :1])), ValueError, r"state\[1\] must have shape .* with H=2"),
-        ((X, None, (SHIFT, WKV.astype("bfloat16"))), TypeError, r"state\[1\] must have dtype"),
-        ((X, None, None, jnp.zeros((2, 4), int)), ValueError, "segment_ids .* with T=3"),
+        ((X, V_FIRST, (SHIFT[:1], WKV)), ValueError, r"state\[0\] must have shape .* with B=2"),
+        ((X, V_FIRST, (SHIFT, WKV[:, :1])), ValueError, r"state\[1\] must have shape .* with H=2"),
+        ((X, V_FIRST, (SHIFT, WKV.astype("bfloat16"))), TypeError, r"state\[1\] must have dtype"),
+        ((X, V_FIRST, None, jnp.zeros((2, 4), int)), ValueError, "segment_ids .* with T=3"),
     ],
 )
 @pytest.mark.usefixtures("only_own_checks")
@@ -131,3 +132,43 @@ def test_wrong_calls_of_the_channel_mix(block, arguments, error, message):
 def test_wrong_layer(module):
     with pytest.raises(ValueError, match=r"layer=2 must be at least 0 and less than .*=2"):
         module(CONFIG, layer=2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("module", [TimeMix, ChannelMix, Block])
+@pytest.mark.usefixtures("only_own_checks")
+def test_inputs_have_the_compute_dtype(module):
+    """And the error for another dtype tells both ways out of it."""
+    default = dataclasses.replace(CONFIG, compute_dtype=jnp.bfloat16)
+    message = "x must have dtype bfloat16, got float32: .* compute_dtype='float32'"
+    with pytest.raises(TypeError, match=message):
+        module(default, layer=0, rngs=nnx.Rngs(0))(X)
+    for dtype in (jnp.bfloat16, jnp.float16, np.float32):
+        config = dataclasses.replace(CONFIG, compute_dtype=dtype)
+        layer = module(config, layer=0, rngs=nnx.Rngs(0))
+        results = jax.eval_shape(layer, X.astype(dtype))
+        assert results[0].dtype == dtype
+
+
+@pytest.mark.parametrize("module", [TimeMix, Block])
+def test_only_the_first_layer_does_without_the_values_of_the_first(module):
+    first, second = (module(CONFIG, layer=i, rngs=nnx.Rngs(0)) for i in range(2))
+    _, v_first, _ = jax.eval_shape(first, X)
+    jax.eval_shape(second, X, v_first)
+    for is_first in (False, jnp.array(True)):
+        with pytest.raises(ValueError, match=r"v_first must be given, .*is_first=True"):
+            second(X, is_first=is_first)
+
+
+def test_is_first_lets_any_time_mix_be_the_first():
+    time_mix = TimeMix(CONFIG, layer=1, rngs=nnx.Rngs(0))
+    time_mix.output[...] = time_mix.receptance[...]  # initially zero
+
+    @jax.jit
+    def read(x):
+        alone = time_mix(x, is_first=True)[:2]
+        return alone, time_mix(x, 7 * V_FIRST, is_first=True)[:2], time_mix(x, 7 * V_FIRST)[0]
+
+    (y, v_first), (same, ignored), other = read(jax.random.normal(jax.random.key(1), X.shape))
+    np.testing.assert_array_equal(ignored, v_first)
+    assert relative_rms(same, y) < 1e-6  # measured: 0
+    assert relative_rms(other, y) > 0.1  # measured: 0.3

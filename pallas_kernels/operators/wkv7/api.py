@@ -23,6 +23,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": wkv7_xla,
     "reference": wkv7_reference,
 }
+WKV7_IMPLEMENTATIONS = tuple(IMPLEMENTATIONS)
+"""The names that `wkv7` takes as `implementation`, the preferred ones first."""
 
 
 def check_inputs(inputs: Mapping[str, Any], call: WKVCall) -> None:
