@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 
-from goose_jax.checkpoints.key_map import Layout, axis_sizes, key_map
+from goose_jax.checkpoints.containers import CheckpointKind, checkpoint_kind
+from goose_jax.checkpoints.key_map import axis_sizes
+from goose_jax.checkpoints.layouts import OFFICIAL, Layout
 from goose_jax.checkpoints.native import CheckpointMetadata, find_checkpoint, read_description
-from goose_jax.checkpoints.pretrained import checkpoint_kind, open_foreign
+from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.config import RWKV7Config, dtype_name
 
 
@@ -20,7 +21,8 @@ class CheckpointContents:
 
     Attributes:
       path: path of the checkpoint. For a training run, path of its newest checkpoint.
-      layout: layout of the checkpoint; "native" for a checkpoint of goose-jax.
+      layout: layout of the names; None for a checkpoint of goose-jax.
+      container: kind of the file or folder; "native" for a checkpoint of goose-jax.
       config: configuration of the model.
       metadata: values that the checkpoint records.
       parameters: number of parameters for each group of parameters and dtype, such as
@@ -28,7 +30,8 @@ class CheckpointContents:
     """
 
     path: Path
-    layout: Layout | Literal["native"]
+    layout: Layout | None
+    container: CheckpointKind
     config: RWKV7Config
     metadata: CheckpointMetadata
     parameters: Counter[tuple[str, str]]
@@ -54,21 +57,17 @@ def read_contents(path: Path) -> CheckpointContents:
     if checkpoint_kind(path) == "native":
         path = find_checkpoint(path)
         config, metadata = read_description(path)
-        layout: Layout = "pth"  # has the names of all parameters that our checkpoints hold
-        dtypes = dict.fromkeys(
-            _tensor_names(config, layout), dtype_name("param_dtype", config.param_dtype)
-        )
-        return CheckpointContents(
-            path, "native", config, metadata, _count_parameters(config, layout, dtypes)
-        )
+        # The official layout has the names of all parameters that our checkpoints hold.
+        names = [name for entry in OFFICIAL.entries for name in entry.names(config.num_layers)]
+        dtypes = dict.fromkeys(names, dtype_name("param_dtype", config.param_dtype))
+        counts = _count_parameters(config, OFFICIAL, dtypes)
+        return CheckpointContents(path, None, "native", config, metadata, counts)
     found = open_foreign(path)
     dtypes = {name: tensor.dtype.name for name, tensor in found.tensors.items()}
     counts = _count_parameters(found.config, found.layout, dtypes)
-    return CheckpointContents(path, found.layout, found.config, found.metadata, counts)
-
-
-def _tensor_names(config: RWKV7Config, layout: Layout) -> list[str]:
-    return [name for entry in key_map(layout) for name in entry.names(config.num_layers)]
+    return CheckpointContents(
+        path, found.layout, found.container, found.config, found.metadata, counts
+    )
 
 
 def _count_parameters(
@@ -77,7 +76,7 @@ def _count_parameters(
     """Counts the parameters in the tensors whose dtypes are given."""
     counts: Counter[tuple[str, str]] = Counter()
     sizes = axis_sizes(config)
-    for entry in key_map(layout):
+    for entry in layout.entries:
         for name in entry.names(config.num_layers):
             if name in dtypes:
                 counts[_group(entry.parameter), dtypes[name]] += math.prod(entry.shape(sizes))

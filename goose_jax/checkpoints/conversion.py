@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from goose_jax.checkpoints.errors import CheckpointError
-from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Layout, Shape, axis_sizes, key_map
+from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Shape, axis_sizes
+from goose_jax.checkpoints.layouts import Layout
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
@@ -37,8 +38,8 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
     """
     graphdef, state = nnx.split(abstract_model(config))
     params = nnx.to_pure_dict(state)
-    for path in dict.fromkeys(entry.parameter for entry in key_map(layout)):
-        entries = [entry for entry in key_map(layout) if entry.parameter == path]
+    for path in dict.fromkeys(entry.parameter for entry in layout.entries):
+        entries = [entry for entry in layout.entries if entry.parameter == path]
         _replace(params, path, functools.partial(_fill, tensors, entries, config))
     return nnx.merge(graphdef, params)
 
@@ -54,7 +55,7 @@ def split_params(
       layout: layout of the file.
       unused: whether to include the value residual of the first layer, which has no effect.
     """
-    entries = key_map(layout)
+    entries = layout.entries
     host = {entry.parameter: np.asarray(_get(params, entry.parameter)) for entry in entries}
     num_layers = len(host["blocks.time_mix.bonus"])
     stacked = [entry for entry in entries if entry.is_stacked]
@@ -72,13 +73,13 @@ def split_params(
 def split_model(model: RWKV7, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the names and values of the tensors that a file holds for a model.
 
-    FLA's layout has no tensors for the value residual of the first layer. In the official layout
-    they are left out if they are zero, as released files leave them out.
+    Tensors for the value residual of the first layer are left out if they are zero, as released
+    files leave them out, or if the layout has none.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    optional = [entry.parameter for entry in key_map(layout) if entry.is_optional]
+    optional = [entry.parameter for entry in layout.entries if entry.is_optional]
     has_unused = any(np.asarray(_get(params, path)[0]).any() for path in optional)
-    return split_params(params, layout, unused=layout == "pth" and has_unused)
+    return split_params(params, layout, unused=layout.unused and has_unused)
 
 
 def _fill(

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from goose_jax.checkpoints.atomic_write import atomic_path
-from goose_jax.checkpoints.errors import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError, shorten_name
 
 CHECKSUMS = "checksums.json"
 """The file with the size and CRC-32 of each other file. It marks a complete directory."""
@@ -71,8 +71,8 @@ def read_json(path: Path) -> dict[str, Any]:
       CheckpointError: if the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
@@ -200,24 +200,34 @@ def _crc32(file: Path) -> int:
     return value
 
 
-def verify_directory(path: Path, *, leave_out: str | None = None) -> None:
+def verify_directory(
+    path: Path, *, leave_out: str | None = None, only: Sequence[str] | None = None
+) -> None:
     """Checks the files of a checkpoint against its checksums.
 
     Args:
       path: directory of the checkpoint.
       leave_out: name of a folder whose files are not checked.
+      only: names of the files to check; None checks all.
 
     Raises:
       CheckpointError: if a file is missing or has changed. The message names the file.
     """
     for name, expected in read_json(path / CHECKSUMS).items():
-        if Path(name).parts[0] == leave_out:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise CheckpointError(
+                f"{path} is damaged: {CHECKSUMS} names {shorten_name(repr(name))}"
+            )
+        if parts[0] == leave_out or (only is not None and name not in only):
             continue
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{path} is damaged: {name} is missing")
+            raise CheckpointError(f"{path} is damaged: {shorten_name(name)} is missing")
         if [file.stat().st_size, _crc32(file)] != expected:
-            raise CheckpointError(f"{path} is damaged: {name} is not what was written")
+            raise CheckpointError(
+                f"{path} is damaged: {shorten_name(name)} is not what was written"
+            )
 
 
 __all__ = ["CHECKSUMS", "read_arrays", "read_json", "verify_directory", "write_directory"]

@@ -13,7 +13,7 @@ name is therefore always complete, and a failure while saving leaves earlier che
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from flax import nnx
 
@@ -24,7 +24,7 @@ from goose_jax.checkpoints.directory import (
     verify_directory,
     write_directory,
 )
-from goose_jax.checkpoints.errors import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError, list_names, shorten_name
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
 
@@ -52,6 +52,25 @@ class CheckpointMetadata:
     tokenizer: str | None
     step: int = 0
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Any, source: str) -> Self:
+        """Returns the metadata that `dataclasses.asdict` made a dict of.
+
+        Args:
+          values: the dict.
+          source: where it was found, for the error.
+
+        Raises:
+          CheckpointError: if `values` is something else.
+        """
+        kinds = {"tokenizer": (str, type(None)), "step": (int,), "extra": (dict,)}
+        known = values if isinstance(values, dict) else {"metadata": values}
+        wrong = [name for name, value in known.items() if type(value) not in kinds.get(name, ())]
+        if wrong or "tokenizer" not in known or known.get("step", 0) < 0:
+            names = list_names(wrong or known)
+            raise CheckpointError(f"{source} is damaged: it is no metadata in {names}")
+        return cls(**known)
 
 
 def save_checkpoint(
@@ -119,11 +138,13 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
             f"{path} holds what was tuned beside a model and not the model: for adapters use "
             "goose-jax merge, for initial states --state"
         )
+    verify_directory(path, only=(_CONFIG, _METADATA))
     stored = read_json(path / _METADATA)
     if (found := stored.pop("format", None)) != _FORMAT:
-        raise CheckpointError(f"{path} has format {found}, but {_FORMAT} is read here")
+        shown = shorten_name(repr(found))
+        raise CheckpointError(f"{path} has format {shown}, but {_FORMAT} is read here")
     config = RWKV7Config.from_dict(read_json(path / _CONFIG) | overrides)
-    return config, CheckpointMetadata(**stored)
+    return config, CheckpointMetadata.from_json(stored, str(path / _METADATA))
 
 
 def load_optimizer_state(path: Path | str, like: Any) -> Any:

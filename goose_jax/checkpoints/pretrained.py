@@ -1,26 +1,35 @@
 """Loads a model from a checkpoint of any layout, and saves a model in any layout."""
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from goose_jax.checkpoints import fla_folder
-from goose_jax.checkpoints.config_inference import infer_config
-from goose_jax.checkpoints.conversion import build_model, check_range, split_model
-from goose_jax.checkpoints.directory import CHECKSUMS
-from goose_jax.checkpoints.errors import CheckpointError
-from goose_jax.checkpoints.key_map import Layout
-from goose_jax.checkpoints.native import (
-    CheckpointMetadata,
-    load_checkpoint,
-    save_checkpoint,
+from goose_jax.checkpoints.config_inference import ProblemsError, infer_config
+from goose_jax.checkpoints.containers import (
+    Container,
+    checkpoint_kind,
+    container_to_write,
+    open_tensors,
+    write_tensors,
 )
-from goose_jax.checkpoints.pth import read_pth
-from goose_jax.checkpoints.pth_writer import write_pth
+from goose_jax.checkpoints.conversion import build_model, check_range, split_model
+from goose_jax.checkpoints.errors import CheckpointError
+from goose_jax.checkpoints.folder_settings import (
+    check_epsilons,
+    check_sizes,
+    default_value_rank,
+    make_settings,
+    read_epsilons,
+    read_metadata,
+    read_settings,
+)
+from goose_jax.checkpoints.layouts import LAYOUTS, OFFICIAL, Layout
+from goose_jax.checkpoints.native import CheckpointMetadata, load_checkpoint, save_checkpoint
+from goose_jax.checkpoints.recognition import no_model, recognise
 from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
 from goose_jax.config import (
     WORLD_VOCAB_SIZE,
@@ -30,27 +39,30 @@ from goose_jax.config import (
 )
 from goose_jax.nn import RWKV7, abstract_model
 
-type CheckpointKind = Literal["pth", "huggingface", "native"]
-
-_OFFICIAL_EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}  # constants in the official code
 _CHANGEABLE = ("compute_dtype", "head_norm_eps", "implementation", "norm_eps", "remat")
 _MAX_SHARD_BYTES = 2 << 30
+WRITTEN_LAYOUTS = ("pth", *LAYOUTS, "native")
+"""What `save_pretrained` takes as a layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A checkpoint of the official code or of FLA, of which no values have been read.
+    """A checkpoint of another program, of which no values have been read.
 
     Attributes:
-      tensors: tensors by name. Their `read` reads the file.
+      tensors: the model's tensors by name. Their `read` reads the file.
+      states: the tensors of a trained initial state, by name; empty if the file has none.
       layout: layout of the file, which determines the names.
+      container: the kind of file that holds the tensors.
       config: configuration of the model. Its `param_dtype` is the dtype of the tensors, if they all
-        have the same.
+        have the same and JAX has it enabled.
       metadata: metadata; `tokenizer` is None if it is unknown.
     """
 
     tensors: dict[str, StoredTensor]
+    states: dict[str, StoredTensor]
     layout: Layout
+    container: Container
     config: RWKV7Config
     metadata: CheckpointMetadata
 
@@ -58,15 +70,16 @@ class ForeignCheckpoint:
 def load_pretrained(
     path: Path | str, *, dtype: DTypeLike | None = None, **overrides: Any
 ) -> tuple[RWKV7, CheckpointMetadata]:
-    """Loads a model from an official `.pth` file, a folder of FLA's, or a checkpoint of goose-jax.
+    """Loads a model from a file or folder in any known layout, or a checkpoint of goose-jax.
 
     The sizes of the model are inferred from the weights. Loading needs memory for the parameters
     only; if the device is not the CPU, one parameter at a time is on the host. (Loading a
     checkpoint of goose-jax needs the memory of Orbax in addition.)
 
     Args:
-      path: a `.pth` file; a folder with `config.json` and safetensors; or the directory of a
-        checkpoint of goose-jax or of a training run.
+      path: a `.pth` or safetensors file; a folder with such a file, or with shards and their index;
+        or the directory of a checkpoint of goose-jax or of a training run. The layout of the names
+        is found from the names (see `goose_jax.checkpoints.layouts`).
       dtype: dtype that parameters are rounded to, and that the model computes in: what JAX takes
         for a dtype, such as `jnp.bfloat16` or "bfloat16". None keeps the dtype of the parameters;
         the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
@@ -82,7 +95,7 @@ def load_pretrained(
     Raises:
       FileNotFoundError: if `path` does not exist.
       CheckpointError: if it is not a checkpoint of RWKV-7, is damaged, or is refused because it may
-        be malicious; if tensors are missing, unknown or of wrong shapes (the message lists them);
+        be malicious; if tensors are missing, unknown or of wrong shapes (the message names a few);
         if a file holds several dtypes and `dtype` is None; or if values are out of the range of
         float16.
       ValueError: if an argument is out of range.
@@ -106,7 +119,7 @@ def load_pretrained(
         model, metadata = load_checkpoint(path, **overrides)
         return (model if dtype is None else _cast(model, dtype)), metadata
     found = open_foreign(path, **overrides)
-    dtype = dtype or common_dtype(found.tensors, str(path))
+    dtype = dtype or _dtype_of(found.tensors, path)
     config = dataclasses.replace(found.config, param_dtype=dtype)
     return build_model(found.tensors, found.layout, config), found.metadata
 
@@ -114,25 +127,28 @@ def load_pretrained(
 def save_pretrained(
     model: RWKV7,
     path: Path | str,
-    layout: CheckpointKind,
+    layout: str,
     metadata: CheckpointMetadata | None = None,
     *,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-    """Saves a model for the official code, for FLA, or as a checkpoint of goose-jax.
+    """Saves a model for another program, or as a checkpoint of goose-jax.
 
     Parameters keep their dtype and all bits. (The model does not use the value residual of the
-    first layer. FLA's layout has no tensors for it, and a `.pth` file holds it only if it is not
-    zero.)
+    first layer. Some layouts have no tensors for it, and others hold it only if it is not zero.)
 
     Args:
       model: the model.
-      path: the file ("pth") or directory (other layouts) to create.
-      layout: "pth" for the official code, "huggingface" for FLA, or "native" for goose-jax.
-      metadata: metadata of the model, which a `.pth` file cannot hold. None records the tokenizer
+      path: the file or folder to create. With an end of `.pth`, `.pt` or `.bin` it is a file of
+        torch, with `.safetensors` or `.st` a file of safetensors, else a folder with safetensors
+        and a `config.json`.
+      layout: "official" for the names of the official code, "huggingface" for FLA, "transformers",
+        another name of `goose_jax.checkpoints.layouts`, or "native" for goose-jax. "pth" is the
+        official file: official names in a file of torch, whatever the end of `path`.
+      metadata: metadata of the model, which only a folder can hold. None records the tokenizer
         "world" for a vocabulary of 65536, and no tokenizer for others.
-      max_shard_bytes: maximum size of each file of tensors in the layout "huggingface". Only a
-        single larger tensor makes a larger file.
+      max_shard_bytes: maximum size of each file of safetensors in a folder. Only a single larger
+        tensor makes a larger file.
 
     Raises:
       FileExistsError: if `path` exists. Nothing is ever overwritten.
@@ -142,42 +158,27 @@ def save_pretrained(
     """
     path = Path(path)
     metadata = metadata or _metadata(model.config)
+    if layout not in WRITTEN_LAYOUTS:
+        raise ValueError(f"{layout=} must be one of {', '.join(WRITTEN_LAYOUTS)}")
     if path.exists():
         raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be at least 1")
-    config = model.config
-    match layout:
-        case "native":
-            save_checkpoint(path, model, metadata)
-        case "pth":
-            _check_epsilons(config, _OFFICIAL_EPS, "the official code")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_pth(path, split_model(model, "pth"))
-        case "huggingface":
-            expected = {"head_norm_eps": config.head_size * config.norm_eps}
-            _check_epsilons(config, expected, f"FLA with {config.norm_eps=}")
-            fla_folder.write_folder(path, model, metadata, max_shard_bytes=max_shard_bytes)
-        case _:
-            raise ValueError(f"{layout=} must be 'pth', 'huggingface' or 'native'")
-
-
-def checkpoint_kind(path: Path) -> CheckpointKind:
-    """Returns the layout of the checkpoint at `path`, judged by the files that exist.
-
-    Raises:
-      FileNotFoundError: if `path` does not exist.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.is_file():
-        return "pth"
-    is_ours = (path / CHECKSUMS).is_file() or (path / "checkpoints").is_dir()
-    return "huggingface" if (path / fla_folder.CONFIG).is_file() and not is_ours else "native"
+    if layout == "native":
+        save_checkpoint(path, model, metadata)
+        return
+    kind: Container = "pth" if layout == "pth" else container_to_write(path)
+    names = OFFICIAL if layout == "pth" else LAYOUTS[layout]
+    settings = make_settings(model.config, metadata, names)
+    if kind != "folder":
+        read = read_epsilons(path, {}, names, model.config.head_size)
+        check_epsilons(model.config, read, "the official code")
+    tensors = split_model(model, names)
+    write_tensors(path, kind, tensors, settings, max_shard_bytes=max_shard_bytes)
 
 
 def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
-    """Reads the names, shapes and dtypes of the tensors in a `.pth` file or a folder of FLA's.
+    """Reads the names, shapes and dtypes of the tensors in a checkpoint of another program.
 
     Args:
       path: the file or folder.
@@ -187,30 +188,37 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
       CheckpointError: if it is not a checkpoint of RWKV-7, is damaged, or is refused because it may
         be malicious.
     """
-    if path.is_file():
-        found = read_pth(path)
-        if isinstance(found, list):
-            raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
-        config = infer_config(found, "pth", str(path), **(_OFFICIAL_EPS | overrides))
-        return ForeignCheckpoint(found, "pth", _with_dtype(config, found), _metadata(config))
-    settings = fla_folder.read_settings(path)
-    tensors, layout = fla_folder.read_tensors(path)
-    config = infer_config(
-        tensors,
-        layout,
-        str(path),
-        default_value_rank=settings.get("v_low_rank_dim"),
-        **({"norm_eps": settings.get("norm_eps", 1e-5)} | overrides),
-    )
-    fla_folder.check_sizes(path, settings, config)
-    if "head_norm_eps" not in overrides:
-        config = dataclasses.replace(config, head_norm_eps=config.head_size * config.norm_eps)
-    metadata = fla_folder.read_metadata(path, settings)
+    folder = path if path.is_dir() else path.parent
+    settings = read_settings(path) if path.is_dir() else {}
+    tensors, container = open_tensors(path)
+    if isinstance(tensors, list):
+        raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
+    found = recognise(tensors)
+    try:
+        config = infer_config(
+            found.weights,
+            found.layout,
+            states=found.states,
+            default_value_rank=default_value_rank(settings),
+        )
+    except ProblemsError as error:
+        raise no_model(str(path), found, error.problems) from None
+    check_sizes(folder, settings, config)
+    epsilons = read_epsilons(folder, settings, found.layout, config.head_size)
+    config = dataclasses.replace(config, **(epsilons | overrides))
+    metadata = read_metadata(folder, settings)
     if metadata is None:
         # With a tokenizer file, the size of the vocabulary says nothing about the tokenizer.
-        has_tokenizer = (path / "tokenizer.json").exists()
+        has_tokenizer = path.is_dir() and (path / "tokenizer.json").exists()
         metadata = CheckpointMetadata(tokenizer=None) if has_tokenizer else _metadata(config)
-    return ForeignCheckpoint(tensors, layout, _with_dtype(config, tensors), metadata)
+    return ForeignCheckpoint(
+        found.weights,
+        found.states,
+        found.layout,
+        container,
+        _with_dtype(config, found.weights),
+        metadata,
+    )
 
 
 def _metadata(config: RWKV7Config) -> CheckpointMetadata:
@@ -222,16 +230,19 @@ def _metadata(config: RWKV7Config) -> CheckpointMetadata:
 def _with_dtype(config: RWKV7Config, tensors: dict[str, StoredTensor]) -> RWKV7Config:
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     only = dtypes.pop() if len(dtypes) == 1 else config.param_dtype
+    if only == "float64" and not jax.config.read("jax_enable_x64"):
+        return config
     return dataclasses.replace(config, param_dtype=only)
 
 
-def _check_epsilons(config: RWKV7Config, expected: dict[str, float], where: str) -> None:
-    for name, value in expected.items():
-        if not math.isclose(getattr(config, name), value, rel_tol=1e-6):
-            raise ValueError(
-                f"the layout has no place for {name}={getattr(config, name)}: {where} computes "
-                f"with {value}"
-            )
+def _dtype_of(tensors: dict[str, StoredTensor], path: Path) -> str:
+    dtype = common_dtype(tensors, str(path))
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(
+            f"{path} holds float64, which JAX has not enabled; round it by dtype='float32', or set "
+            "jax_enable_x64"
+        )
+    return dtype
 
 
 def _cast(model: RWKV7, dtype: str) -> RWKV7:

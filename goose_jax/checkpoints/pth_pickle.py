@@ -1,27 +1,30 @@
 """Reads the pickle inside a `.pth` file without Python's unpickler.
 
 A pickle is a program. Python's unpickler runs it and calls any function that it names. This module
-interprets only the few instructions that describe tensors in dicts and lists. It refuses all other
-instructions, and all names that are not in the table below. It imports and calls nothing that the
-pickle names.
+interprets only the instructions that describe values. It imports and calls nothing that the pickle
+names: of the names that it knows, a few describe tensors, and all others become `Inert` objects,
+which hold nothing but the name. A pickle that names anything else is refused.
 """
 
 import dataclasses
 import pickletools
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
+from goose_jax.checkpoints.errors import shorten_name
 from goose_jax.checkpoints.pth_tensor import (
     STORAGE_DTYPES,
+    Inert,
     PickleError,
     StorageType,
+    TensorView,
     storage_of,
     tensor_of,
 )
 
 
-class _OrderedDict(dict[str, Any]):
+class _OrderedDict(dict[Any, Any]):
     """The type of a module's state dict. Unlike a plain dict, a pickle may set its attributes."""
 
 
@@ -33,8 +36,11 @@ class _Global:
 _MARK = object()
 
 
-def describe_pickle(data: bytes) -> Any:
-    """Returns the dicts, lists, tuples, numbers, strings and `TensorView`s in a pickle.
+def describe_pickle(data: bytes | BinaryIO) -> Any:
+    """Returns the dicts, lists, tuples, numbers, strings, `TensorView`s and `Inert`s in a pickle.
+
+    Args:
+      data: the pickle, or a file, which is read from its position to the end of the pickle.
 
     Raises:
       PickleError: if the pickle is damaged, or contains anything else. The message names it.
@@ -45,7 +51,7 @@ def describe_pickle(data: bytes) -> Any:
             reader.step(opcode.name, argument)
     except PickleError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise PickleError(f"the pickle is damaged: {error}") from error
     return reader.result
 
@@ -116,22 +122,43 @@ class _Reader:
         self._set(key, value)
 
     def _set(self, key: Any, value: Any) -> None:
-        if type(key) is not str:
-            raise ValueError(f"a dict has a key that is {type(key).__name__}")
-        self._top(dict)[key] = value
+        target = self._top(dict, Inert)
+        if isinstance(target, dict):
+            # Other keys are not hashed: tuples could be nested without end.
+            target[key if type(key) in _KEY_TYPES else Inert(type(key).__name__)] = value
 
     def append(self, _: Any) -> None:
-        value = self._pop()
-        self._top(list).append(value)
+        self._extend([self._pop()])
 
     def appends(self, _: Any) -> None:
-        values = self._pop_to_mark()
-        self._top(list).extend(values)
+        self._extend(self._pop_to_mark())
+
+    def _extend(self, values: list[Any]) -> None:
+        target = self._top(list, Inert)
+        if isinstance(target, list):
+            target.extend(values)
+
+    def add_items(self, _: Any) -> None:
+        self._pop_to_mark()
+        self._top(Inert)
+
+    def frozen_set(self, _: Any) -> None:
+        self._pop_to_mark()
+        self._stack.append(Inert("frozenset"))
 
     def build(self, _: Any) -> None:
         """Attributes, as `_metadata` of a module's state dict: not needed."""
         self._pop()
-        self._top(_OrderedDict)
+        self._top(_OrderedDict, Inert, TensorView)
+
+    def pop(self, _: Any) -> None:
+        self._stack.pop()
+
+    def pop_mark(self, _: Any) -> None:
+        self._pop_to_mark()
+
+    def duplicate(self, _: Any) -> None:
+        self._stack.append(self._stack[-1])
 
     def name(self, argument: str) -> None:
         self._stack.append(_find(*argument.split(" ", 1)))
@@ -145,35 +172,96 @@ class _Reader:
 
     def reduce(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise PickleError(f"the pickle is refused: it calls {reprlib.repr(function)}")
-        self._stack.append(_MAKERS[function.name](*arguments))
+        self._call(function, arguments)
+
+    def new_object(self, _: Any) -> None:
+        arguments, cls = self._pop(), self._pop()
+        if not isinstance(cls, Inert):
+            raise PickleError(f"the pickle is refused: it makes a {_name_of(cls)}")
+        self._call(cls, arguments)
+
+    def new_object_with_names(self, _: Any) -> None:
+        self._pop()
+        self.new_object(_)
+
+    def _call(self, function: Any, arguments: Any) -> None:
+        if isinstance(function, _Global) and isinstance(arguments, tuple):
+            self._stack.append(_MAKERS[function.name](*arguments))
+        elif isinstance(function, Inert) and isinstance(arguments, tuple):
+            self._stack.append(Inert(function.name))
+        else:
+            raise PickleError(f"the pickle is refused: it calls {_name_of(function)}")
 
 
 def _find(module: Any, name: Any) -> Any:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise PickleError(f"the pickle is refused: it names {reprlib.repr((module, name))}")
     if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
         return StorageType(STORAGE_DTYPES[name])
     path = f"{module}.{name}"
-    if path not in _MAKERS:
-        raise PickleError(
-            f"the pickle is refused: it names {path}, but a checkpoint of weights needs nothing "
-            "beyond tensors; the file may be malicious"
-        )
-    return _Global(path)
+    if path in _MAKERS:
+        return _Global(path)
+    # An attribute of a known name is not a known name.
+    if "." not in name and (path in _INERT or module.split(".")[0] in _INERT_PACKAGES):
+        return Inert(path)
+    raise PickleError(
+        f"the pickle is refused: it names {shorten_name(path)}, which a checkpoint of weights does "
+        "not need; the file may be malicious"
+    )
 
 
-def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
+def _name_of(value: Any) -> str:
+    return value.name if isinstance(value, _Global | Inert) else reprlib.repr(value)
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _rebuilt(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    """Returns the tensor that `_rebuild_from_type_v2` makes, without its attributes."""
+    if isinstance(function, _Global) and isinstance(arguments, tuple):
+        return _MAKERS[function.name](*arguments)
+    return Inert("torch._tensor._rebuild_from_type_v2")
+
+
+def _size(numbers: Any = ()) -> Any:
+    return tuple(numbers) if isinstance(numbers, tuple | list) else Inert("torch.Size")
+
+
+_KEY_TYPES = (str, int, float, bool, type(None))
 _MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": tensor_of,
     "torch._utils._rebuild_tensor_v2": tensor_of,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuilt,
+    "torch.Size": _size,
     "collections.OrderedDict": lambda: _OrderedDict(),
+    "collections.defaultdict": lambda *_: _OrderedDict(),
+}
+_BUILTIN_TYPES = (
+    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
+    *("object", "range", "set", "slice", "str", "tuple"),
+)
+# What training programs save beside weights. Nothing of it is imported or called.
+_INERT = {
+    *("argparse.Namespace", "types.SimpleNamespace", "collections.Counter", "collections.deque"),
+    *("copyreg._reconstructor", "copy_reg._reconstructor", "_codecs.encode"),
+    *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+    *("pathlib.PureWindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta", "uuid.UUID"),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
+      for name in _BUILTIN_TYPES),
+}  # fmt: skip
+_INERT_PACKAGES = {
+    *("torch", "numpy", "deepspeed", "pytorch_lightning", "lightning", "lightning_fabric"),
+    *("transformers", "accelerate", "peft", "omegaconf"),
 }
 _LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -182,6 +270,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": lambda: Inert("set"),
     "MARK": lambda: _MARK,
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -197,10 +286,17 @@ _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     "SETITEM": _Reader.set_item,
     "APPEND": _Reader.append,
     "APPENDS": _Reader.appends,
+    "ADDITEMS": _Reader.add_items,
+    "FROZENSET": _Reader.frozen_set,
     "BUILD": _Reader.build,
     "GLOBAL": _Reader.name,
     "STACK_GLOBAL": _Reader.stack_name,
     "BINPERSID": _Reader.persistent,
     "REDUCE": _Reader.reduce,
+    "NEWOBJ": _Reader.new_object,
+    "NEWOBJ_EX": _Reader.new_object_with_names,
+    "POP": _Reader.pop,
+    "POP_MARK": _Reader.pop_mark,
+    "DUP": _Reader.duplicate,
 }
 _IGNORED = {"PROTO", "FRAME"}

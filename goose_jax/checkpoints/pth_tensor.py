@@ -30,6 +30,17 @@ class PickleError(CheckpointError):
     """A pickle is damaged, or contains anything but descriptions of tensors."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inert:
+    """Something in a pickle that no weight needs, and of which nothing but the name is kept.
+
+    Attributes:
+      name: name of the function or class that made it.
+    """
+
+    name: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """A sequence of numbers in the file.
@@ -73,29 +84,37 @@ class StorageType:
     dtype: np.dtype
 
 
-def storage_of(identity: Any) -> Storage:
+def storage_of(identity: Any) -> Storage | Inert:
     """Returns the storage that a persistent id of a pickle refers to.
 
     Args:
-      identity: a tuple ("storage", storage type, key, device, size).
+      identity: a tuple ("storage", storage type, key, device, size), in files of torch before 1.6
+        followed by None or a tuple (key, offset, size), if the storage is a part of another one.
+
+    Returns:
+      The storage; an `Inert` if its numbers have a dtype that is not read.
 
     Raises:
       PickleError: if `identity` is anything else.
     """
     match identity:
-        case ("storage", StorageType(dtype), str(key), str(), int(size)) if size >= 0:
+        case ("storage", StorageType(dtype), str(key), str(), int(size), *rest) if size >= 0:
+            if rest not in ([], [None]):
+                return Inert("a part of a storage")
             return Storage(key, dtype, size)
+        case ("storage", Inert(name), str(), str(), int(), *_):
+            return Inert(name)
     raise PickleError(f"the persistent id {reprlib.repr(identity)} is refused: it is no storage")
 
 
-def tensor_of(
-    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, *_: Any
-) -> TensorView:
+def tensor_of(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView | Inert:
     """Returns the view that `torch._utils._rebuild_tensor_v2` makes of the same arguments.
 
     Raises:
       PickleError: if an argument has the wrong type, or the view lies outside of the storage.
     """
+    if isinstance(storage, Inert):
+        return storage
     where = f"offset {reprlib.repr(offset)}, shape {reprlib.repr(shape)}, strides "
     where += reprlib.repr(strides)  # short, even for deeply nested values
     if not (isinstance(storage, Storage) and isinstance(shape, tuple)):

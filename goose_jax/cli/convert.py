@@ -10,7 +10,8 @@ import tyro
 from flax import nnx
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
-from goose_jax.checkpoints.pretrained import checkpoint_kind, open_foreign
+from goose_jax.checkpoints.containers import checkpoint_kind
+from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import Dtype
 
@@ -19,7 +20,10 @@ def convert(
     source: Annotated[Path, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
     *,
-    layout: Literal["pth", "huggingface", "native"],
+    layout: Literal[
+        *("pth", "official", "web-rwkv", "huggingface", "huggingface-x-x", "transformers"),
+        *("transformers-raw", "transformers-emb", "rwkv7", "rwkv7-emb", "rwkv-rs", "native"),
+    ],
     dtype: Dtype | None = None,
     tokenizer: str | None = None,
 ) -> None:
@@ -27,14 +31,18 @@ def convert(
 
     In use:
       goose-jax convert rwkv7.pth rwkv7-hf/ --layout huggingface
+      goose-jax convert RWKV7-1.5B/ rwkv7.st --layout web-rwkv --dtype float16
       goose-jax convert runs/stdlib-1 model.pth --layout pth --dtype bfloat16
 
     Args:
-      source: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax, or
+      source: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax, or
         the folder of a training run (then its newest checkpoint).
-      target: File or folder to create; nothing is ever overwritten.
-      layout: pth: the official file; huggingface: the folder that flash-linear-attention reads;
-        native: a checkpoint of goose-jax.
+      target: What to create; nothing is ever overwritten. An end of .pth, .safetensors or .st asks
+        for such a file, any other name for a folder with config.json.
+      layout: Names of the tensors. pth: the official file; official: the same names in any file;
+        web-rwkv: for web-rwkv and ai00; huggingface: of flash-linear-attention; transformers: of
+        transformers itself; native: a checkpoint of goose-jax; the others are named in
+        docs/checkpoints.md.
       dtype: Dtype that parameters are rounded to; by default they keep their dtype.
       tokenizer: Name of the tokenizer that the target records (a .pth cannot record it); by default
         the tokenizer of the source.

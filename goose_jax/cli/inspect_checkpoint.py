@@ -13,11 +13,10 @@ from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import RWKV7Config
 from goose_jax.state import init_state
 
-_LAYOUTS = {
-    "pth": "official .pth",
-    "huggingface": "Hugging Face layout of flash-linear-attention",
-    "huggingface_x_x": "Hugging Face layout of flash-linear-attention, older (x_x)",
-    "native": "checkpoint of goose-jax",
+_CONTAINERS = {
+    "pth": ".pth file",
+    "safetensors": "safetensors",
+    "folder": "folder",
 }
 _RUN_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +29,7 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
       goose-jax inspect runs/stdlib-1
 
     Args:
-      checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
+      checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
         or the folder of a training run (then its newest checkpoint).
 
     Raises:
@@ -41,7 +40,7 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
     contents = read_contents(checkpoint)
     lines = [
         f"checkpoint  {contents.path}",
-        f"layout      {_LAYOUTS[contents.layout]}",
+        f"layout      {_layout(contents)}",
         *_model_lines(contents),
         "",
         *_parameter_lines(contents),
@@ -49,6 +48,13 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
         *_memory_lines(contents),
     ]
     print("\n".join(lines))
+
+
+def _layout(contents: CheckpointContents) -> str:
+    if contents.layout is None:
+        return "checkpoint of goose-jax (native)"
+    container = _CONTAINERS[contents.container]
+    return f"{contents.layout.description} ({contents.layout.name}), {container}"
 
 
 def _model_lines(contents: CheckpointContents) -> list[str]:

@@ -1,13 +1,12 @@
 """`goose-jax merge`: makes adapters part of the model they were trained on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
-from goose_jax.checkpoints.pretrained import CheckpointKind
 from goose_jax.config import Dtype
 from goose_jax.training.lora import merge_lora
 from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
@@ -18,7 +17,7 @@ def merge(
     *,
     base: Path,
     out: Path,
-    layout: CheckpointKind = "native",
+    layout: Literal["native", "pth", "huggingface", "transformers"] = "native",
     dtype: Dtype | None = None,
 ) -> None:
     """Merges LoRA adapters into the model they were trained beside, and writes the result.
@@ -31,7 +30,7 @@ def merge(
       base: The checkpoint that the adapters were trained on.
       out: What to make; nothing is ever written over.
       layout: native: a checkpoint of goose-jax; pth: the official file; huggingface: the folder
-        that flash-linear-attention reads.
+        that flash-linear-attention reads; transformers: the folder that transformers reads.
       dtype: Of the merged parameters; by default that in which the base was frozen. A small change
         may be rounded away in 16 bits; float32 keeps all.
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from goose_jax.checkpoints.key_map import key_map
+from goose_jax.checkpoints.layouts import FLA, LAYOUTS, OFFICIAL
 from goose_jax.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -26,11 +26,21 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
 
 def test_table_is_the_key_map():
     expected = []
-    for pth, fla in zip(key_map("pth"), key_map("huggingface"), strict=True):
+    for pth, fla in zip(OFFICIAL.entries, FLA.entries, strict=True):
         row = "" if pth.row is None else f"[{pth.row}]"
         expected.append(
             f"| `{pth.parameter}{row}` | {', '.join(pth.axes)} | `{pth.name}`{MARKS[pth.form]} "
             f"| `{fla.name}`{MARKS[fla.form]} |"
         )
-    table = PAGE[PAGE.index("| Parameter | Axes |") :]
+    table = PAGE[PAGE.index("| Parameter | Axes |") : PAGE.index("In `huggingface-x-x`")]
     assert re.findall(r"^\| `.*$", table, re.MULTILINE) == expected
+
+
+def test_table_of_layouts_names_all_and_their_tensors():
+    table = PAGE[PAGE.index("| Layout | Names |") : PAGE.index("Programs for training wrap")]
+    rows = re.findall(r"^\| `(.*?)` \| (.*?) \|", table, re.MULTILINE)
+    assert [name for name, _ in rows] == list(LAYOUTS)
+    for layout, names in rows:
+        known = [name for entry in LAYOUTS[layout].entries for name in entry.names(1)]
+        for name in re.findall(r"`(.*?)`", names):
+            assert name in known or name == "x_x", (layout, name)

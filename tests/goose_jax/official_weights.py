@@ -6,8 +6,9 @@ import numpy as np
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
+from goose_jax.checkpoints.containers import open_tensors
 from goose_jax.checkpoints.conversion import build_model, split_params
-from goose_jax.checkpoints.fla_folder import read_tensors
+from goose_jax.checkpoints.layouts import FLA, OFFICIAL
 from goose_jax.checkpoints.pth import read_pth
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -16,7 +17,7 @@ GOLDEN_CONFIG = RWKV7Config(vocab_size=320, hidden_size=128, num_layers=3, compu
 
 def to_official(params) -> dict[str, np.ndarray]:
     """Renames an `nnx.State` of a model's parameters (or of their gradients)."""
-    return dict(split_params(nnx.to_pure_dict(params), "pth", unused=True))
+    return dict(split_params(nnx.to_pure_dict(params), OFFICIAL, unused=True))
 
 
 def golden_weights() -> dict[str, np.ndarray]:
@@ -30,5 +31,5 @@ def golden_model(config: RWKV7Config = GOLDEN_CONFIG) -> RWKV7:
 
     Without the first layer's unused value residual, as released models are.
     """
-    tensors, layout = read_tensors(GOLDEN / "tiny_fla_hf")
-    return build_model(tensors, layout, config)
+    tensors, _ = open_tensors(GOLDEN / "tiny_fla_hf")
+    return build_model(tensors, FLA, config)

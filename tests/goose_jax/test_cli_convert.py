@@ -64,7 +64,10 @@ def test_errors_end_with_one_line(tmp_path, capsys):
     for arguments, message in (
         (["convert", OFFICIAL, str(tmp_path / "x"), "--layout", "pth"], "x exists"),
         (["convert", str(tmp_path / "y"), str(tmp_path / "z"), "--layout", "pth"], "no checkpoint"),
-        (["inspect", str(tmp_path / "x")], "is no .pth file: it begins with b'mine'"),
+        (
+            ["inspect", str(tmp_path / "x")],
+            "is neither a .pth nor a safetensors file: it begins with b'mine'",
+        ),
         (["inspect", str(tmp_path)], "neither a checkpoint"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -82,9 +85,9 @@ def test_inspect_says_what_there_is(tmp_path, capsys):
     main(["convert", FLA, native, "--layout", "native", "--tokenizer", "byte"])
     capsys.readouterr()
     for path, kind, count in (
-        (OFFICIAL, "official .pth", 802_432),
-        (FLA, "Hugging Face layout of flash-linear-attention", 794_112),
-        (native, "checkpoint of goose-jax", 802_432),
+        (OFFICIAL, "official names (official), .pth file", 802_432),
+        (FLA, "Hugging Face layout of flash-linear-attention (huggingface), folder", 794_112),
+        (native, "checkpoint of goose-jax (native)", 802_432),
     ):
         text = inspect(capsys, path)
         assert f"layout      {kind}\n" in text
@@ -115,7 +118,7 @@ def test_inspect_reads_no_weights(tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("goose_jax.checkpoints.fla_folder._read_tensor", fail)
+    monkeypatch.setattr("goose_jax.checkpoints.safetensors_files._read_tensor", fail)
     monkeypatch.setattr("goose_jax.checkpoints.pth._map", fail)
     assert [inspect(capsys, path).count("3.06 MiB") for path in (OFFICIAL,)] == [2]
     assert "794,112" in inspect(capsys, FLA)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from goose_jax.checkpoints import (
     CheckpointError,
     CheckpointMetadata,
-    fla_folder,
+    containers,
     load_pretrained,
     save_pretrained,
 )
@@ -139,7 +139,7 @@ def test_what_is_wrong_is_listed(folder):
     change_weights(folder, lambda w: w.update({"model.norm.bias": np.zeros(128, np.int32)}))
     assert_refused(
         folder,
-        "missing: lm_head.weight; unknown: model.extra; ",
+        "1 missing: lm_head.weight; 1 unknown: model.extra; ",
         "model.layers.1.ffn.x_k has shape [64] rather than [128]",
         "model.norm.bias has dtype int32",
     )
@@ -156,9 +156,9 @@ def test_config_of_another_model(folder):
     file.write_text("{}")
     assert_refused(folder, "model_type is None rather than 'rwkv7'")
     file.write_text("[]")
-    assert_refused(folder, "config.json holds no JSON object")
+    assert_refused(folder, "config.json is damaged: it holds no JSON object")
     file.write_text("{")
-    assert_refused(folder, "config.json cannot be read")
+    assert_refused(folder, "config.json is damaged")
 
 
 def test_config_that_does_not_fit_the_weights(folder, golden):
@@ -198,7 +198,7 @@ def test_tokenizer_of_the_folder(tmp_path):
     settings = json.loads(file.read_text())
     assert settings["goose_jax"]["tokenizer"] == "world"
     change_json(file, goose_jax={"colour": 1})
-    assert_refused(tmp_path / "model", "config.json is damaged: goose_jax: ", "colour")
+    assert_refused(tmp_path / "model", "goose_jax is damaged: it is no metadata in colour")
     file.write_text('{"model_type": "rwkv7"}')
     assert load_pretrained(tmp_path / "model")[1].tokenizer == "world"
     (tmp_path / "model" / "tokenizer.json").write_text("{}")  # then its vocabulary is that one's
@@ -209,7 +209,7 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch, golden):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(fla_folder, "save_file", fail)
+    monkeypatch.setattr(containers, "write_shards", fail)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(golden, tmp_path / "model", "huggingface")
     assert not list(tmp_path.iterdir())
@@ -217,4 +217,4 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch, golden):
 
 def test_weights_that_are_not_there(folder):
     (folder / MODEL).unlink()
-    assert_refused(folder, f"{MODEL} is missing")
+    assert_refused(folder, "holds no file of weights")

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from goose_jax import load_pretrained, save_pretrained
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, save_checkpoint
-from goose_jax.checkpoints.fla_folder import read_tensors
-from goose_jax.checkpoints.key_map import axis_sizes, key_map
+from goose_jax.checkpoints.containers import open_tensors
+from goose_jax.checkpoints.key_map import axis_sizes
+from goose_jax.checkpoints.layouts import LAYOUTS
 from goose_jax.checkpoints.pth import read_pth
 from goose_jax.checkpoints.pth_writer import write_pth
 from goose_jax.nn.initializers import SHIFT_MIX_NAMES
@@ -30,13 +31,13 @@ from tests.goose_jax.random_parameters import (
 )
 from tests.helpers import relative_rms
 
-OFFICIAL, FLA = GOLDEN / "tiny_official.pth", GOLDEN / "tiny_fla_hf"
+PTH, FLA = GOLDEN / "tiny_official.pth", GOLDEN / "tiny_fla_hf"
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 
 
 def arrays_of(path):
-    tensors = read_pth(path) if path.is_file() else read_tensors(path)[0]
+    tensors, _ = open_tensors(path)
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
@@ -48,7 +49,7 @@ def official():
 
 def test_official_logits_and_states_from_both_layouts(official):
     results = []
-    for path in (OFFICIAL, FLA):
+    for path in (PTH, FLA):
         model, metadata = load_pretrained(path, compute_dtype="float32")
         assert model.config == GOLDEN_CONFIG
         assert metadata == CheckpointMetadata(tokenizer=None)
@@ -64,7 +65,7 @@ def test_official_logits_and_states_from_both_layouts(official):
 
 
 def test_both_layouts_give_the_same_parameters():
-    from_pth, from_fla = load_pretrained(OFFICIAL)[0], load_pretrained(FLA)[0]
+    from_pth, from_fla = load_pretrained(PTH)[0], load_pretrained(FLA)[0]
     assert from_pth.config == from_fla.config
     assert_same_params(from_fla, from_pth, unused=False)
 
@@ -73,21 +74,23 @@ def test_key_map_is_the_recorded_one():
     """Against names and shapes that were recorded beside the golden files, not by this code."""
     recorded = json.loads((GOLDEN / "fla_name_map.json").read_text())
     sizes, found = axis_sizes(GOLDEN_CONFIG), {}
-    for ours, theirs in zip(key_map("pth"), key_map("huggingface"), strict=True):
+    for ours, theirs in zip(
+        LAYOUTS["official"].entries, LAYOUTS["huggingface"].entries, strict=True
+    ):
         assert (ours.parameter, ours.row, ours.axes) == (theirs.parameter, theirs.row, theirs.axes)
         for name, other in zip(ours.names(3), theirs.names(3), strict=True):
             entry = [other, list(ours.stored_shape(sizes)), list(theirs.stored_shape(sizes))]
             found[name] = None if name.startswith("blocks.0.att.v") and name[-1] in "012" else entry
     assert found == recorded
-    assert sorted(read_pth(OFFICIAL)) == sorted(recorded)
+    assert sorted(read_pth(PTH)) == sorted(recorded)
 
 
 def test_key_map_holds_every_parameter_once():
     expected = {path: array.shape for path, array in flat_params(make_model()).items()}
     sizes = axis_sizes(CONFIG)
-    for layout in ("pth", "huggingface", "huggingface_x_x"):
+    for layout in LAYOUTS.values():
         found = {}
-        for entry in key_map(layout):
+        for entry in layout.entries:
             shape = (*((2,) if entry.is_stacked else ()), *entry.shape(sizes))
             if entry.row is None:
                 assert entry.parameter not in found
@@ -127,7 +130,7 @@ def test_round_trip_is_bit_identical(tmp_path, layout, dtype):
         assert all(first[name].tobytes() == second[name].tobytes() for name in first)
 
 
-@pytest.mark.parametrize(("source", "layout"), [(OFFICIAL, "pth"), (FLA, "huggingface")])
+@pytest.mark.parametrize(("source", "layout"), [(PTH, "pth"), (FLA, "huggingface")])
 def test_golden_files_are_reproduced(tmp_path, source, layout):
     """All names, shapes, dtypes and bits, of a file that other programs wrote."""
     save_pretrained(load_pretrained(source)[0], tmp_path / "x", layout)
@@ -155,7 +158,7 @@ def release(weights):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_released_files(tmp_path, dtype):
-    weights = {name: value.astype(dtype) for name, value in release(arrays_of(OFFICIAL)).items()}
+    weights = {name: value.astype(dtype) for name, value in release(arrays_of(PTH)).items()}
     write_pth(tmp_path / "x.pth", weights.items())
     model, _ = load_pretrained(tmp_path / "x.pth")
     assert model.config.param_dtype == dtype
@@ -163,7 +166,7 @@ def test_released_files(tmp_path, dtype):
 
 
 def test_dtype_rounds(tmp_path):
-    for path in (OFFICIAL, FLA):
+    for path in (PTH, FLA):
         expected = flat_params(load_pretrained(path)[0])
         model = load_pretrained(path, dtype="bfloat16")[0]
         assert model.config.param_dtype == "bfloat16"
@@ -178,7 +181,7 @@ def test_dtype_rounds(tmp_path):
 
 
 def test_values_beyond_the_range_of_a_dtype(tmp_path):
-    weights = arrays_of(OFFICIAL)
+    weights = arrays_of(PTH)
     weights["ln_out.bias"] = weights["ln_out.bias"] + 1e5
     write_pth(tmp_path / "x.pth", weights.items())
     with pytest.raises(CheckpointError, match=r"ln_out\.bias has values that float16 cannot hold"):
@@ -189,14 +192,14 @@ def test_values_beyond_the_range_of_a_dtype(tmp_path):
 
 
 def test_parameters_in_bfloat16_run(official):
-    model, _ = load_pretrained(OFFICIAL, dtype="bfloat16", compute_dtype="float32")
+    model, _ = load_pretrained(PTH, dtype="bfloat16", compute_dtype="float32")
     logits, _ = forward(model, jnp.asarray(official["tokens"], jnp.int32)[None])
     error = relative_rms(logits[0], official["logits_np64"])
     assert 1e-4 < error < 2e-2  # measured: 5.5e-3
 
 
 def test_one_layer_whose_value_rank_nothing_tells(tmp_path):
-    weights = {k: v for k, v in release(arrays_of(OFFICIAL)).items()
+    weights = {k: v for k, v in release(arrays_of(PTH)).items()
                if not k.startswith(("blocks.1.", "blocks.2."))}  # fmt: skip
     write_pth(tmp_path / "x.pth", weights.items())
     config = load_pretrained(tmp_path / "x.pth")[0].config
@@ -215,7 +218,7 @@ def test_vocabulary_of_the_world_series(tmp_path):
 
 def test_what_is_wrong_is_listed(tmp_path):
     def assert_refused(change, *messages):
-        weights = arrays_of(OFFICIAL)
+        weights = arrays_of(PTH)
         change(weights)
         path = tmp_path / f"{next(counter)}.pth"
         write_pth(path, weights.items())
@@ -234,13 +237,13 @@ def test_what_is_wrong_is_listed(tmp_path):
     counter = itertools.count()
     assert_refused(
         several,
-        "missing: blocks.0.ln0.bias, blocks.1.att.x_a, ",
-        "head.weight; unknown: blocks.7.att.time_state, extra; ",
+        "6 missing: blocks.0.ln0.bias, blocks.1.att.x_a, head.weight, ",
+        " and 2 more; 2 unknown: extra, blocks.7.att.time_state; ",
         "blocks.2.att.w2 has shape [128, 32] rather than [32, 128]",
         "ln_out.bias has shape [5] rather than [128]",
         "ln_out.weight has dtype int64",
     )
-    assert_refused(lambda w: w.pop("blocks.0.att.v1"), "missing: blocks.0.att.v1")
+    assert_refused(lambda w: w.pop("blocks.0.att.v1"), "1 missing: blocks.0.att.v1")
     assert_refused(
         lambda w: w.update({"blocks.0.att.r_k": np.zeros((3, 50), np.float32)}),
         "r_k has shape [3, 50] rather than [2, 50]",
@@ -249,13 +252,13 @@ def test_what_is_wrong_is_listed(tmp_path):
         assert_refused(lambda w, name=name: w.pop(name), f"missing: {name}")
         flat = {name: np.zeros(3, np.float32)}
         assert_refused(lambda w, flat=flat: w.update(flat), f"{name} has shape [3] rather than ")
-    assert_refused(lambda w: w.clear(), "missing: ", "emb.weight", "blocks.0.att.r_k")
+    assert_refused(lambda w: w.clear(), "holds no tensors: it is empty")
     half = {"emb.weight": np.zeros((320, 128), np.float16)}
     assert_refused(lambda w: w.update(half), "float16, float32; choose one by dtype=")
 
 
 def test_a_file_of_several_dtypes_loads_with_a_dtype(tmp_path):
-    weights = arrays_of(OFFICIAL)
+    weights = arrays_of(PTH)
     weights["emb.weight"] = weights["emb.weight"].astype(np.float16)
     write_pth(tmp_path / "x.pth", weights.items())
     model, _ = load_pretrained(tmp_path / "x.pth", dtype="float32")
@@ -265,16 +268,16 @@ def test_a_file_of_several_dtypes_loads_with_a_dtype(tmp_path):
 def test_arguments_are_checked(tmp_path):
     for name, value in (("vocab_size", 5), ("param_dtype", "float32"), ("colour", 1)):
         with pytest.raises(ValueError, match=f"{name} cannot be overridden, only compute_dtype"):
-            load_pretrained(OFFICIAL, **{name: value})
+            load_pretrained(PTH, **{name: value})
     with pytest.raises(ValueError, match=r"param_dtype .*; dtype= sets the dtype of parameters"):
-        load_pretrained(OFFICIAL, param_dtype="float32")
-    for path in (OFFICIAL, FLA, tmp_path / "missing"):
+        load_pretrained(PTH, param_dtype="float32")
+    for path in (PTH, FLA, tmp_path / "missing"):
         with pytest.raises(ValueError, match=r"^dtype must be one of .*, got 'int8'"):
             load_pretrained(path, dtype="int8")
     with pytest.raises(ValueError, match=r"^compute_dtype must be one of .*, got 'fp32'"):
-        load_pretrained(OFFICIAL, compute_dtype="fp32")
+        load_pretrained(PTH, compute_dtype="fp32")
     with pytest.raises(ValueError, match=r"^dtype='float64' needs .*jax_enable_x64"):
-        load_pretrained(OFFICIAL, dtype=np.float64)
+        load_pretrained(PTH, dtype=np.float64)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_pretrained(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
@@ -305,7 +308,7 @@ def test_epsilons_that_a_layout_has_no_place_for(tmp_path):
     save_pretrained(model, tmp_path / "x", "huggingface")
     loaded, _ = load_pretrained(tmp_path / "x", compute_dtype=model.config.compute_dtype)
     assert loaded.config == model.config
-    config = load_pretrained(OFFICIAL, norm_eps=1e-6, head_norm_eps=1e-4)[0].config
+    config = load_pretrained(PTH, norm_eps=1e-6, head_norm_eps=1e-4)[0].config
     assert (config.norm_eps, config.head_norm_eps) == (1e-6, 1e-4)
 
 
@@ -348,7 +351,7 @@ def test_memory_of_loading_is_that_of_the_model(tmp_path):
     for layout in ("pth", "huggingface"):
         weights = {
             name: np.ones(entry.stored_shape(axis_sizes(config)), "bfloat16")
-            for entry in key_map(layout)
+            for entry in LAYOUTS["official" if layout == "pth" else layout].entries
             for i, name in enumerate(entry.names(8))
             if i or not entry.is_optional
         }
@@ -359,7 +362,7 @@ def test_memory_of_loading_is_that_of_the_model(tmp_path):
     # Memory that is freed goes back at once, so that what comes later cannot hide in it.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(OFFICIAL), *paths],
+        [sys.executable, "-c", MEASURE, str(PTH), *paths],
         env=environment,
         capture_output=True,
         text=True,

@@ -102,11 +102,11 @@ RAW_ATTACKS = {  # instructions, and what the error says
     b"(cos\nsystem\nV\no.": "names os.system",
     # An attribute of something that is allowed.
     b"\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_tensor_v2.__globals__\x93.": "__globals__",
-    b"\x80\x04K\x01K\x02\x93.": "names 1.2",
+    b"\x80\x04K\x01K\x02\x93.": r"names \(1, 2\)",
     # Calls of what is no function, objects made without a call, extensions, text ids.
     b"\x80\x02}}\x52.": "calls",
     b"\x80\x02X\x01\x00\x00\x00x)R.": "calls 'x'",
-    b"\x80\x02ccollections\nOrderedDict\n)\x81.": "instruction NEWOBJ",
+    b"\x80\x02ccollections\nOrderedDict\n)\x81.": "makes a collections.OrderedDict",
     b"\x80\x02\x82\x01.": "instruction EXT1",
     b"P0\n.": "instruction PERSID",
     # Persistent ids that are no storages.
@@ -124,7 +124,7 @@ RAW_ATTACKS = {  # instructions, and what the error says
     b"\x80\x02K\x01t.": "damaged",
     b"\x80\x02h\x07.": "damaged",
     b"\x80\x02K\x01K\x02.": "damaged",
-    b"\x80\x02}K\x01K\x02s.": "damaged",
+    b"\x80\x02K\x05K\x01K\x02s.": "damaged",
     b"\x80\x02K\x01K\x02a.": "damaged",
     b"\x80\x02((s.": "damaged",
     b"\x80\x02}": "damaged",
@@ -144,8 +144,7 @@ def test_nested_and_doubled_values_cost_nothing():
     with pytest.raises(PickleError, match="persistent id"):
         describe_pickle(deep)
     as_key = b"\x80\x02}" + b")" + b"\x85" * 50_000 + b"K\x01s."
-    with pytest.raises(PickleError, match="a key that is tuple"):
-        describe_pickle(as_key)
+    assert list(describe_pickle(as_key).values()) == [1]  # under a key that is not hashed
     doubled = b"\x80\x02)" + b"q\x00h\x00\x86" * 100 + b"Q."
     with pytest.raises(PickleError, match="persistent id"):
         describe_pickle(doubled)
@@ -207,7 +206,7 @@ def test_damaged_and_foreign_files(tmp_path):
         assert_refused("is damaged", whole[:length])
     assert_refused("begins with b''", b"")
     assert_refused("begins with b'abcd'", b"abcdef")
-    assert_refused("format of torch before 1.6", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+    assert_refused("damaged: pickle exhausted", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
     assert_refused(
         "data/0 is cut off",
         whole.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 2),
@@ -222,7 +221,7 @@ def test_damaged_and_foreign_files(tmp_path):
     torch_files.write(path, pickle.dumps("text", 2))
     assert_refused("holds str, not tensors")
     torch_files.write(path, pickle.dumps({"x": 1}, 2))
-    assert_refused("x is a int, not a tensor")
+    assert_refused("holds no tensors: x is a int")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("text.txt", "text")
     assert_refused("none that torch.save has written")

@@ -117,22 +117,23 @@ def test_files_that_are_no_states_of_the_model(tmp_path, official):
             assert message in str(caught.value)
 
     tensors = rwkv_list(official)
-    assert_refused(tensors[:-1], "missing: layer 2: channel shift")
-    assert_refused([*tensors, tensors[0]], "unknown: layer 3: time shift")
+    assert_refused(tensors[:-1], "1 missing: layer 2: channel shift")
+    assert_refused([*tensors, tensors[0]], "1 unknown: layer 3: time shift")
     assert_refused(
         [tensors[1], *tensors[1:]],
         "layer 0: time shift is float32[2, 64, 64] rather than floating point [128]",
     )
     named = time_states(official)
     del named["blocks.1.att.time_state"]
-    named["emb.weight"] = np.zeros((2, 2), np.float32)
+    named["blocks.7.att.time_state"] = np.zeros(HEADS, np.float32)
     named["blocks.0.att.time_state"] = np.zeros(HEADS, np.int64)
     assert_refused(
         named,
-        "missing: blocks.1.att.time_state",
-        "unknown: emb.weight",
+        "1 missing: blocks.1.att.time_state",
+        "1 unknown: blocks.7.att.time_state",
         "blocks.0.att.time_state is int64[2, 64, 64] rather than floating point [2, 64, 64]",
     )
+    assert_refused({"emb.weight": np.zeros((2, 2), np.float32)}, "holds no state: emb.weight")
     with pytest.raises(ValueError, match="batch_size"):
         load_state(path, GOLDEN_CONFIG, batch_size=0)
     with pytest.raises(FileNotFoundError):

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 
 STORAGES = {
+    "float64": "DoubleStorage",
     "float32": "FloatStorage",
     "float16": "HalfStorage",
     "bfloat16": "BFloat16Storage",
@@ -69,6 +70,7 @@ def _modules(*functions):
 
 REBUILD = stand_in("torch._utils", "_rebuild_tensor_v2")
 PARAMETER = stand_in("torch._utils", "_rebuild_parameter")
+SIZE, DTYPE = stand_in("torch", "Size"), stand_in("torch", "float32")
 TYPES = {name: stand_in("torch", name) for name in STORAGES.values()}
 
 
@@ -87,7 +89,7 @@ def parameter(tensor):
 
 def dumps(content, protocol=2):
     stream = io.BytesIO()
-    with _modules(REBUILD, PARAMETER, *TYPES.values()):
+    with _modules(REBUILD, PARAMETER, SIZE, DTYPE, *TYPES.values()):
         _Pickler(stream, protocol).dump(content)
     return stream.getvalue()
 
@@ -104,8 +106,30 @@ def write(path, pickled, storages=(), *, byteorder=b"little", compression=zipfil
     return path
 
 
-def write_arrays(path, arrays, protocol=2, wrap=lambda tensor: tensor):
+def write_arrays(path, arrays, protocol=2, wrap=lambda tensor: tensor, wrap_all=lambda x: x):
     """A dict or list of arrays, each with a storage of its own."""
+    content, storages = describe(arrays, wrap)
+    return write(path, dumps(wrap_all(content), protocol), storages)
+
+
+def write_before_1_6(path, arrays):
+    """A dict of arrays in the format of torch before 1.6."""
+    content, storages = describe(arrays)
+    for value in content.values():
+        identity = value.arguments[0].identity
+        value.arguments[0].identity = (*identity, None)
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    with path.open("wb") as file:
+        for pickled in (0x1950A86A20F9469CFC6C, 1001, system, content):
+            file.write(dumps(pickled))
+        file.write(dumps([str(key) for key in range(len(storages))]))
+        for array, data in zip(arrays.values(), storages, strict=True):
+            file.write(array.size.to_bytes(8, "little") + data)
+    return path
+
+
+def describe(arrays, wrap=lambda tensor: tensor):
+    """What is pickled for arrays, and the bytes of their storages."""
     items = arrays.items() if isinstance(arrays, dict) else enumerate(arrays)
     tensors, storages = {}, []
     for key, (name, array) in enumerate(items):
@@ -113,5 +137,4 @@ def write_arrays(path, arrays, protocol=2, wrap=lambda tensor: tensor):
         whole = storage(array.dtype, array.size, str(key))
         tensors[name] = wrap(tensor(whole, 0, array.shape, strides))
         storages.append(array.tobytes())
-    content = tensors if isinstance(arrays, dict) else list(tensors.values())
-    return write(path, dumps(content, protocol), storages)
+    return tensors if isinstance(arrays, dict) else list(tensors.values()), storages
