@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
@@ -13,18 +14,53 @@ from pallas_kernels import WKV7_IMPLEMENTATIONS
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive
 
 type Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialModel:
+    """The sizes of an official model, as its newest release in `BlinkDL/rwkv7-g1` has them.
+
+    The head size is 64, and the vocabulary has `WORLD_VOCAB_SIZE` ids. All but the ranks of 0.1B
+    differ from the formula of the training code (`low_rank`).
+
+    Attributes:
+      file: name of the newest file, without the ending `.pth`.
+      num_layers: number of blocks.
+      hidden_size: C, channels of the residual stream.
+      ranks: ranks of the low-rank projections: decay, alpha, value residual, gate.
+      context_length: number of tokens of the texts that the release was trained on at last. It is
+        no limit: a state can read any number of tokens.
+    """
+
+    file: str
+    num_layers: int
+    hidden_size: int
+    ranks: tuple[int, int, int, int]
+    context_length: int
+
+
+OFFICIAL_MODELS = {
+    "0.1B": OfficialModel("rwkv7-g1d-0.1b-20260129-ctx8192", 12, 768, (64, 64, 32, 128), 8192),
+    "0.4B": OfficialModel("rwkv7-g1d-0.4b-20260210-ctx8192", 24, 1024, (64, 64, 32, 128), 8192),
+    "1.5B": OfficialModel("rwkv7-g1k-1.5b-20260930-ctx25600", 24, 2048, (96, 96, 64, 256), 25600),
+    "2.9B": OfficialModel("rwkv7-g1k-2.9b-20260930-ctx25600", 32, 2560, (96, 96, 64, 320), 25600),
+    "7.2B": OfficialModel("rwkv7-g1k-7.2b-20260930-ctx25600", 32, 4096, (128, 128, 96, 480), 25600),
+    "13.3B": OfficialModel(
+        "rwkv7-g1k-13.3b-20260930-ctx25600", 61, 4096, (192, 192, 128, 384), 25600
+    ),
+}
+"""The released sizes of RWKV-7, by name."""
+
+_EXPERIMENTAL = {
+    "7a": "DeepEmbed: the channel mix has factors for each token id",
+    "7b": "DeepEmbed and an attention over all tokens",
+}
+
 type Dtype = Literal["float32", "bfloat16", "float16"]
 """The dtypes that the command line offers for parameters and computation."""
 
-PRESETS = {  # name: (layers, hidden size) of the released models; head size 64
-    "0.1B": (12, 768),
-    "0.4B": (24, 1024),
-    "1.5B": (24, 2048),
-    "2.9B": (32, 2560),
-    "7.2B": (32, 4096),
-    "13.3B": (61, 4096),
-}
 WORLD_VOCAB_SIZE = 65536
+_RANKS = ("decay_rank", "alpha_rank", "value_rank", "gate_rank")
 
 _REMAT = ("none", "full", "dots")
 _DERIVED = cast(int, None)  # __post_init__ puts a number in its place
@@ -169,24 +205,37 @@ class RWKV7Config:
     def preset(cls, name: str, **overrides: Any) -> Self:
         """Returns the configuration of a released size.
 
-        Ranks follow the official training code. Some released checkpoints have other ranks.
+        The ranks are those of the released models, which differ from the formula for new models at
+        all sizes but 0.1B. With another `hidden_size` they follow the formula.
 
         Args:
           name: "0.1B", "0.4B", "1.5B", "2.9B", "7.2B" or "13.3B".
           **overrides: other values for some fields.
 
         Raises:
-          ValueError: if the name is unknown.
+          ValueError: if the name is unknown, or that of RWKV-7a or RWKV-7b, which are experimental.
 
         Example:
           >>> RWKV7Config.preset("0.1B", remat="full").num_heads
           12
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name=} is unknown; give one of {list(PRESETS)}")
-        num_layers, hidden_size = PRESETS[name]
-        sizes = {"num_layers": num_layers, "hidden_size": hidden_size}
-        return cls(**({"vocab_size": WORLD_VOCAB_SIZE} | sizes | overrides))
+        if name not in OFFICIAL_MODELS:
+            family = re.fullmatch(r"(?i)(?:rwkv-?)?(7[ab])(?:-.*)?", str(name))
+            reason = "is unknown"
+            if family:
+                kind = family[1].lower()
+                reason = f"is RWKV-{kind}, which is experimental and not supported"
+                reason += f" ({_EXPERIMENTAL[kind]})"
+            raise ValueError(f"preset {name=} {reason}; give one of {list(OFFICIAL_MODELS)}")
+        model = OFFICIAL_MODELS[name]
+        values: dict[str, Any] = {
+            "vocab_size": WORLD_VOCAB_SIZE,
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+        }
+        if overrides.get("hidden_size", model.hidden_size) == model.hidden_size:
+            values |= zip(_RANKS, model.ranks, strict=True)
+        return cls(**(values | overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields, including derived ones, as numbers, strings and None."""

@@ -7,10 +7,12 @@ import pytest
 
 from goose_jax.checkpoints.layouts import FLA, LAYOUTS, OFFICIAL
 from goose_jax.cli.main import main
+from goose_jax.config import OFFICIAL_MODELS
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 MARKS = {"same": "", "transposed": " ᵀ", "flat": " ¹", "row": " ²"}
 
 
@@ -44,3 +46,17 @@ def test_table_of_layouts_names_all_and_their_tensors():
         known = [name for entry in LAYOUTS[layout].entries for name in entry.names(1)]
         for name in re.findall(r"`(.*?)`", names):
             assert name in known or name == "x_x", (layout, name)
+
+
+def test_table_of_official_models_is_that_of_the_presets():
+    table = PAGE[PAGE.index("| Preset | Newest file") : PAGE.index("`RWKV7Config.preset(")]
+    assert re.findall(r"^\| \d.*$", table, re.MULTILINE) == [
+        f"| {name} | `{model.file}` | {model.num_layers} | {model.hidden_size} "
+        f"| {', '.join(map(str, model.ranks))} | {model.context_length} |"
+        for name, model in OFFICIAL_MODELS.items()
+    ]
+    for page in (PAGE, README):
+        for file in re.findall(
+            r"^[^#\n]*hf download BlinkDL/rwkv7-g1 (\S+)\.pth", page, re.MULTILINE
+        ):
+            assert file in {model.file for model in OFFICIAL_MODELS.values()}

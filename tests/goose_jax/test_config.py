@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from goose_jax import RWKV7Config
+from goose_jax.config import OFFICIAL_MODELS
 
 SMALL = {"vocab_size": 257, "hidden_size": 128, "num_layers": 2}
 
@@ -38,26 +40,54 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "hidden_size"),
-    [
-        ("0.1B", 12, 768),
-        ("0.4B", 24, 1024),
-        ("1.5B", 24, 2048),
-        ("2.9B", 32, 2560),
-        ("7.2B", 32, 4096),
-        ("13.3B", 61, 4096),
+    ("name", "layers", "hidden_size", "ranks", "mebibytes"),
+    [  # with the size of the released file, which holds bfloat16 and little else
+        ("0.1B", 12, 768, (64, 64, 32, 128), 365),
+        ("0.4B", 24, 1024, (64, 64, 32, 128), 860),
+        ("1.5B", 24, 2048, (96, 96, 64, 256), 2914),
+        ("2.9B", 32, 2560, (96, 96, 64, 320), 5896273469 / 2**20),
+        ("7.2B", 32, 4096, (128, 128, 96, 480), 13733),
+        ("13.3B", 61, 4096, (192, 192, 128, 384), 26540868485 / 2**20),
     ],
 )
-def test_presets(name, layers, hidden_size):
+def test_presets_have_the_sizes_of_the_released_files(name, layers, hidden_size, ranks, mebibytes):
     config = RWKV7Config.preset(name)
     assert (config.num_layers, config.hidden_size) == (layers, hidden_size)
     assert (config.vocab_size, config.head_size) == (65536, 64)
+    assert ranks == (config.decay_rank, config.alpha_rank, config.value_rank, config.gate_rank)
+    numbers = number_of_released_parameters(65536, layers, hidden_size, *ranks)
+    assert 2 * numbers / 2**20 == pytest.approx(mebibytes, rel=5e-4, abs=0.7)
+
+
+def number_of_released_parameters(V, L, C, decay, alpha, value, gate):
+    """Counts the official tensors; a release leaves out the first layer's value residual."""
+    time_mix = 4 * C * C + 2 * C * (decay + alpha + gate) + 6 * C + 2 * C + 3 * C + 2 * C
+    channel_mix = 2 * C * 4 * C + C
+    norms = 2 * 2 * C
+    return 2 * V * C + 4 * C + L * (time_mix + channel_mix + norms) + (L - 1) * (2 * C * value + C)
+
+
+@pytest.mark.parametrize("name", ["7a", "rwkv7a-g1d-0.1b-20260212-ctx8192", "RWKV-7B-0.1B"])
+def test_experimental_families_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"is RWKV-7[ab], which is experimental .*DeepEmbed"):
+        RWKV7Config.preset(name)
+
+
+def test_official_models_are_named_after_their_sizes():
+    for name, model in OFFICIAL_MODELS.items():
+        size, date, context = re.fullmatch(
+            r"rwkv7-g1[a-z]-([\d.]+b)-(\d{8})-ctx(\d+)", model.file
+        ).groups()
+        assert (size.upper(), int(context)) == (name, model.context_length)
+        assert date >= "20260129"
 
 
 def test_preset_overrides():
     config = RWKV7Config.preset("0.1B", vocab_size=257, hidden_size=1024, remat="full")
     assert (config.vocab_size, config.num_layers, config.remat) == (257, 12, "full")
     assert config.intermediate_size == 4096
+    assert (config.value_rank, config.gate_rank) == (64, 160)  # of the formula
+    assert RWKV7Config.preset("0.4B", gate_rank=7).gate_rank == 7
     with pytest.raises(ValueError, match=r"name='0\.2B' is unknown"):
         RWKV7Config.preset("0.2B")
 

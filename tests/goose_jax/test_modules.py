@@ -138,15 +138,12 @@ def test_wrong_layer(module):
 @pytest.mark.usefixtures("only_own_checks")
 def test_inputs_have_the_compute_dtype(module):
     """And the error for another dtype tells both ways out of it."""
-    default = dataclasses.replace(CONFIG, compute_dtype=jnp.bfloat16)
+    config = dataclasses.replace(CONFIG, compute_dtype=jnp.bfloat16)
+    layer = module(config, layer=0, rngs=nnx.Rngs(0))
     message = "x must have dtype bfloat16, got float32: .* compute_dtype='float32'"
     with pytest.raises(TypeError, match=message):
-        module(default, layer=0, rngs=nnx.Rngs(0))(X)
-    for dtype in (jnp.bfloat16, jnp.float16, np.float32):
-        config = dataclasses.replace(CONFIG, compute_dtype=dtype)
-        layer = module(config, layer=0, rngs=nnx.Rngs(0))
-        results = jax.eval_shape(layer, X.astype(dtype))
-        assert results[0].dtype == dtype
+        layer(X)
+    assert jax.eval_shape(layer, X.astype("bfloat16"))[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("module", [TimeMix, Block])
