@@ -10,13 +10,14 @@ from goose_jax.checkpoints.native import (
     save_checkpoint,
 )
 from goose_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-from goose_jax.checkpoints.state_files import load_state, save_state
+from goose_jax.checkpoints.state_files import load_merged_state, load_state, save_state
 
 __all__ = [
     "CheckpointContents",
     "CheckpointError",
     "CheckpointMetadata",
     "load_checkpoint",
+    "load_merged_state",
     "load_model_and_tokenizer",
     "load_optimizer_state",
     "load_pretrained",

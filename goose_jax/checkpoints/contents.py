@@ -27,6 +27,7 @@ class CheckpointContents:
       metadata: values that the checkpoint records.
       parameters: number of parameters for each group of parameters and dtype, such as
         ("time mix", "float32").
+      has_state: whether a trained initial state lies beside the weights.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class CheckpointContents:
     config: RWKV7Config
     metadata: CheckpointMetadata
     parameters: Counter[tuple[str, str]]
+    has_state: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +68,13 @@ def read_contents(path: Path) -> CheckpointContents:
     dtypes = {name: tensor.dtype.name for name, tensor in found.tensors.items()}
     counts = _count_parameters(found.config, found.layout, dtypes)
     return CheckpointContents(
-        path, found.layout, found.container, found.config, found.metadata, counts
+        path,
+        found.layout,
+        found.container,
+        found.config,
+        found.metadata,
+        counts,
+        bool(found.states),
     )
 
 

@@ -1,10 +1,13 @@
 """Loads a model from a checkpoint of any layout, and saves a model in any layout."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -66,11 +69,30 @@ class ForeignCheckpoint:
     config: RWKV7Config
     metadata: CheckpointMetadata
 
+    def read_states(self) -> list[np.ndarray] | None:
+        """Reads the trained initial state, if there is one.
+
+        Returns:
+          `[H, V, K]` for each layer, in the dtype of the file; None if the file has no state.
+        """
+        if not self.states:
+            return None
+        assert self.layout.state is not None
+        names = [self.layout.state.format(i=i) for i in range(self.config.num_layers)]
+        shape = (self.config.num_heads, self.config.head_size, self.config.head_size)
+        values = [self.states[name].read().reshape(shape) for name in names]
+        if self.layout.state_axes == "K V":
+            return [np.swapaxes(value, -1, -2) for value in values]
+        return values
+
 
 def load_pretrained(
     path: Path | str, *, dtype: DTypeLike | None = None, **overrides: Any
 ) -> tuple[RWKV7, CheckpointMetadata]:
     """Loads a model from a file or folder in any known layout, or a checkpoint of goose-jax.
+
+    A trained initial state beside the weights is no part of the model: `load_state` takes it from
+    the same path, and the model reads it as `state`.
 
     The sizes of the model are inferred from the weights. Loading needs memory for the parameters
     only; if the device is not the CPU, one parameter at a time is on the host. (Loading a
@@ -130,6 +152,7 @@ def save_pretrained(
     layout: str,
     metadata: CheckpointMetadata | None = None,
     *,
+    time_states: Sequence[np.ndarray] | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
     """Saves a model for another program, or as a checkpoint of goose-jax.
@@ -147,6 +170,8 @@ def save_pretrained(
         official file: official names in a file of torch, whatever the end of `path`.
       metadata: metadata of the model, which only a folder can hold. None records the tokenizer
         "world" for a vocabulary of 65536, and no tokenizer for others.
+      time_states: a trained initial state to write beside the weights, `[H, V, K]` for each layer.
+        Only "pth", "official" and "web-rwkv" have a place for it.
       max_shard_bytes: maximum size of each file of safetensors in a folder. Only a single larger
         tensor makes a larger file.
 
@@ -154,7 +179,7 @@ def save_pretrained(
       FileExistsError: if `path` exists. Nothing is ever overwritten.
       OSError: if writing fails, for example on a full disk. Incomplete files are removed.
       ValueError: if an argument is out of range, or the layout cannot hold an epsilon of the
-        model's configuration.
+        model's configuration or an initial state.
     """
     path = Path(path)
     metadata = metadata or _metadata(model.config)
@@ -164,16 +189,18 @@ def save_pretrained(
         raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be at least 1")
-    if layout == "native":
+    names = OFFICIAL if layout == "pth" else LAYOUTS.get(layout)
+    if time_states is not None and (names is None or names.state is None):
+        raise ValueError(f"{layout=} has no place for an initial state beside the weights")
+    if names is None:
         save_checkpoint(path, model, metadata)
         return
     kind: Container = "pth" if layout == "pth" else container_to_write(path)
-    names = OFFICIAL if layout == "pth" else LAYOUTS[layout]
     settings = make_settings(model.config, metadata, names)
     if kind != "folder":
         read = read_epsilons(path, {}, names, model.config.head_size)
         check_epsilons(model.config, read, "the official code")
-    tensors = split_model(model, names)
+    tensors = itertools.chain(split_model(model, names), _split_states(names, time_states))
     write_tensors(path, kind, tensors, settings, max_shard_bytes=max_shard_bytes)
 
 
@@ -219,6 +246,15 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         _with_dtype(config, found.weights),
         metadata,
     )
+
+
+def _split_states(
+    layout: Layout, time_states: Sequence[np.ndarray] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    for i, value in enumerate(time_states or ()):
+        assert layout.state is not None
+        swapped = layout.state_axes == "K V"
+        yield layout.state.format(i=i), np.swapaxes(value, -1, -2) if swapped else value
 
 
 def _metadata(config: RWKV7Config) -> CheckpointMetadata:

@@ -114,12 +114,22 @@ def save_state(
                 raise ValueError(
                     f"{layout=} has no place for token shifts, and those of the state are not zero"
                 )
-            write_pth(path, ((STATE_NAME.format(i=i), value[0]) for i, value in enumerate(wkv)))
+            write_time_states(Path(path), [value[0] for value in wkv])
         case "rwkv":
             layers = zip(time_shift[:, 0], wkv[:, 0], channel_shift[:, 0], strict=True)
             write_pth_list(path, (tensor for layer in layers for tensor in layer))
         case _:
             raise ValueError(f"{layout=} must be 'time_state' or 'rwkv'")
+
+
+def write_time_states(path: Path, time_states: Sequence[np.ndarray]) -> None:
+    """Writes a trained initial state to a file of its own. Errors are those of `write_pth`.
+
+    Args:
+      path: the file to create.
+      time_states: `[H, V, K]` for each layer.
+    """
+    write_pth(path, ((STATE_NAME.format(i=i), value) for i, value in enumerate(time_states)))
 
 
 def _from_time_states(

@@ -18,7 +18,7 @@ from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.config import Dtype
 from goose_jax.generation import NonFiniteLogitsError
 from goose_jax.nn import RWKV7
-from goose_jax.training import load_initial_state
+from goose_jax.training import starting_state
 
 _HOW_TO_END = "Ctrl-D or /quit ends the session"
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
@@ -58,7 +58,7 @@ def chat(
       OSError: if a file does not exist or cannot be read.
     """
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
-    start = None if state is None else load_initial_state(state, model)
+    start = starting_state(checkpoint, state, model)
     session = ChatSession(model, found, settings, start)
     if load is not None:
         session.conversation = load_chat(load, model)

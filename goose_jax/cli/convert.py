@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import nnx
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
+from goose_jax.checkpoints.state_files import write_time_states
 from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import Dtype
 
@@ -26,6 +28,7 @@ def convert(
     ],
     dtype: Dtype | None = None,
     tokenizer: str | None = None,
+    state: Path | None = None,
 ) -> None:
     """Writes a checkpoint in another layout, or with parameters of another dtype.
 
@@ -46,22 +49,35 @@ def convert(
       dtype: Dtype that parameters are rounded to; by default they keep their dtype.
       tokenizer: Name of the tokenizer that the target records (a .pth cannot record it); by default
         the tokenizer of the source.
+      state: File to write a trained initial state to that lies beside the weights of the source.
+        Without it, the state goes into the target, too, if the layout has a place for it.
 
     Raises:
       ValueError: if the source is damaged, or the layout cannot hold its configuration.
       OSError: if the source cannot be read or the target cannot be written.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; a checkpoint is not written over anything")
+    for path in (target, state):
+        if path is not None and path.exists():
+            raise FileExistsError(f"{path} exists; a checkpoint is not written over anything")
+    if state is not None and _read_states(source) is None:
+        raise ValueError(f"{state=!s} would have nothing to hold: {source} has no initial state")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         overrides = {} if layout != "native" else _recorded_compute_dtype(source, dtype)
         model, metadata = load_pretrained(source, dtype=dtype, **overrides)
         if tokenizer is not None:
             metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
-        save_pretrained(model, target, layout, metadata)
+        time_states = _read_states(source)
+        kept = None if state is not None else time_states
+        save_pretrained(model, target, layout, metadata, time_states=kept)
+        if state is not None and time_states is not None:
+            write_time_states(state, time_states)
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
     count, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
     print(f"wrote {target}: {count:,} parameters in {arrays[0].dtype.name}, {format_bytes(size)}")
+
+
+def _read_states(source: Path) -> list[np.ndarray] | None:
+    return None if checkpoint_kind(source) == "native" else open_foreign(source).read_states()
 
 
 def _recorded_compute_dtype(source: Path, dtype: Dtype | None) -> dict[str, Dtype]:

@@ -12,7 +12,7 @@ from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.text import TextStop, TextStream
-from goose_jax.training import load_initial_state
+from goose_jax.training import starting_state
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     """
     stop_texts = TextStop(stop)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
-    start = None if state is None else load_initial_state(state, model)
+    start = starting_state(checkpoint, state, model)
     end = found.end_of_document
     tokens = found.encode(prompt) or ([] if end is None else [end])
     if not tokens:

@@ -42,6 +42,7 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
         f"checkpoint  {contents.path}",
         f"layout      {_layout(contents)}",
         *_model_lines(contents),
+        *(["state       a trained initial state, with which texts begin"] * contents.has_state),
         "",
         *_parameter_lines(contents),
         "",

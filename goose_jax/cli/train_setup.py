@@ -1,10 +1,13 @@
 """Opens what a run of `goose-jax train` begins with: its settings, model, tokenizer and text."""
 
 import dataclasses
+from pathlib import Path
 
 from flax import nnx
 
-from goose_jax.checkpoints import load_pretrained, load_state
+from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
+from goose_jax.checkpoints.containers import checkpoint_kind
+from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.cli.train_flags import TrainFlags, option
 from goose_jax.cli.train_settings import (
     Adapters,
@@ -131,6 +134,8 @@ def _initial_state(settings: TrainSettings, subject: InitialState, *, resumed: b
     start = None
     if subject.start is not None and not resumed:
         start = load_state(subject.start, model.config)
+    elif not resumed:
+        start = load_merged_state(subject.base, model.config)
     tuning = StateTuning(model, base_path=subject.base, start=start)
     return Prepared(tuning, text, batches, name)
 
@@ -139,6 +144,11 @@ def _open_base(
     settings: TrainSettings, subject: WholeModel | Adapters | InitialState, dtype: Dtype | None
 ) -> tuple[RWKV7, str, Tokenizer]:
     """Returns the model to fine-tune, and the name and the tokenizer of its text."""
+    if not isinstance(subject, InitialState) and _has_state(subject.base):
+        raise ValueError(
+            f"{subject.base} begins with a trained initial state, which this training would not "
+            "use; take it off by goose-jax convert --state"
+        )
     model, metadata = load_pretrained(
         subject.base,
         dtype=dtype,
@@ -147,6 +157,10 @@ def _open_base(
     )
     name = tokenizer_name(subject.base, given=settings.tokenizer, recorded=metadata.tokenizer)
     return model, name, open_tokenizer(name, model.config.vocab_size)
+
+
+def _has_state(checkpoint: Path) -> bool:
+    return checkpoint_kind(checkpoint) != "native" and bool(open_foreign(checkpoint).states)
 
 
 def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingText, RandomWindows]:

@@ -1,7 +1,7 @@
 """Training: the official recipe, fine-tuning, and runs that can be interrupted."""
 
 from goose_jax.training.evaluation import Evaluation, make_evaluation
-from goose_jax.training.initial_state import load_initial_state
+from goose_jax.training.initial_state import load_initial_state, starting_state
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
 from goose_jax.training.loss import mean_loss, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -63,6 +63,7 @@ __all__ = [
     "mean_loss",
     "merge_lora",
     "save_tuning_checkpoint",
+    "starting_state",
     "state_losses",
     "token_losses",
     "train_steps",

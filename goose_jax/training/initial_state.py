@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from goose_jax.checkpoints import load_state
+from goose_jax.checkpoints import load_merged_state, load_state
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
 from goose_jax.training.state_tuning import tuned_state
@@ -31,4 +31,27 @@ def load_initial_state(path: Path | str, model: RWKV7) -> RWKV7State:
     return tuned_state(checkpoint.params, model.config)
 
 
-__all__ = ["load_initial_state"]
+def starting_state(
+    checkpoint: Path | str, state: Path | str | None, model: RWKV7
+) -> RWKV7State | None:
+    """Returns the state that texts of a model begin with, as a batch of one row.
+
+    Args:
+      checkpoint: the checkpoint of the model. If a trained initial state lies beside its weights,
+        texts begin with that.
+      state: another state, a path that `load_initial_state` accepts, or None.
+      model: the model.
+
+    Returns:
+      The state; None if texts begin with zeros.
+
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: if `state` is damaged, holds no state, or belongs to another model.
+    """
+    if state is not None:
+        return load_initial_state(state, model)
+    return load_merged_state(checkpoint, model.config)
+
+
+__all__ = ["load_initial_state", "starting_state"]
