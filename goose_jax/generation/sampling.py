@@ -1,7 +1,8 @@
 """Draws the next token from logits, as the official `rwkv` package does.
 
 The order of operations differs from most libraries: first softmax, then top-p, then top-k, and only
-then the temperature, as a power of the probabilities that are left.
+then the temperature, as a power of the probabilities that are left. The order of `transformers` and
+vLLM is an option: first the temperature, then top-k, then top-p.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ _RANGES = (
 class SamplingConfig:
     """How the next token is drawn. The defaults draw from the model's own distribution.
 
-    An instance is a pytree with the six numbers as leaves, so that a jitted function which takes it
-    as an argument is not compiled anew for other numbers. Only `greedy` and `filters` are static:
+    An instance is a pytree with the seven values as leaves, so that a jitted function that takes it
+    as an argument is not compiled anew for other values. Only `greedy` and `filters` are static:
     greedy decoding needs no random numbers, and sorting the vocabulary for filters costs time.
     `stack_sampling` makes an instance with different settings for each row of a batch.
 
@@ -48,9 +49,12 @@ class SamplingConfig:
       frequency_penalty: subtracted from a token's logit, times the number of times that the token
         was generated.
       penalty_decay: each new token multiplies these numbers by this factor.
+      temperature_first: whether the filters act on the probabilities at this temperature, first
+        `top_k` and then `top_p` on what it leaves, as in `transformers` and vLLM. By default they
+        act on the probabilities at temperature 1, first `top_p`, as in the package `rwkv`.
 
     Raises:
-      ValueError: if a value is not a number in its range. The message names it.
+      ValueError: if a value has the wrong type or is not in its range. The message names it.
     """
 
     temperature: float = 1.0
@@ -59,6 +63,7 @@ class SamplingConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
+    temperature_first: bool = False
 
     # Not fields: `__post_init__` derives them from the fields and sets them on the instance.
     _greedy = False
@@ -73,6 +78,8 @@ class SamplingConfig:
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
             raise ValueError(f"top_k must be an integer, got {self.top_k!r}")
         _set(self, "top_k", int(_check_number("top_k", self.top_k, 0, _INT32_MAX)))
+        if not isinstance(self.temperature_first, bool):
+            raise ValueError(f"temperature_first must be a bool, got {self.temperature_first!r}")
         _set(self, "_greedy", self.temperature == 0)
         _set(self, "_filters", self.top_k > 0 or self.top_p < 1)
 
@@ -87,20 +94,20 @@ class SamplingConfig:
         return self._filters
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[bool, bool]]:
-        """Returns the six numbers as leaves, and the two static facts."""
-        return tuple(getattr(self, name) for name in _NUMBERS), (self.greedy, self.filters)
+        """Returns the values as leaves, and the two static facts."""
+        return tuple(getattr(self, name) for name in _VALUES), (self.greedy, self.filters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[bool, bool], leaves: tuple[Any, ...]) -> Self:
-        """Makes an instance of numbers that may be traced, and therefore cannot be checked."""
+        """Makes an instance of values that may be traced, and therefore cannot be checked."""
         config = object.__new__(cls)
-        names = (*_NUMBERS, "_greedy", "_filters")
+        names = (*_VALUES, "_greedy", "_filters")
         for name, value in zip(names, (*leaves, *static), strict=True):
             _set(config, name, value)
         return config
 
 
-_NUMBERS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+_VALUES = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
 def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
@@ -110,7 +117,7 @@ def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
       configs: B settings, one for each row.
 
     Returns:
-      Settings whose numbers are arrays `[B]`, for the functions of this module.
+      Settings whose values are arrays `[B]`, for the functions of this module.
 
     Raises:
       TypeError: if one of `configs` is not a `SamplingConfig`.
@@ -120,7 +127,7 @@ def stack_sampling(configs: Sequence[SamplingConfig]) -> SamplingConfig:
         raise ValueError(f"configs must hold at least one SamplingConfig, got {configs!r}")
     for i, config in enumerate(configs):
         check_sampling(f"configs[{i}]", config)
-    stacked = [np.array([getattr(config, name) for config in configs]) for name in _NUMBERS]
+    stacked = [np.array([getattr(config, name) for config in configs]) for name in _VALUES]
     greedy = all(config.greedy for config in configs)
     filters = any(config.filters and not config.greedy for config in configs)
     return SamplingConfig.tree_unflatten((greedy, filters), tuple(stacked))
@@ -207,9 +214,9 @@ def count_token(
     return decayed + jax.nn.one_hot(tokens, counts.shape[-1], dtype=counts.dtype)
 
 
-def _column(numbers: Any, dtype: Any) -> Array:
-    """Returns one number for all rows as a scalar, and one number for each row as `[B, 1]`."""
-    array = jnp.asarray(numbers, dtype)
+def _column(values: Any, dtype: Any) -> Array:
+    """Returns one value for all rows as a scalar, and one value for each row as `[B, 1]`."""
+    array = jnp.asarray(values, dtype)
     return array if array.ndim == 0 else array[:, None]
 
 
@@ -225,38 +232,46 @@ def _penalized(
 
 
 def _filtered(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Returns logits whose softmax is the distribution after top-p, top-k and temperature.
+    """Returns logits whose softmax is the distribution after filters and temperature.
 
     The values of greedy rows have no meaning.
     """
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    if config.filters:
-        kept = _kept(jnp.exp(log_probabilities), config)
-        log_probabilities = jnp.where(kept, log_probabilities, -jnp.inf)
     temperature = _column(config.temperature, logits.dtype)
-    # Relative to the maximum, so that a tiny temperature cannot overflow to -inf everywhere.
-    relative = log_probabilities - log_probabilities.max(axis=-1, keepdims=True)
-    return relative / jnp.where(temperature > 0, temperature, 1.0)
+    temperature = jnp.where(temperature > 0, temperature, 1.0)
+    # Relative to the maximum, so that a tiny temperature cannot overflow to -inf everywhere. The
+    # maximum is kept by all filters.
+    relative = logits - logits.max(axis=-1, keepdims=True)
+    if not config.filters:
+        return relative / temperature
+    first = _column(config.temperature_first, bool)
+    filtered = jax.nn.softmax(relative / jnp.where(first, temperature, 1.0), axis=-1)
+    return jnp.where(_kept(filtered, config), relative / temperature, -jnp.inf)
 
 
 def _kept(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Bool[Array, "B V"]:
-    """Returns which tokens top-p and top-k keep: always at least the most probable one."""
+    """Returns which tokens top-p and top-k keep: always at least the most probable one.
+
+    If the temperature came first, top-p counts only the probability that top-k leaves.
+    """
     size = probabilities.shape[-1]
     token = jnp.broadcast_to(jnp.arange(size), probabilities.shape)
     # A stable sort: of equally probable tokens the one with the lower id comes first.
     negated, order = jax.lax.sort((-probabilities, token), dimension=-1, num_keys=1)
     ordered = -negated
 
+    top_k = _column(config.top_k, jnp.int32)
+    last = jnp.where((top_k > 0) & (top_k < size), top_k, size) - 1
+    last = jnp.broadcast_to(last, (*probabilities.shape[:-1], 1))
+    least, least_token = (jnp.take_along_axis(x, last, axis=-1) for x in (ordered, order))
+    in_top_k = (probabilities > least) | ((probabilities == least) & (token <= least_token))
+
     # The first position at which the sum reaches top_p. If rounding keeps the sum below top_p, that
     # is the last position, and top_p = 1 drops nothing even where the sum reaches 1 early.
     top_p = _column(config.top_p, probabilities.dtype)
-    below = (jnp.cumsum(ordered, axis=-1) < top_p).sum(axis=-1, keepdims=True)
+    sums = jnp.cumsum(ordered, axis=-1)
+    of_top_k = jnp.take_along_axis(sums, last, axis=-1)
+    total = jnp.where(_column(config.temperature_first, bool), of_top_k, 1.0)
+    below = (sums < top_p * total).sum(axis=-1, keepdims=True)
     cutoff = jnp.take_along_axis(ordered, jnp.minimum(below, size - 1), axis=-1)
     in_top_p = (probabilities >= cutoff) | (top_p >= 1)
-
-    top_k = _column(config.top_k, jnp.int32)
-    last = jnp.where((top_k > 0) & (top_k < size), top_k, size) - 1
-    last = jnp.broadcast_to(last, below.shape)
-    least, least_token = (jnp.take_along_axis(x, last, axis=-1) for x in (ordered, order))
-    in_top_k = (probabilities > least) | ((probabilities == least) & (token <= least_token))
     return in_top_p & in_top_k

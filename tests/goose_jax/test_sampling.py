@@ -43,13 +43,33 @@ def official_probabilities(logits, counts, config):
     return probabilities / probabilities.sum()
 
 
+def common_probabilities(logits, counts, config):
+    """One row, in float64, in the order of most libraries: temperature, top-k, top-p."""
+    neutral = {"top_k": 0, "top_p": 1.0, "temperature_first": False}
+    probabilities = official_probabilities(logits, counts, dataclasses.replace(config, **neutral))
+    order = np.argsort(-probabilities, kind="stable")
+    if 0 < config.top_k < len(probabilities):
+        probabilities[order[config.top_k :]] = 0
+    probabilities /= probabilities.sum()
+    if config.top_p < 1:
+        kept = np.cumsum(probabilities[order]) - probabilities[order] < config.top_p
+        cutoff = probabilities[order][max(kept.sum() - 1, 0)]
+        probabilities[probabilities < cutoff] = 0
+    return probabilities / probabilities.sum()
+
+
+def reference_probabilities(logits, counts, config):
+    reference = common_probabilities if config.temperature_first else official_probabilities
+    return reference(logits, counts, config)
+
+
 PROBABILITIES = jax.jit(token_probabilities)
 DRAW = jax.jit(sample_token)
 
 
 def check(logits, counts, config, probabilities=PROBABILITIES):
     rows = zip(logits, counts, strict=True)
-    expected = np.stack([official_probabilities(*row, config) for row in rows])
+    expected = np.stack([reference_probabilities(*row, config) for row in rows])
     got = np.asarray(probabilities(jnp.float32(logits), jnp.float32(counts), config))
     np.testing.assert_array_equal(got > 0, expected > 1e-37)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
@@ -72,6 +92,22 @@ def test_probabilities_agree_with_the_official_order_of_operations():
         logits = logits.astype(np.float32)
         counts = (generator.integers(0, 4, size=(4, 50)) * 0.75).astype(np.float32)
         check(logits, counts, config)
+
+
+def test_probabilities_agree_with_the_common_order_of_operations():
+    generator = np.random.default_rng(5)
+    differ = 0
+    for config in CONFIGS:
+        config = dataclasses.replace(config, temperature_first=True)
+        logits = generator.normal(size=(4, 50)) * generator.uniform(0.1, 5, size=(4, 1))
+        logits = logits.astype(np.float32)
+        counts = (generator.integers(0, 4, size=(4, 50)) * 0.75).astype(np.float32)
+        got = check(logits, counts, config)
+        official = PROBABILITIES(
+            logits, counts, dataclasses.replace(config, temperature_first=False)
+        )
+        differ += ((got > 0) != (official > 0)).any()
+    assert differ > 50
 
 
 def test_ties_stay_together_in_top_p_and_break_by_id_in_top_k():
@@ -200,7 +236,10 @@ def test_other_numbers_do_not_compile_anew():
 
 def test_each_row_can_have_settings_of_its_own():
     generator = np.random.default_rng(8)
-    configs = [dataclasses.replace(c, penalty_decay=i % 7 / 7) for i, c in enumerate(CONFIGS)]
+    configs = [
+        dataclasses.replace(c, penalty_decay=i % 7 / 7, temperature_first=i % 5 < 2)
+        for i, c in enumerate(CONFIGS)
+    ]
     rows = len(configs)
     logits = generator.normal(size=(rows, 50)).astype(np.float32) * 3
     logits[::2] = np.round(logits[::2])  # ties
@@ -213,7 +252,7 @@ def test_each_row_can_have_settings_of_its_own():
     counted = count_token(counts, drawn, stacked)
     for i, config in enumerate(configs):
         row = slice(i, i + 1)
-        expected = official_probabilities(logits[i], counts[i], config)
+        expected = reference_probabilities(logits[i], counts[i], config)
         np.testing.assert_allclose(probabilities[i], expected, atol=TOLERANCE)
         assert drawn[i] == DRAW(keys[row], logits[row], counts[row], config)[0]
         np.testing.assert_array_equal(counted[i], count_token(counts[row], drawn[row], config)[0])
@@ -275,6 +314,7 @@ def test_penalties_that_overflow_leave_a_distribution():
         ("frequency_penalty", math.nan),
         ("penalty_decay", 1.1),
         ("penalty_decay", -0.5),
+        ("temperature_first", 1),
     ],
 )
 def test_wrong_numbers_are_named(name, value):
