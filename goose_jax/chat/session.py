@@ -1,10 +1,12 @@
 """A conversation with a model, which the model remembers as its recurrent state."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from goose_jax.chat.prompt import STOPS, next_turn
+from goose_jax.chat.presets import SAMPLING_PRESETS
+from goose_jax.chat.prompt import STOPS, Thinking, check_thinking, next_turn, reply_prefix
+from goose_jax.chat.tools import tools_text
 from goose_jax.generation import SamplingConfig, generate, prefill
 from goose_jax.generation.validation import SEEDS, check_seed
 from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
@@ -18,8 +20,6 @@ type Ending = Literal["end", "length", "interrupted"]
 BLOCK_SIZE = 4
 """Number of tokens between two calls of `stopped`."""
 
-_SAMPLING = SamplingConfig(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplySettings:
@@ -27,7 +27,9 @@ class ReplySettings:
 
     Attributes:
       system: instructions for the assistant; only the beginning of a conversation can hold them.
-      think: let the model think before it answers; for models that were trained to.
+      think: how the model thinks before it answers, for models that were trained to. none: not at
+        all. fast, closed: its thoughts are empty, on one or two lines. on: it thinks. short,
+        medium, long: it thinks a bit, as usual or a lot.
       max_new_tokens: maximum number of tokens in a reply.
       sampling: how tokens are drawn.
       stop: more texts that end a reply; they are not part of it.
@@ -38,13 +40,14 @@ class ReplySettings:
     """
 
     system: str = ""
-    think: bool = False
+    think: Thinking = "none"
     max_new_tokens: int = 1024
-    sampling: SamplingConfig = _SAMPLING
+    sampling: SamplingConfig = SAMPLING_PRESETS["demo"]
     stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_thinking(self.think)
         check_positive("max_new_tokens", self.max_new_tokens)
         check_seed(self.seed)
         TextStop(self.stop)
@@ -73,6 +76,10 @@ class ChatSession:
       tokenizer: tokenizer of the model.
       settings: settings of the replies.
       start: state of one row that conversations start from; None is the start of a text.
+      tools: functions that the model may call, as `goose_jax.chat.tools.tools_text` takes them.
+
+    Raises:
+      ValueError: if `tools` have another form.
 
     Example:
       >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1)
@@ -87,6 +94,11 @@ class ChatSession:
     Attributes:
       settings: settings of the next reply; may be assigned.
       conversation: the conversation so far; may be assigned, to continue another one.
+      tools: functions that the model may call; may be assigned. The beginning of a conversation
+        describes them. Later only their presence counts: without thinking, a reply is begun as a
+        call as long as there are any.
+      last_reply: the last reply in this session, from the text that it begins with (`<think` or
+        the beginning of a call). `goose_jax.chat.split_thinking` and `parse_tool_calls` read it.
     """
 
     def __init__(
@@ -95,8 +107,11 @@ class ChatSession:
         tokenizer: Tokenizer,
         settings: ReplySettings,
         start: RWKV7State | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ):
+        tools_text(tools)  # checks them
         self.settings = settings
+        self.tools = tools
         self._weights = prepare_decoding(model)
         self._tokenizer = tokenizer
         self._replies = 0
@@ -116,6 +131,7 @@ class ChatSession:
     def conversation(self, conversation: Conversation) -> None:
         self._conversation = conversation
         self._last_turn: tuple[Conversation, str] | None = None
+        self.last_reply = ""
 
     def reply(
         self, message: str, write: Callable[[str], None], stopped: Callable[[], bool]
@@ -138,7 +154,13 @@ class ChatSession:
           ValueError: if the tokenizer cannot encode the message.
         """
         before, settings = self._conversation, self.settings
-        turn = next_turn(before.text, message, system=settings.system, think=settings.think)
+        turn = next_turn(
+            before.text,
+            message,
+            system=settings.system,
+            think=settings.think,
+            tools=self.tools,
+        )
         turn, tokens = self._encode_turn(turn, is_first=not before.text)
         stop = TextStop((*STOPS, *settings.stop))
         writer = _ReplyWriter(TextStream(self._tokenizer, tokens, stop), write)
@@ -164,6 +186,7 @@ class ChatSession:
             state = prefill(self._weights, [tokens + kept], state=before.state)
         self.conversation = Conversation(before.text + turn + writer.text, state)
         self._last_turn = (before, message)
+        self.last_reply = reply_prefix(settings.think, calls=bool(self.tools)) + writer.text
         self._replies += 1
         if interrupted:
             return "interrupted"
@@ -200,12 +223,12 @@ class ChatSession:
         """
         if self._last_turn is None:
             raise ValueError("there is no message to reply to again")
-        after, last_turn = self._conversation, self._last_turn
+        after, last_turn, last_reply = self._conversation, self._last_turn, self.last_reply
         try:
             self.conversation = last_turn[0]
             return self.reply(last_turn[1], write, stopped)
         except BaseException:
-            self._conversation, self._last_turn = after, last_turn
+            self._conversation, self._last_turn, self.last_reply = after, last_turn, last_reply
             raise
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import signal
 import sys
 import threading
@@ -12,11 +13,22 @@ from typing import Annotated, Any
 
 import tyro
 
-from goose_jax.chat import ChatSession, Ending, ReplySettings, load_chat, save_chat
-from goose_jax.chat.prompt import clean, think_prefix
+from goose_jax.chat import (
+    SAMPLING_PRESETS,
+    ChatSession,
+    Ending,
+    ReplySettings,
+    SamplingPreset,
+    load_chat,
+    parse_tool_calls,
+    save_chat,
+    split_thinking,
+    tool_output,
+)
+from goose_jax.chat.prompt import clean, reply_prefix
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.config import Dtype
-from goose_jax.generation import NonFiniteLogitsError
+from goose_jax.generation import NonFiniteLogitsError, SamplingConfig
 from goose_jax.nn import RWKV7
 from goose_jax.training import starting_state
 
@@ -34,11 +46,14 @@ def chat(
     dtype: Dtype | None = None,
     state: Path | None = None,
     load: Path | None = None,
+    preset: SamplingPreset | None = None,
+    tools: Path | None = None,
 ) -> None:
     """Holds a conversation with a model. In the session, /help lists the commands.
 
     In use:
-      goose-jax chat rwkv7-g1.pth --think
+      goose-jax chat rwkv7-g1.pth --think on --preset think
+      goose-jax chat rwkv7-g1.pth --tools functions.json --preset tools
       goose-jax chat my-model/ --dtype bfloat16 --system "Be brief." --temperature 0.8
       goose-jax chat my-model/ --load yesterday.chat
 
@@ -52,14 +67,22 @@ def chat(
       state: State that conversations begin with: a file of a tuned initial state or of a state of
         the rwkv package, or the folder of a run of state tuning.
       load: File of a saved conversation to continue.
+      preset: Recommended sampling, in place of all settings of sampling; /set changes single ones.
+      tools: File with a JSON list of functions that the model may call: objects with name,
+        description and parameters (a JSON schema).
 
     Raises:
       ValueError: if an argument is out of range, a file is damaged, or it belongs to another model.
       OSError: if a file does not exist or cannot be read.
     """
+    if preset is not None:
+        if settings.sampling != ReplySettings().sampling:
+            raise ValueError(f"give either --preset {preset} or settings of sampling, not both")
+        settings = dataclasses.replace(settings, sampling=SAMPLING_PRESETS[preset])
+    functions = [] if tools is None else _read_tools(tools)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = starting_state(checkpoint, state, model)
-    session = ChatSession(model, found, settings, start)
+    session = ChatSession(model, found, settings, start, functions)
     if load is not None:
         session.conversation = load_chat(load, model)
     with contextlib.suppress(ImportError):
@@ -82,6 +105,7 @@ class _Terminal:
             "set": ("[NAME VALUE]", "show the settings, or change one", self._set),
             "reset": ("", "forget the conversation and begin anew", self._reset),
             "regenerate": ("", "write another reply to the last message", self._regenerate),
+            "output": ("TEXT", "give the model the output of the function it called", self._output),
             "history": ("", "show the conversation as the model has read it", self._history),
             "save": ("FILE", "save the conversation", self._save),
             "load": ("FILE", "go on with a conversation that was saved", self._load),
@@ -114,14 +138,15 @@ class _Terminal:
             )
         usage, _, command = self._commands[name]
         argument = argument.strip()
-        if (usage == "FILE") != bool(argument) and not usage.startswith("["):
+        if not usage.startswith("[") and bool(usage) != bool(argument):
             raise ValueError(f"usage: /{name} {usage}".rstrip())
         command(argument)
 
     def _write_reply(
         self, reply: Callable[[Callable[[str], None], Callable[[], bool]], Ending]
     ) -> None:
-        label = [f"\nAssistant:{think_prefix(self._session.settings.think)}"]
+        begun = reply_prefix(self._session.settings.think, calls=bool(self._session.tools))
+        label = [f"\nAssistant:{begun}"]
 
         def write(text: str) -> None:
             _write("".join(label) + text)
@@ -142,6 +167,15 @@ class _Terminal:
             "interrupted": "\n[interrupted]",
         }
         print(f"{note[ending]}\n")
+        if self._session.tools and ending == "end":
+            self._show_calls()
+
+    def _show_calls(self) -> None:
+        calls = parse_tool_calls(split_thinking(self._session.last_reply)[1])
+        for call in calls:
+            print(f"[calls {call.name} with {json.dumps(call.arguments, ensure_ascii=False)}]")
+        if calls:
+            print("[/output TEXT gives the model what the function returns]\n")
 
     def _help(self, _argument: str) -> None:
         for name, (usage, purpose, _command) in self._commands.items():
@@ -163,6 +197,9 @@ class _Terminal:
 
     def _regenerate(self, _argument: str) -> None:
         self._write_reply(self._session.regenerate)
+
+    def _output(self, argument: str) -> None:
+        self._write_reply(lambda *how: self._session.reply(tool_output(argument), *how))
 
     def _history(self, _argument: str) -> None:
         print(self._session.conversation.text)
@@ -200,12 +237,33 @@ def _changed(settings: ReplySettings, argument: str) -> ReplySettings:
     """Returns the settings after the command `/set NAME VALUE`."""
     name, _, text = argument.partition(" ")
     defaults = _flat(ReplySettings())
+    if name == "preset":
+        return dataclasses.replace(settings, sampling=_preset(text.strip()))
     if name not in defaults:
-        raise ValueError(f"there is no setting {name!r}; give one of {', '.join(defaults)}")
+        known = ", ".join([*defaults, "preset"])
+        raise ValueError(f"there is no setting {name!r}; give one of {known}")
     change = {name: _parse(name, text.strip(), type(defaults[name]))}
     if not hasattr(settings, name):
         change = {"sampling": dataclasses.replace(settings.sampling, **change)}
     return dataclasses.replace(settings, **change)
+
+
+def _preset(name: str) -> SamplingConfig:
+    for preset, sampling in SAMPLING_PRESETS.items():
+        if preset == name:
+            return sampling
+    raise ValueError(f"preset must be one of {', '.join(SAMPLING_PRESETS)}, got {name!r}")
+
+
+def _read_tools(path: Path) -> list[Any]:
+    """Reads descriptions of functions. `ChatSession` checks each of them."""
+    try:
+        functions = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(functions, list):
+        raise ValueError(f"{path} must hold a list of functions")
+    return functions
 
 
 def _parse(name: str, text: str, kind: type) -> Any:

@@ -10,9 +10,21 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from goose_jax.chat import ChatSession, Conversation, ReplySettings, load_chat, save_chat
+from goose_jax.chat import (
+    SAMPLING_PRESETS,
+    ChatSession,
+    Conversation,
+    ReplySettings,
+    ToolCall,
+    load_chat,
+    parse_tool_calls,
+    save_chat,
+    split_thinking,
+    tool_output,
+)
 from goose_jax.chat import session as session_module
-from goose_jax.chat.prompt import clean, next_turn, think_prefix
+from goose_jax.chat.prompt import STOPS, THINKING, clean, next_turn, reply_prefix
+from goose_jax.chat.tools import tools_text
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.config import RWKV7Config
 from goose_jax.generation import generate, prefill
@@ -52,13 +64,202 @@ def test_messages_are_cleaned():
 
 def test_turns_are_separated_by_one_blank_line():
     assert next_turn("", "Hi") == "User: Hi\n\nAssistant:"
-    assert next_turn("", "Hi", system="Be\n\nbrief. ", think=True) == (
+    assert next_turn("", "Hi", system="Be\n\nbrief. ", think="on") == (
         "System: Be\nbrief.\n\nUser: Hi\n\nAssistant: <think"
     )
     for read in ("... 4", "... 4\n", "... 4\n\n"):
         turn = next_turn(read, "a\n\nUser: b", system="late")
         assert read + turn == "... 4\n\nUser: a\nUser: b\n\nAssistant:"
-    assert (think_prefix(True), think_prefix(False)) == (" <think", "")
+
+
+@pytest.mark.parametrize(
+    ("think", "prompt"),  # as RWKV7-G1x-templates.txt in RWKV-LM has them
+    [
+        ("none", "User: xxx\n\nAssistant:"),
+        ("on", "User: xxx\n\nAssistant: <think"),
+        ("closed", "User: xxx\n\nAssistant: <think>\n</think"),
+        ("fast", "User: xxx\n\nAssistant: <think></think"),
+        ("medium", "User: xxx (think)\n\nAssistant: <think"),
+        ("short", "User: xxx (think a bit)\n\nAssistant: <think"),
+        ("long", "User: xxx (think a lot)\n\nAssistant: <think"),
+    ],
+)
+def test_thinking_has_the_official_templates(think, prompt):
+    assert next_turn("", "xxx ", think=think) == prompt
+    assert prompt.endswith("Assistant:" + reply_prefix(think))
+    assert len(THINKING) == 7
+
+
+# The example of RWKV7-G1x-templates.txt in RWKV-LM.
+TOOLS_PROMPT = (
+    'System: Tools:\n[\n{"name":"find_free_slots","description":"Find free calendar slots",'
+    '"arguments":{"date":{"type":"string"},"duration_minutes":{"type":"integer"},'
+    '"time_window":{"type":"string"}}},\n{"name":"create_calendar_event","description":'
+    '"Create a calendar event","arguments":{"title":{"type":"string"},"start_time":'
+    '{"type":"string"},"end_time":{"type":"string"},"attendees":{"type":"array","items":'
+    '{"type":"string"}}}}\n]\nReturn only a JSON function call.\n\nUser: Schedule a 30-minute '
+    "sync with Bob on 2026-05-08 afternoon.\n\nAssistant: ```json"
+)
+CALL = (
+    '\n{"name":"find_free_slots","arguments":{"date":"2026-05-08","duration_minutes":30,'
+    '"time_window":"afternoon"}}\n```'
+)
+AFTER_CALL = (
+    '\n\nUser: Function output:\n{"free_slots":[{"start":"2026-05-08T15:00:00+09:00",'
+    '"end":"2026-05-08T15:30:00+09:00"}],"bob_email":"bob@example.com"}\n\nAssistant: ```json'
+)
+STRING = {"type": "string"}
+TOOLS = [
+    {
+        "name": "find_free_slots",
+        "description": "Find free calendar slots",
+        "arguments": {
+            "date": STRING,
+            "duration_minutes": {"type": "integer"},
+            "time_window": STRING,
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "create_calendar_event",
+            "description": "Create a calendar event",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "title": STRING,
+                    "start_time": STRING,
+                    "end_time": STRING,
+                    "attendees": {"type": "array", "items": STRING},
+                },
+            },
+        },
+    },
+]
+
+
+def test_function_calls_have_the_official_template():
+    message = "Schedule a 30-minute sync with Bob on 2026-05-08 afternoon."
+    assert next_turn("", message, tools=TOOLS) == TOOLS_PROMPT
+    slot = {"start": "2026-05-08T15:00:00+09:00", "end": "2026-05-08T15:30:00+09:00"}
+    output = tool_output({"free_slots": [slot], "bob_email": "bob@example.com"})
+    assert next_turn(TOOLS_PROMPT + CALL, output, tools=TOOLS) == AFTER_CALL
+    assert parse_tool_calls(reply_prefix("none", calls=True) + CALL) == [
+        ToolCall(
+            "find_free_slots",
+            {"date": "2026-05-08", "duration_minutes": 30, "time_window": "afternoon"},
+        )
+    ]
+    thinking = next_turn("", message, tools=TOOLS, think="on", system="Be\n\nbrief.")
+    assert thinking.startswith("System: Be\nbrief.\nTools:\n[\n{")
+    assert thinking.endswith("\n\nAssistant: <think")
+    required = tools_text([{"name": "é", "parameters": {"required": ["a"]}}])
+    assert '\n{"name":"é","arguments":{},"required":["a"]}\n' in required
+    assert tool_output("plain") == "Function output:\nplain"
+
+
+@pytest.mark.parametrize(
+    ("answer", "calls"),
+    [
+        ("Fine, thanks.", []),
+        ('{"name": "f"}', [ToolCall("f", {})]),
+        ('```json\n[{"name": "f"}, {"name": "g"}]\n```', [ToolCall("f", {}), ToolCall("g", {})]),
+        ('Here:\n```json\n{"name": "f"}```\nand\n```\n{"name": "g"}\n```\nDone.', None),
+        ('```json\n{"name": "f", "arguments": {"a": "```\\n"}}', [ToolCall("f", {"a": "```\n"})]),
+        ('```python\n{"name": 1}\n```\nso\n```\nx = 1\n```\n', []),
+    ],
+)
+def test_calls_are_found_in_answers(answer, calls):
+    expected = [ToolCall("f", {}), ToolCall("g", {})] if calls is None else calls
+    assert parse_tool_calls(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (" ```json", "the model's call is not JSON: Expecting value"),
+        ('```json\n{"name": "f", "argu', "the model's call is not JSON: .*argu"),
+        ("[" * 100_000, "the model's call is not JSON: .*recursion"),
+        ('```json\n{"name": "f"} or\n```', "text follows the model's call: ' or"),
+        ('{"name": "f"} or', "text follows the model's call: ' or"),
+        ("```json\n17\n```", "a call must have a name and an object of arguments, got 17"),
+        ('{"name": ""}', "a call must have a name"),
+        ('{"name": "f", "arguments": [1]}', "a call must have a name and an object of arguments"),
+    ],
+)
+def test_wrong_calls_are_named(answer, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_tool_calls(answer)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (3, r"tools\[1\] must be an object with a name, got 3"),
+        ({"function": {"name": 3}}, r"tools\[1\] must be an object with a name"),
+        ({"name": "g", "parameters": 3}, r"tools\[1\] must have an object as parameters, got 3"),
+        ({"name": "g", "arguments": [3]}, r"tools\[1\] must have an object as arguments"),
+        ({"name": "g", "arguments": {"a": {1}}}, "JSON cannot hold .*set"),
+    ],
+)
+def test_wrong_tools_are_named(model, tokenizer, tool, message):
+    with pytest.raises(ValueError, match=message):
+        ChatSession(model, tokenizer, SHORT, tools=[{"name": "f"}, tool])
+
+
+def test_thoughts_are_divided_from_the_answer():
+    assert split_thinking(" 4") == ("", "4")
+    assert split_thinking(" <think></think>\n4\n") == ("", "4")
+    assert split_thinking(" <think>\nOh.\n\n2 + 2\n</think>\n\n4") == ("Oh.\n\n2 + 2", "4")
+    assert split_thinking(" <think> 2 +") == ("2 +", "")
+    assert split_thinking(" <think") == ("", "<think")
+
+
+def test_a_reply_may_be_begun_as_a_call(model, tokenizer):
+    session = ChatSession(model, tokenizer, SHORT, tools=[{"name": "f"}])
+    assert session.last_reply == ""
+    reply = say(session, "Hi")[1]
+    assert session.last_reply == " ```json" + reply
+    assert session.conversation.text == next_turn("", "Hi", tools=[{"name": "f"}]) + reply
+    check_state(session.conversation)
+    session.tools = ()
+    session.settings = dataclasses.replace(SHORT, think="fast")
+    reply = say(session, "So")[1]
+    assert session.last_reply == " <think></think" + reply
+    session.reset()
+    assert session.last_reply == ""
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_the_turn_of_somebody_else_ends_a_reply(model, tokenizer, stop):
+    prompt = tokenizer.encode(next_turn("", "Hi"))
+    reply = generate(model, [prompt], **GREEDY_8).sequences[0]
+    place = next(i for i in range(1, 8) if reply[i] not in [*prompt, *reply[:i]])
+    tokenizer = with_bytes({reply[place]: stop.encode()})
+    kept = tokenizer.decode(reply[:place])
+    session = ChatSession(model, tokenizer, SHORT)
+    assert say(session, "Hi") == ("end", kept)
+    check_state(session.conversation, tokenizer)
+
+
+def test_presets_are_those_of_the_sources():
+    values = {
+        name: (c.temperature, c.top_p, c.top_k, c.presence_penalty, c.frequency_penalty)
+        for name, c in SAMPLING_PRESETS.items()
+    }
+    assert values == {
+        "demo": (1, 0.3, 0, 0.5, 0.5),
+        "think": (1, 0.5, 100, 0, 0),
+        "chat": (1, 0.5, 0, 2, 0.1),
+        "creative": (0.6, 0.7, 0, 2, 0.2),
+        "precise": (0.3, 0.3, 0, 0, 0),
+        "tools": (0, 1, 0, 0, 0),
+    }
+    decays = [SAMPLING_PRESETS[name].penalty_decay for name in ("demo", "think", "chat")]
+    assert decays == [0.996, 0.997, 0.99]
+    assert not any(c.temperature_first for c in SAMPLING_PRESETS.values())
+    assert ReplySettings().sampling == SAMPLING_PRESETS["demo"]
 
 
 def test_each_turn_reads_what_is_new(model, tokenizer, monkeypatch):
@@ -290,6 +491,7 @@ def test_a_conversation_of_another_model_is_refused(model, tmp_path):
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
         ({"seed": -1}, r"seed must lie in 0\.\.2\*\*32-1, got -1"),
         ({"stop": ("",)}, "stop must not be an empty text"),
+        ({"think": "hard"}, "think must be one of none, fast, .* long, got 'hard'"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from goose_jax.chat import ChatSession, load_chat, save_chat
+from goose_jax.chat import SAMPLING_PRESETS, ChatSession, ReplySettings, load_chat, save_chat
 from goose_jax.chat.prompt import next_turn
 from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
 from goose_jax.cli import chat as command
@@ -62,14 +62,18 @@ def test_settings_change_by_name():
     for line in ("temperature 0.5", "top_k 3", "think on", "stop END", "system Be brief."):
         settings = command._changed(settings, line)
     sampling = dataclasses.replace(GREEDY, temperature=0.5, top_k=3)
-    assert (settings.sampling, settings.think) == (sampling, True)
+    assert (settings.sampling, settings.think) == (sampling, "on")
     assert (settings.stop, settings.system) == (("END",), "Be brief.")
     assert command._changed(settings, "stop").stop == ()
+    assert command._changed(settings, "preset chat").sampling == SAMPLING_PRESETS["chat"]
+    assert command._changed(settings, "temperature_first on").sampling.temperature_first
     for line, message in (
         ("hotness 3", "no setting 'hotness'; give one of system, think, max_new"),
         ("top_k 1.5", "top_k must be of type int, got '1.5'"),
         ("temperature", "temperature must be of type float, got ''"),
-        ("think maybe", "think must be on or off, got 'maybe'"),
+        ("think maybe", "think must be one of none, fast, .*, got 'maybe'"),
+        ("temperature_first maybe", "temperature_first must be on or off, got 'maybe'"),
+        ("preset loud", "preset must be one of demo, think, .*, got 'loud'"),
         ("top_p 2", r"top_p must be in \[0, 1\], got 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -79,7 +83,7 @@ def test_settings_change_by_name():
 def test_messages_may_come_through_a_pipe(
     checkpoint, vocabulary_file, model, tokenizer, capsys, monkeypatch, tmp_path
 ):
-    settings = dataclasses.replace(SHORT, think=True)
+    settings = dataclasses.replace(SHORT, think="on")
     expected = ChatSession(model, tokenizer, settings)
     first = say(expected, "Hi")[1]
     save_chat(tmp_path / "a.chat", expected.conversation, model)
@@ -89,6 +93,45 @@ def test_messages_may_come_through_a_pipe(
     output = capsys.readouterr().out
     assert f"\nAssistant: <think{second}\n[stopped: max_new_tokens 8]\n\nUser: \n" in output
     assert f" <think{first}\n\nUser: a\nb\n\nAssistant: <think" in expected.conversation.text
+
+
+def test_calls_of_functions_are_shown_and_answered(
+    checkpoint, vocabulary_file, model, capsys, monkeypatch, tmp_path
+):
+    replies = iter(['\n{"name":"f","arguments":{"a":"é"}}\n```', " It is 7."])
+    messages = []
+
+    def reply(session, message, write, stopped):
+        messages.append(message)
+        write(text := next(replies))
+        session.last_reply = " ```json" + text if text.startswith("\n") else text
+        return "end"
+
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}]')
+    monkeypatch.setattr(ChatSession, "reply", reply)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('Hi\n/output\n/output {"b": 7}\n'))
+    command.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file), tools=tools)
+    output = capsys.readouterr().out
+    assert "\nAssistant: ```json\n{" in output
+    assert '\n[calls f with {"a": "é"}]\n[/output TEXT gives the model what' in output
+    assert "error: usage: /output TEXT" in output
+    assert messages == ["Hi", 'Function output:\n{"b": 7}']
+    for text, message in (("{", "is not JSON"), ("{}", "must hold a list"), ("[3]", r"tools\[0\]")):
+        tools.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            command.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file), tools=tools)
+
+
+def test_a_preset_takes_the_place_of_the_settings_of_sampling(
+    checkpoint, vocabulary_file, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/set\n"))
+    command.chat(checkpoint, tokenizer=str(vocabulary_file), preset="creative")
+    assert "  temperature 0.6\n  top_k 0\n  top_p 0.7\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give either --preset chat or settings of sampling"):
+        command.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file), preset="chat")
+    assert ReplySettings().think == "none"
 
 
 def test_logits_that_are_not_finite_are_an_error(
