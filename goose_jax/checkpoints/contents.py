@@ -59,10 +59,11 @@ def read_contents(path: Path) -> CheckpointContents:
     if checkpoint_kind(path) == "native":
         path = find_checkpoint(path)
         config, metadata = read_description(path)
-        # The official layout has the names of all parameters that our checkpoints hold.
-        names = [name for entry in OFFICIAL.entries for name in entry.names(config.num_layers)]
-        dtypes = dict.fromkeys(names, dtype_name("param_dtype", config.param_dtype))
-        counts = _count_parameters(config, OFFICIAL, dtypes)
+        dtype, sizes = dtype_name("param_dtype", config.param_dtype), axis_sizes(config)
+        counts: Counter[tuple[str, str]] = Counter()
+        for entry in OFFICIAL.entries:  # it has all parameters that our checkpoints hold
+            layers = config.num_layers if entry.is_stacked else 1
+            counts[_group(entry.parameter), dtype] += layers * math.prod(entry.shape(sizes))
         return CheckpointContents(path, None, "native", config, metadata, counts)
     found = open_foreign(path)
     dtypes = {name: tensor.dtype.name for name, tensor in found.tensors.items()}

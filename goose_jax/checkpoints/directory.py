@@ -20,12 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from goose_jax.checkpoints.atomic_write import atomic_path
-from goose_jax.checkpoints.errors import CheckpointError, shorten_name
+from goose_jax.checkpoints.errors import CheckpointError, cause, shorten_name
 
 CHECKSUMS = "checksums.json"
 """The file with the size and CRC-32 of each other file. It marks a complete directory."""
 
 _ROOM_FOR_DESCRIPTIONS = 1 << 20
+_LONGEST = 255  # characters of a file's name
 _BLOCK = 1 << 20  # bytes that are read at once for a checksum
 
 
@@ -73,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object")
     return value
@@ -215,7 +216,7 @@ def verify_directory(
     """
     for name, expected in read_json(path / CHECKSUMS).items():
         parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name or len(name) > _LONGEST:
             raise CheckpointError(
                 f"{path} is damaged: {CHECKSUMS} names {shorten_name(repr(name))}"
             )

@@ -24,7 +24,7 @@ from goose_jax.checkpoints.directory import (
     verify_directory,
     write_directory,
 )
-from goose_jax.checkpoints.errors import CheckpointError, list_names, shorten_name
+from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
 
@@ -143,7 +143,11 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
     if (found := stored.pop("format", None)) != _FORMAT:
         shown = shorten_name(repr(found))
         raise CheckpointError(f"{path} has format {shown}, but {_FORMAT} is read here")
-    config = RWKV7Config.from_dict(read_json(path / _CONFIG) | overrides)
+    try:
+        config = RWKV7Config.from_dict(read_json(path / _CONFIG))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / _CONFIG} is damaged: {cause(error)}") from error
+    config = dataclasses.replace(config, **overrides)
     return config, CheckpointMetadata.from_json(stored, str(path / _METADATA))
 
 

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from goose_jax.checkpoints.errors import CheckpointError, list_names, shorten_name
+from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
 from goose_jax.checkpoints.pth_pickle import describe_pickle
 from goose_jax.checkpoints.pth_tensor import PickleError, Storage, TensorView
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra
-_ENCRYPTED = 1
+_ENCRYPTED, _UTF_8 = 1, 0x800  # flags of an entry
 _SIGNATURE = b"PK\x03\x04"
 _PICKLE_SIGNATURES = (b"\x80\x02", b"\x80\x03", b"\x80\x04")  # the beginnings of pickles
 _MAX_PICKLE = 8 << 20  # bytes; the objects of a pickle may take 70 times as much
@@ -146,7 +146,8 @@ def _map(path: Path, begin: int, size: int) -> tuple[mmap.mmap | bytes, int]:
                 file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=begin - skipped
             ), skipped
         except ValueError as error:
-            raise CheckpointError(f"{path} has changed since it was opened: {error}") from error
+            text = f"{path} has changed since it was opened: {cause(error)}"
+            raise CheckpointError(text) from error
 
 
 class _Archive:
@@ -163,7 +164,7 @@ class _Archive:
                 *(zipfile.BadZipFile, NotImplementedError, OSError, ValueError),
                 *(struct.error, EOFError, OverflowError),
             ) as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+                raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
         self._entries = {entry.filename: entry for entry in entries}
         if len(self._entries) != len(entries):
             raise CheckpointError(f"{path} is damaged: entries of the archive share a name")
@@ -207,11 +208,15 @@ class _Archive:
             )
         offset = entry.header_offset
         header = self._bytes[offset : offset + _LOCAL_HEADER.size] if offset >= 0 else b""
-        signature, *lengths = _LOCAL_HEADER.unpack(header.ljust(_LOCAL_HEADER.size))
-        begin = offset + _LOCAL_HEADER.size + sum(lengths)
+        signature, length, extra = _LOCAL_HEADER.unpack(header.ljust(_LOCAL_HEADER.size))
+        begin = offset + _LOCAL_HEADER.size + length + extra
         end = begin + entry.file_size
         if signature != _SIGNATURE or end > len(self._bytes):
             raise CheckpointError(f"{self._path} is damaged: the entry {name} is cut off")
+        # The name stands in the directory of the archive, and again before the entry.
+        again = self._bytes[offset + _LOCAL_HEADER.size : begin - extra]
+        if again != entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437"):
+            raise CheckpointError(f"{self._path} is damaged: the entry {name} has two names")
         return begin, entry.file_size
 
 

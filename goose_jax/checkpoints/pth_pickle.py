@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from goose_jax.checkpoints.errors import shorten_name
+from goose_jax.checkpoints.errors import cause, shorten_name
 from goose_jax.checkpoints.pth_tensor import (
     STORAGE_DTYPES,
     Inert,
@@ -52,7 +52,7 @@ def describe_pickle(data: bytes | BinaryIO) -> Any:
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise PickleError(f"the pickle is damaged: {error}") from error
+        raise PickleError(f"the pickle is damaged: {cause(error)}") from error
     return reader.result
 
 

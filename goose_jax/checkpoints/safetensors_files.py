@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from goose_jax.checkpoints.directory import read_json
-from goose_jax.checkpoints.errors import CheckpointError, list_names, shorten_name
+from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 
 SINGLE = "model.safetensors"
@@ -29,6 +29,7 @@ _DTYPES = {
     "I8": np.dtype(np.int8),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LONGEST_NAME = 255  # of a file
 _ALIGNMENT = 8  # bytes; the header is padded with spaces, as the format's library does
 
 
@@ -44,7 +45,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="numpy") as file:
             return {name: _stored(file, path, name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
 
 
 def read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -121,7 +122,9 @@ def write_shards(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_byte
 
 
 def _is_plain(file: Any) -> bool:
-    return isinstance(file, str) and Path(file).name == file and "\0" not in file
+    if not isinstance(file, str) or len(file) > _LONGEST_NAME:
+        return False
+    return Path(file).name == file and "\0" not in file
 
 
 def _stored(file: Any, path: Path, name: str) -> StoredTensor:
@@ -140,7 +143,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
         with safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} has changed since it was opened: {error}") from error
+        raise CheckpointError(f"{path} has changed since it was opened: {cause(error)}") from error
 
 
 def _plan_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> list[list[str]]:

@@ -44,7 +44,8 @@ class TrainFlags:
         state: only the states that a text begins with. By default full.
       lora_rank: with --tune lora, rank of the adapters; by default 16.
       lora_alpha: with --tune lora, the adapters are scaled by alpha / rank; by default 32.
-      state: with --tune state, a file with the initial states to start from; by default zeros.
+      state: with --tune state, a file with the initial states to start from; by default those that
+        lie beside the weights, or zeros.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file. By default the
         tokenizer that the checkpoint names, or byte for a new model.
       num_layers: number of blocks of a new model; by default 2.
