@@ -370,3 +370,26 @@ def read_arrays(path):
     from goose_jax.checkpoints.pth import read_pth
 
     return {name: tensor.read() for name, tensor in read_pth(path).items()}
+
+
+@pytest.mark.slow
+def test_commands_on_each_layout(tmp_path, capsys, monkeypatch):
+    """`inspect`, `generate` and `chat` say the same of the same weights."""
+    settings = ["--tokenizer", "byte", "--temperature", "0", "--max-new-tokens", "8"]
+    said = set()
+    for layout in RENAME:
+        config = RWKV_RS_CONFIG if layout == "rwkv-rs" else CONFIG
+        folder = write_folder(tmp_path / layout, released(layout), config)
+        file = safetensors_by_hand.write(tmp_path / f"{layout}.st", released(layout))
+        for path in (folder, file):
+            main(["inspect", str(path)])
+            found = capsys.readouterr().out
+            assert f"({layout}), {'folder' if path is folder else 'safetensors'}" in found
+            assert "3 layers, width 128, 2 heads of 64" in found
+            main(["generate", str(path), "--prompt", "The", *settings])
+            text = capsys.readouterr().out
+            monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\n"))
+            main(["chat", str(path), *settings])
+            said.add((text, capsys.readouterr().out))
+    assert len(said) == 1
+    assert all(said.pop())
