@@ -216,6 +216,7 @@ def test_thoughts_are_divided_from_the_answer():
     assert split_thinking(" <think") == ("", "<think")
 
 
+@pytest.mark.slow
 def test_a_reply_may_be_begun_as_a_call(model, tokenizer):
     session = ChatSession(model, tokenizer, SHORT, tools=[{"name": "f"}])
     assert session.last_reply == ""
