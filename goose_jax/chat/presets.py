@@ -2,12 +2,11 @@
 
 Sources:
 
-- `API_DEMO_CHAT.py` in https://github.com/BlinkDL/ChatRWKV (May 2026): "demo".
+- `API_DEMO_CHAT.py` in https://github.com/BlinkDL/ChatRWKV (January 2026): "demo".
 - The README of the package `rwkv`, version 0.8.32, whose example is a prompt that ends with
   `<think`: "think".
-- https://rwkv.cn/RWKV-Prompts/RWKV-Parameters, which repeats the model card of the G1 models
-  (September 2026): "chat", "creative" (top_p 0.6 to 0.8 there), "precise" and "tools" (the models
-  G1f from 1.5B on).
+- https://rwkv.cn/RWKV-Prompts/RWKV-Parameters: "precise", and, from the model card of the G1
+  models, "chat", "creative" (top_p 0.6 to 0.8 there) and "tools" (the models G1f from 1.5B on).
 
 All are meant for the order of filters of the package `rwkv`, which is the default of
 `SamplingConfig`.
