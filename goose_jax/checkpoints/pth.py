@@ -23,7 +23,7 @@ from goose_jax.checkpoints.pth_tensor import PickleError, Storage, TensorView
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra
-_ENCRYPTED, _UTF_8 = 1, 0x800  # flags of an entry
+_ENCRYPTED, _UTF_8 = 0x61, 0x800  # flags of an entry: encrypted, patched; its name is UTF-8
 _SIGNATURE = b"PK\x03\x04"
 _PICKLE_SIGNATURES = (b"\x80\x02", b"\x80\x03", b"\x80\x04")  # the beginnings of pickles
 _MAX_PICKLE = 8 << 20  # bytes; the objects of a pickle may take 70 times as much

@@ -122,10 +122,13 @@ class _Reader:
         self._set(key, value)
 
     def _set(self, key: Any, value: Any) -> None:
+        # Tuples in tuples are not hashed: they could be nested without end.
+        parts = key if type(key) is tuple else (key,)
+        if not all(type(part) in _KEY_TYPES for part in parts):
+            raise ValueError(f"a dict has a key that is {reprlib.repr(key)}")
         target = self._top(dict, Inert)
         if isinstance(target, dict):
-            # Other keys are not hashed: tuples could be nested without end.
-            target[key if type(key) in _KEY_TYPES else Inert(type(key).__name__)] = value
+            target[key] = value
 
     def append(self, _: Any) -> None:
         self._extend([self._pop()])
@@ -229,7 +232,7 @@ def _size(numbers: Any = ()) -> Any:
     return tuple(numbers) if isinstance(numbers, tuple | list) else Inert("torch.Size")
 
 
-_KEY_TYPES = (str, int, float, bool, type(None))
+_KEY_TYPES = (str, int, float, bool, bytes, type(None), Inert)
 _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": tensor_of,
     "torch._utils._rebuild_tensor_v2": tensor_of,
