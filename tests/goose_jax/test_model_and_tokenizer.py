@@ -45,7 +45,7 @@ def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["tiny_official.pth", "tiny_fla_hf"])
-@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_one_rule_of_dtypes_for_foreign_checkpoints(name, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     expected = "float32" if backend == "cpu" else "bfloat16"
@@ -64,6 +64,7 @@ def test_one_rule_of_dtypes_for_foreign_checkpoints(name, backend, monkeypatch):
     assert dtypes(dtype="bfloat16", compute_dtype="float32") == ("bfloat16", "float32")
 
 
+@pytest.mark.slow
 def test_one_rule_of_dtypes_for_our_checkpoints(tmp_path):
     model = make_model(compute_dtype="bfloat16")
     save_pretrained(model, tmp_path / "x", "native")
