@@ -17,6 +17,9 @@ from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
 
+_REPLACED = REPLACEMENT.decode()
+"""Stands in texts for bytes that are not UTF-8, and for unknown ids."""
+
 BLOCK_SIZE = 4
 """Number of tokens between two calls of `stopped`."""
 
@@ -114,6 +117,7 @@ class ChatSession:
         self.tools = tools
         self._weights = prepare_decoding(model)
         self._tokenizer = tokenizer
+        self._unspellable = "" if _can_encode(tokenizer, _REPLACED) else _REPLACED
         self._replies = 0
         self._start = start
         self.reset()
@@ -163,7 +167,8 @@ class ChatSession:
         )
         turn, tokens = self._encode_turn(turn, is_first=not before.text)
         stop = TextStop((*STOPS, *settings.stop))
-        writer = _ReplyWriter(TextStream(self._tokenizer, tokens, stop), write)
+        stream = TextStream(self._tokenizer, tokens, stop)
+        writer = _ReplyWriter(stream, write, leave_out=self._unspellable)
         end = self._tokenizer.end_of_document
         result = generate(
             self._weights,
@@ -235,12 +240,18 @@ class ChatSession:
 class _ReplyWriter:
     """Writes the text of a reply as its tokens come.
 
+    Args:
+      stream: makes text of the tokens.
+      write: called with each piece of text.
+      leave_out: a text that is not written, because the tokenizer cannot encode it; empty for none.
+
     Attributes:
       text: the text that has been written.
     """
 
-    def __init__(self, stream: TextStream, write: Callable[[str], None]):
+    def __init__(self, stream: TextStream, write: Callable[[str], None], *, leave_out: str):
         self.text = ""
+        self._leave_out = leave_out
         self._stream = stream
         self._write_text = write
 
@@ -259,8 +270,18 @@ class _ReplyWriter:
         self._write(self._stream.finish(complete=complete))
 
     def _write(self, text: str) -> None:
+        if self._leave_out:
+            text = text.replace(self._leave_out, "")
         self.text += text
         self._write_text(text)
+
+
+def _can_encode(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        tokenizer.encode(text)
+    except ValueError:
+        return False
+    return True
 
 
 __all__ = ["BLOCK_SIZE", "ChatSession", "Conversation", "Ending", "ReplySettings"]

@@ -362,6 +362,20 @@ def test_the_state_has_read_the_text_where_a_reply_is_not_utf_8(
     check_state(session.conversation, tokenizer)
 
 
+def test_what_the_vocabulary_cannot_spell_is_left_out_of_a_reply(model, tokenizer):
+    prompt = tokenizer.encode(next_turn("", "Hi"))
+    reply = generate(model, [prompt], **GREEDY_8).sequences[0]
+    assert reply[1] not in prompt
+    for data in (None, b"\xff"):
+        tokenizer = with_bytes({reply[1]: data})
+        with pytest.raises(ValueError, match="the vocabulary has no token for byte"):
+            tokenizer.encode("\ufffd")
+        session = ChatSession(model, tokenizer, SHORT)
+        expected = tokenizer.decode([token for token in reply if token != reply[1]])
+        assert say(session, "Hi") == ("length", expected)
+        check_state(session.conversation, tokenizer)
+
+
 class SpaceTokenizer(VocabularyTokenizer):
     """Adds a space before each text that it encodes, as some files `tokenizer.json` say."""
 
