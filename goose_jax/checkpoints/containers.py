@@ -63,6 +63,14 @@ def checkpoint_kind(path: Path) -> CheckpointKind:
     )
 
 
+def belongs_to_folder(path: Path) -> bool:
+    """Returns whether `config.json` speaks of the weights at `path`.
+
+    That is so for a folder, and for a file in it that has the name which Hugging Face gives it.
+    """
+    return path.is_dir() or path.name in _USUAL
+
+
 def container_to_write(path: Path) -> Container:
     """Returns the container that the end of a path asks for."""
     if path.suffix.lower() in _PTH_ENDS:

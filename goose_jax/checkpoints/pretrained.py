@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from goose_jax.checkpoints.config_inference import ProblemsError, infer_config
 from goose_jax.checkpoints.containers import (
     Container,
+    belongs_to_folder,
     checkpoint_kind,
     container_to_write,
     open_tensors,
     write_tensors,
 )
 from goose_jax.checkpoints.conversion import build_model, check_range, split_model
-from goose_jax.checkpoints.errors import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError, list_names
 from goose_jax.checkpoints.folder_settings import (
     check_epsilons,
     check_sizes,
@@ -190,12 +191,18 @@ def save_pretrained(
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be at least 1")
     names = OFFICIAL if layout == "pth" else LAYOUTS.get(layout)
-    if time_states is not None and (names is None or names.state is None):
-        raise ValueError(f"{layout=} has no place for an initial state beside the weights")
+    if time_states is not None:
+        _check_states(time_states, model.config)
+        if names is None or names.state is None:
+            raise ValueError(f"{layout=} has no place for an initial state beside the weights")
     if names is None:
         save_checkpoint(path, model, metadata)
         return
-    kind: Container = "pth" if layout == "pth" else container_to_write(path)
+    kind = container_to_write(path)
+    if layout == "pth":
+        if kind == "safetensors":
+            raise ValueError(f"{layout=} is a file of torch, and {path.name} is one of safetensors")
+        kind = "pth"
     settings = make_settings(model.config, metadata, names)
     if kind != "folder":
         read = read_epsilons(path, {}, names, model.config.head_size)
@@ -216,7 +223,7 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         be malicious.
     """
     folder = path if path.is_dir() else path.parent
-    settings = read_settings(path) if path.is_dir() else {}
+    settings = read_settings(folder) if belongs_to_folder(path) else {}
     tensors, container = open_tensors(path)
     if isinstance(tensors, list):
         raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
@@ -236,7 +243,7 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
     metadata = read_metadata(folder, settings)
     if metadata is None:
         # With a tokenizer file, the size of the vocabulary says nothing about the tokenizer.
-        has_tokenizer = path.is_dir() and (path / "tokenizer.json").exists()
+        has_tokenizer = belongs_to_folder(path) and (folder / "tokenizer.json").exists()
         metadata = CheckpointMetadata(tokenizer=None) if has_tokenizer else _metadata(config)
     return ForeignCheckpoint(
         found.weights,
@@ -246,6 +253,15 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
         _with_dtype(config, found.weights),
         metadata,
     )
+
+
+def _check_states(time_states: Sequence[np.ndarray], config: RWKV7Config) -> None:
+    expected = [(config.num_heads, config.head_size, config.head_size)] * config.num_layers
+    if (shapes := [value.shape for value in time_states]) != expected:
+        raise ValueError(
+            f"time_states must have {config.num_layers} arrays [H, V, K] of shape {expected[0]}, "
+            f"got {list_names(shapes)}"
+        )
 
 
 def _split_states(

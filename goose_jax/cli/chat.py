@@ -58,14 +58,15 @@ def chat(
       goose-jax chat my-model/ --load yesterday.chat
 
     Args:
-      checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
+      checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
         or the folder of a training run.
       settings: How replies are written.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
       state: State that conversations begin with: a file of a tuned initial state or of a state of
-        the rwkv package, or the folder of a run of state tuning.
+        the rwkv package, or the folder of a run of state tuning. By default a trained initial
+        state that lies beside the weights, or zeros.
       load: File of a saved conversation to continue.
       preset: Recommended sampling, in place of all settings of sampling; /set changes single ones.
       tools: File with a JSON list of functions that the model may call: objects with name,

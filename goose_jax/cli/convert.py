@@ -68,9 +68,14 @@ def convert(
             metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
         time_states = _read_states(source)
         kept = None if state is not None else time_states
-        save_pretrained(model, target, layout, metadata, time_states=kept)
         if state is not None and time_states is not None:
             write_time_states(state, time_states)
+        try:
+            save_pretrained(model, target, layout, metadata, time_states=kept)
+        except BaseException:
+            if state is not None:
+                state.unlink()  # both files or none
+            raise
     arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
     count, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
     print(f"wrote {target}: {count:,} parameters in {arrays[0].dtype.name}, {format_bytes(size)}")

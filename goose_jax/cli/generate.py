@@ -37,14 +37,15 @@ def generate(
       goose-jax generate rwkv7.pth --state runs/poems-1/state.pth
 
     Args:
-      checkpoint: An official .pth, a folder in the Hugging Face layout, a checkpoint of goose-jax,
+      checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
         or the folder of a training run (then its newest checkpoint).
       prompt: Text to continue; without one, a new document begins.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
       state: State that the text begins with: a file of a tuned initial state or of a state of the
-        rwkv package, or the folder of a run of state tuning.
+        rwkv package, or the folder of a run of state tuning. By default a trained initial state
+        that lies beside the weights, or zeros.
       max_new_tokens: Maximum number of new tokens. The end of the document ends the text sooner.
       sampling: How tokens are drawn.
       stop: Texts that end the generation; they are not printed.

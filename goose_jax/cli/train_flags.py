@@ -38,8 +38,8 @@ class TrainFlags:
       out: the run gets a numbered folder of its own in this folder.
       resume: folder of a run to continue. The run keeps its settings, so no other flag may be
         given.
-      from_: checkpoint of a model to fine-tune: an official .pth, a folder in the Hugging Face
-        layout, a checkpoint of goose-jax or the folder of a run. By default a new model is trained.
+      from_: checkpoint of a model to fine-tune: a .pth or safetensors file, a folder of Hugging
+        Face, a checkpoint of goose-jax or the folder of a run. By default a new model is trained.
       tune: with --from, what is trained. full: the whole model; lora: adapters beside its matrices;
         state: only the states that a text begins with. By default full.
       lora_rank: with --tune lora, rank of the adapters; by default 16.

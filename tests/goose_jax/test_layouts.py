@@ -41,6 +41,7 @@ CONFIG = {  # as in the repositories RWKV/RWKV7-*
     "tie_word_embeddings": False,
 }
 RWKV_RS_CONFIG = CONFIG | {"model_type": "rwkv", "architecture_version": "rwkv7"}
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 forward = jax.jit(lambda model, tokens: model(tokens)[0])
 
 
@@ -177,8 +178,9 @@ def test_config_of_transformers(tmp_path):
         (folder / "config.json").write_text(json.dumps(CONFIG | changes))
 
     change(layer_norm_epsilon=1e-6, group_norm_epsilon=2e-4)
-    config = load_pretrained(folder)[0].config
-    assert (config.norm_eps, config.head_norm_eps) == (1e-6, 2e-4)
+    for path in (folder, folder / "model.safetensors.index.json"):
+        config = load_pretrained(path)[0].config
+        assert (config.norm_eps, config.head_norm_eps) == (1e-6, 2e-4)
     for changes, message in (
         ({"head_size": 32}, "head_size is 32, but 64 by the weights"),
         ({"model_type": "llama"}, "model_type is 'llama' rather than 'rwkv7'"),
@@ -330,11 +332,8 @@ def raw(path):
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [name if name == "transformers" else pytest.param(name, marks=pytest.mark.slow)
-     for name in LAYOUTS],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_conversion_and_back_keeps_every_bit(tmp_path, capsys, layout):
     """From a file by hand to our checkpoint, and from there to the layout and back."""
     eps = 32e-5 if layout.startswith("huggingface") else 64e-5

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from goose_jax import load_pretrained, load_state
+from goose_jax import load_pretrained, load_state, save_pretrained
 from goose_jax.checkpoints import CheckpointError, load_merged_state, read_contents
 from goose_jax.checkpoints.containers import open_tensors
 from goose_jax.cli.main import main
@@ -85,6 +85,9 @@ def test_conversion_keeps_the_state(tmp_path, merged, capsys):
     arguments = ["convert", str(tmp_path / "z"), str(tmp_path / "w"), *arguments]
     assert "exists" in error_of(arguments)
     alone.unlink()
+    (tmp_path / "v").write_text("in the way of a folder")
+    assert error_of(["convert", str(merged), str(tmp_path / "v" / "x"), *arguments[3:]])
+    assert not alone.exists()  # both files or none
     assert "has no initial state" in error_of(arguments)
 
 
@@ -107,3 +110,13 @@ def test_texts_begin_with_the_state(tmp_path, merged, wkv, capsys):
 
     assert write(merged) == write(plain, "--state", str(file))
     assert write(merged) != write(plain)
+
+
+def test_states_that_do_not_fit_are_not_written(tmp_path, wkv):
+    model = load_pretrained(GOLDEN / "tiny_official.pth")[0]
+    for states in (wkv[:2], wkv[:, :1]):
+        with pytest.raises(ValueError, match=r"time_states must have 3 arrays .*\(2, 64, 64\)"):
+            save_pretrained(model, tmp_path / "x.pth", "pth", time_states=states)
+    with pytest.raises(ValueError, match="is a file of torch, and x"):
+        save_pretrained(model, tmp_path / "x.st", "pth")
+    assert not list(tmp_path.iterdir())
