@@ -20,8 +20,8 @@ type Remat = Literal["none", "dots", "full"]
 class OfficialModel:
     """The sizes of an official model, as its newest release in `BlinkDL/rwkv7-g1` has them.
 
-    The head size is 64, and the vocabulary has `WORLD_VOCAB_SIZE` ids. All but the ranks of 0.1B
-    differ from the formula of the training code (`low_rank`).
+    The head size is 64, and the vocabulary has `WORLD_VOCAB_SIZE` ids. At all sizes but 0.1B some
+    ranks differ from the formula of the training code (`low_rank`).
 
     Attributes:
       file: name of the newest file, without the ending `.pth`.
@@ -93,7 +93,7 @@ def dtype_name(argument: str, value: DTypeLike) -> str:
         return jax.dtypes.canonicalize_dtype(float).name
     try:
         name = None if value is None else np.dtype(value).name  # numpy takes None for float64
-    except TypeError:
+    except (TypeError, ValueError):
         name = None
     if name not in FLOAT_DTYPES:
         raise ValueError(f"{argument} must be one of {FLOAT_DTYPES}, got {value!r}")
@@ -205,8 +205,8 @@ class RWKV7Config:
     def preset(cls, name: str, **overrides: Any) -> Self:
         """Returns the configuration of a released size.
 
-        The ranks are those of the released models, which differ from the formula for new models at
-        all sizes but 0.1B. With another `hidden_size` they follow the formula.
+        The ranks are those of the released models, of which some differ from the formula for new
+        models. With another `hidden_size` all follow the formula.
 
         Args:
           name: "0.1B", "0.4B", "1.5B", "2.9B", "7.2B" or "13.3B".

@@ -41,7 +41,7 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 class GooseLM(LM):
     """An RWKV-7 model as the evaluation harness calls it.
 
-    Requests are worked on in batches, and what several of them begin with is read once. Nothing is
+    Requests are worked on in batches, and what several contexts begin with is read once. Nothing is
     cut off: contexts, continuations and whole texts may have any length.
 
     Args:
@@ -154,7 +154,8 @@ class GooseLM(LM):
         Args:
           requests: instances whose `args` are a context and settings: `until` (a text or texts that
             end the continuation), `max_gen_toks`, `do_sample`, `temperature` (0, which is greedy,
-            if it is not given), `top_k`, `top_p`.
+            if it is not given), and `top_k` and `top_p`, which filter the probabilities at this
+            temperature.
           disable_tqdm: whether to show no progress.
 
         Returns:
@@ -211,7 +212,9 @@ class GooseLM(LM):
         values = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
         if not values.get("temperature") or given.get("do_sample") is False:
             values = {"temperature": 0.0}
-        return stops, limits[0] if limits else self._max_gen_toks, SamplingConfig(**values)
+        # Tasks mean the order of filters of `transformers`.
+        sampling = SamplingConfig(**values, temperature_first=True)
+        return stops, limits[0] if limits else self._max_gen_toks, sampling
 
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], name: str, disable_tqdm: bool

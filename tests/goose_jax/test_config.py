@@ -120,6 +120,7 @@ def test_dictionary_round_trip():
         ({"param_dtype": jnp.int8}, "param_dtype must be one of .*, got <class .*int8"),
         ({"compute_dtype": "fp32"}, "compute_dtype must be one of .*, got 'fp32'"),
         ({"compute_dtype": 32}, "compute_dtype must be one of .*, got 32"),
+        ({"compute_dtype": {"names": 3}}, "compute_dtype must be one of .*, got {'names': 3}"),
         ({"compute_dtype": None}, "compute_dtype must be one of .*, got None"),
         ({"compute_dtype": np.dtype("i4,f4")}, "compute_dtype must be one of .*, got dtype"),
         ({"param_dtype": np.float64}, "param_dtype='float64' needs .*jax_enable_x64"),

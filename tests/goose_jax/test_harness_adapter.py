@@ -110,13 +110,14 @@ def test_generated_texts(lm):
 
 
 def test_settings_of_generation(lm):
-    greedy = SamplingConfig(temperature=0)
+    greedy = SamplingConfig(temperature=0, temperature_first=True)
+    drawn = SamplingConfig(temperature=0.7, top_k=3, top_p=0.9, temperature_first=True)
     for given, expected in (
         ({}, ([], 9, greedy)),
         ({"until": "\n", "max_new_tokens": 5}, (["\n"], 5, greedy)),
         ({"until": ["a", ""], "do_sample": True, "top_p": 0.5}, (["a"], 9, greedy)),
         ({"until": None, "do_sample": False, "temperature": 0.7}, ([], 9, greedy)),
-        ({"temperature": 0.7, "top_k": 3}, ([], 9, SamplingConfig(temperature=0.7, top_k=3))),
+        ({"temperature": 0.7, "top_k": 3, "top_p": 0.9}, ([], 9, drawn)),
     ):
         assert lm._generation_settings(given) == expected
     for given, message in (
@@ -186,8 +187,9 @@ def test_a_tokenizer_without_an_end_of_documents(harness):
         harness.GooseLM(golden_model(), tokenizer=Endless(), add_bos_token=True)
 
 
-def test_without_the_harness_the_error_names_the_extra(monkeypatch):
+@pytest.mark.parametrize("module", ["harness", "__main__"])
+def test_without_the_harness_the_error_names_the_extra(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "goose_jax.evaluation.harness", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'goose-jax\[lm-eval\]'"):
-        importlib.import_module("goose_jax.evaluation.harness")
+        importlib.import_module(f"goose_jax.evaluation.{module}")
