@@ -211,7 +211,8 @@ class _Archive:
         signature, length, extra = _LOCAL_HEADER.unpack(header.ljust(_LOCAL_HEADER.size))
         begin = offset + _LOCAL_HEADER.size + length + extra
         end = begin + entry.file_size
-        if signature != _SIGNATURE or end > len(self._bytes):
+        two_sizes = entry.compress_size != entry.file_size
+        if signature != _SIGNATURE or end > len(self._bytes) or two_sizes:
             raise CheckpointError(f"{self._path} is damaged: the entry {name} is cut off")
         # The name stands in the directory of the archive, and again before the entry.
         again = self._bytes[offset + _LOCAL_HEADER.size : begin - extra]

@@ -105,15 +105,20 @@ def load_tuning_checkpoint(path: Path | str) -> TuningCheckpoint:
     stored = read_json(path / ADAPTER)
     if stored.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {stored.get('format')}, but {_FORMAT} is read")
-    config = RWKV7Config.from_dict(read_json(path / "config.json"))
-    lora = None if stored["lora"] is None else LoraConfig(**stored["lora"])
+    metadata = CheckpointMetadata.from_json(stored.get("metadata"), str(path / ADAPTER))
+    try:
+        config = RWKV7Config.from_dict(read_json(path / "config.json"))
+        lora = None if stored["lora"] is None else LoraConfig(**stored["lora"])
+        base = {name: str(stored["base"][name]) for name in ("path", "fingerprint")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return TuningCheckpoint(
         params=read_arrays(path / "params", _shapes(config, lora)),
         lora=lora,
         base_config=config,
-        base_fingerprint=stored["base"]["fingerprint"],
-        base_path=stored["base"]["path"],
-        metadata=CheckpointMetadata(**stored["metadata"]),
+        base_fingerprint=base["fingerprint"],
+        base_path=base["path"],
+        metadata=metadata,
     )
 
 

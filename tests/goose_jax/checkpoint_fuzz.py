@@ -31,9 +31,15 @@ import ml_dtypes
 import numpy as np
 
 from goose_jax import load_pretrained, load_state, save_pretrained
-from goose_jax.checkpoints import CheckpointError, load_merged_state, read_contents
+from goose_jax.checkpoints import (
+    CheckpointError,
+    CheckpointMetadata,
+    load_merged_state,
+    read_contents,
+)
 from goose_jax.checkpoints.containers import open_tensors
 from goose_jax.checkpoints.directory import CHECKSUMS
+from goose_jax.training import TuningCheckpoint, load_tuning_checkpoint, save_tuning_checkpoint
 from tests.goose_jax import safetensors_by_hand, torch_files
 from tests.goose_jax.random_parameters import flat_params, make_model
 from tests.goose_jax.test_layouts import CONFIG, RENAME, WRAPPED
@@ -46,6 +52,7 @@ SIZES = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "head_size": 4,
 RUNS_CODE = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn",
              "pickle.find_class", "socket.connect", "ctypes.dlopen"}  # fmt: skip
 MARKER = "executed"
+TUNED = {"wkv": np.arange(64, dtype=np.float32).reshape(2, 2, 4, 4)}
 RENEWED = "renewed"  # a file that tells that the checksums were made anew
 
 
@@ -103,6 +110,10 @@ def write_seeds(folder):
     save_pretrained(fla, folder / "fla", "huggingface")
     save_pretrained(fla, folder / "fla-shards", "huggingface-x-x", max_shard_bytes=2000)
     save_pretrained(small_model(), folder / "native", "native")
+    metadata = CheckpointMetadata(tokenizer="byte")
+    path = str(folder / "native")
+    tuned = TuningCheckpoint(TUNED, None, small_model().config, "0badf00d", path, metadata)
+    save_tuning_checkpoint(folder / "tuned", tuned)
     return sorted(folder.iterdir())
 
 
@@ -368,9 +379,18 @@ def check_native(path, original):
             raise FoundError(f"{name} of a damaged checkpoint is not what was saved")
 
 
+def check_tuned(path):
+    found = load_tuning_checkpoint(path)
+    if not (path / RENEWED).exists() and not same(np.asarray(found.params["wkv"]), TUNED["wkv"]):
+        raise FoundError("a damaged state is not what was saved")
+
+
 def readers(path, original):
     """The readers by name. Each may raise a CheckpointError, and a FoundError of this module."""
     config = small_model().config
+    if "tuned" in path.name:
+        yield "load_tuning_checkpoint", lambda: check_tuned(path)
+        return
     yield "read_contents", lambda: read_contents(path)
     if path.is_dir() and (path / CHECKSUMS).exists():
         yield "load_pretrained", lambda: check_native(path, original)
@@ -445,7 +465,8 @@ def run_case(number, seed, seeds, original, folder):
     (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
     try:
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        for _ in range(1 if "native" in path.name else rng.choice([1, 1, 1, 2])):
+        is_ours = path.name in ("native", "tuned")
+        for _ in range(1 if is_ours else rng.choice([1, 1, 1, 2])):
             file = rng.choice(files)
             if path.is_dir() and rng.random() < 0.1:
                 other = rng.choice(files)
@@ -489,7 +510,7 @@ def fuzz(count, seed=0, begin=0, report=lambda number, accepted: None):
         with contextlib.chdir(folder / "work"):
             for path in seeds:  # warms up, and every seed but the attack is read
                 results = [run_reader(reader) for _, reader in readers(path, original)]
-                if path.name != "attack.pth" and not any(results[1:]):
+                if path.name != "attack.pth" and not any(results[-4:]):
                     found.append(f"the unchanged {path.name} is refused")
             for number in range(begin, begin + count):
                 try:
