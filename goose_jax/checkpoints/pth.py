@@ -20,7 +20,7 @@ import numpy as np
 from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
 from goose_jax.checkpoints.pth_pickle import describe_pickle
 from goose_jax.checkpoints.pth_tensor import PickleError, Storage, TensorView
-from goose_jax.checkpoints.stored_tensor import StoredTensor
+from goose_jax.checkpoints.stored_tensor import StoredTensor, map_file
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra
 _ENCRYPTED, _UTF_8 = 0x61, 0x800  # flags of an entry: encrypted, patched; its name is UTF-8
@@ -127,27 +127,12 @@ def _stored(path: Path, view: TensorView, locate: Callable[[Storage], int]) -> S
     strides = tuple(stride * dtype.itemsize for stride in view.strides)
 
     def read() -> np.ndarray:
-        mapped, skipped = _map(path, begin, size)
+        mapped, skipped = map_file(path, begin, size)
         return np.ndarray(
             view.shape, dtype, mapped, skipped + view.offset * dtype.itemsize, strides
         )
 
     return StoredTensor(view.shape, dtype, read)
-
-
-def _map(path: Path, begin: int, size: int) -> tuple[mmap.mmap | bytes, int]:
-    """Maps a part of a file. Returns the map, and the offset of the part in the map."""
-    if size == 0:
-        return b"", 0
-    skipped = begin % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        try:
-            return mmap.mmap(
-                file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=begin - skipped
-            ), skipped
-        except ValueError as error:
-            text = f"{path} has changed since it was opened: {cause(error)}"
-            raise CheckpointError(text) from error
 
 
 class _Archive:

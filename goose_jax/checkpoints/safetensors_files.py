@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from goose_jax.checkpoints.directory import read_json
 from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
-from goose_jax.checkpoints.stored_tensor import StoredTensor
+from goose_jax.checkpoints.stored_tensor import StoredTensor, map_file
 
 SINGLE = "model.safetensors"
 INDEX_END = ".safetensors.index.json"
@@ -30,6 +30,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_NAME = 255  # of a file
+_HEADER_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 8 << 20  # bytes; that of a model of 13 billion parameters has 200,000
 _ALIGNMENT = 8  # bytes; the header is padded with spaces, as the format's library does
 
 
@@ -41,9 +43,14 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
+    if _header_length(path) > _MAX_HEADER:
+        raise CheckpointError(f"{path}: its header has more than {_MAX_HEADER:,} bytes")
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: _stored(file, path, name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy") as file:  # which checks the header
+            begins = _read_positions(path)
+            if begins.keys() != set(file.keys()):
+                raise CheckpointError(f"{path} is damaged: its header names a tensor twice")
+            return {name: _stored(file, path, name, begin) for name, begin in begins.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
 
@@ -95,7 +102,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(_HEADER_LENGTH.pack(len(text)) + text)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
@@ -127,23 +134,35 @@ def _is_plain(file: Any) -> bool:
     return Path(file).name == file and "\0" not in file
 
 
-def _stored(file: Any, path: Path, name: str) -> StoredTensor:
+def _header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(_HEADER_LENGTH.size), "little")
+
+
+def _read_positions(path: Path) -> dict[str, int]:
+    """Returns the position of each tensor's first byte in a file whose header has been checked."""
+    length = _header_length(path)
+    with path.open("rb") as file:
+        file.seek(_HEADER_LENGTH.size)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data = _HEADER_LENGTH.size + length
+    return {name: data + told["data_offsets"][0] for name, told in header.items()}
+
+
+def _stored(file: Any, path: Path, name: str, begin: int) -> StoredTensor:
     tensor = file.get_slice(name)
     if tensor.get_dtype() not in _DTYPES:
         raise CheckpointError(
             f"{path}: {shorten_name(name)} has dtype {tensor.get_dtype()}, which is not read"
         )
-    dtype = _DTYPES[tensor.get_dtype()]
-    return StoredTensor(tuple(tensor.get_shape()), dtype, lambda: _read_tensor(path, name))
+    shape, dtype = tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()]
 
+    def read() -> np.ndarray:
+        mapped, skipped = map_file(path, begin, math.prod(shape) * dtype.itemsize)
+        return np.ndarray(shape, dtype, mapped, skipped)
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
-    # The file is opened for each tensor: an open file keeps all pages in memory that were read.
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} has changed since it was opened: {cause(error)}") from error
+    return StoredTensor(shape, dtype, read)
 
 
 def _plan_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> list[list[str]]:

@@ -1,12 +1,14 @@
 """A tensor in a file, of which only the shape and the dtype have been read."""
 
 import dataclasses
+import mmap
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from goose_jax.checkpoints.errors import CheckpointError
+from goose_jax.checkpoints.errors import CheckpointError, cause
 from goose_jax.checkpoints.key_map import Shape
 
 STORED_DTYPES = tuple(
@@ -46,4 +48,31 @@ def common_dtype(tensors: Mapping[str, StoredTensor], source: str) -> str:
     return names[0]
 
 
-__all__ = ["STORED_DTYPES", "StoredTensor", "common_dtype"]
+def map_file(path: Path, begin: int, size: int) -> tuple[mmap.mmap | bytes, int]:
+    """Maps a part of a file into memory, for as long as the map is in use.
+
+    Args:
+      path: the file.
+      begin: position of the first byte.
+      size: number of bytes.
+
+    Returns:
+      The map, and the offset of the part in it.
+
+    Raises:
+      CheckpointError: if the file has become shorter.
+    """
+    if size == 0:
+        return b"", 0
+    skipped = begin % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(
+                file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=begin - skipped
+            ), skipped
+        except ValueError as error:
+            text = f"{path} has changed since it was opened: {cause(error)}"
+            raise CheckpointError(text) from error
+
+
+__all__ = ["STORED_DTYPES", "StoredTensor", "common_dtype", "map_file"]

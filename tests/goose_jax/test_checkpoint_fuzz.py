@@ -10,4 +10,4 @@ def test_changed_checkpoints():
     """A part of what `python -m tests.goose_jax.checkpoint_fuzz --count 10000` runs."""
     found, accepted = fuzz(2500)
     assert not found, "\n".join(found)
-    assert 350 < accepted < 900  # measured: 562; many changes are harmless, most are not
+    assert 350 < accepted < 900  # measured: 528; many changes are harmless, most are not

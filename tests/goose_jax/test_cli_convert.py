@@ -118,8 +118,8 @@ def test_inspect_reads_no_weights(tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("goose_jax.checkpoints.safetensors_files._read_tensor", fail)
-    monkeypatch.setattr("goose_jax.checkpoints.pth._map", fail)
+    monkeypatch.setattr("goose_jax.checkpoints.safetensors_files.map_file", fail)
+    monkeypatch.setattr("goose_jax.checkpoints.pth.map_file", fail)
     assert [inspect(capsys, path).count("3.06 MiB") for path in (OFFICIAL,)] == [2]
     assert "794,112" in inspect(capsys, FLA)
     with pytest.raises(AssertionError, match="weights were read"):

@@ -319,6 +319,12 @@ def test_one_shard_and_other_formats(tmp_path):
     assert "is a GGUF file" in error_of(["inspect", str(tmp_path / "x.gguf")])
 
 
+def test_a_header_that_claims_too_many_bytes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    assert "header has more than 8,388,608 bytes" in error_of(["inspect", str(path)])
+
+
 def test_names_in_errors_are_short_and_printable(tmp_path):
     arrays = released("official") | {"x" * 5000 + "\x1b[31m": np.zeros(1, np.float32)}
     error = error_of(["inspect", str(torch_files.write_arrays(tmp_path / "x.pth", arrays))])
