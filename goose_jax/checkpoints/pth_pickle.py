@@ -34,6 +34,7 @@ class _Global:
 
 
 _MARK = object()
+_FRAME_LENGTH = 9  # bytes of the instruction that begins a frame
 
 
 def describe_pickle(data: bytes | BinaryIO) -> Any:
@@ -45,15 +46,34 @@ def describe_pickle(data: bytes | BinaryIO) -> Any:
     Raises:
       PickleError: if the pickle is damaged, or contains anything else. The message names it.
     """
-    reader = _Reader()
+    reader, frames = _Reader(), _Frames()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for opcode, argument, position in pickletools.genops(data):
+            frames.step(opcode.name, argument, position or 0)
             reader.step(opcode.name, argument)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise PickleError(f"the pickle is damaged: {cause(error)}") from error
     return reader.result
+
+
+class _Frames:
+    """Checks that instructions do not cross the ends of frames, the blocks of newer pickles."""
+
+    def __init__(self) -> None:
+        self._end, self._last = 0, 0
+
+    def step(self, opcode: str, argument: Any, position: int) -> None:
+        if self._last < self._end < position:
+            raise ValueError("an instruction crosses the end of a frame")
+        if opcode == "FRAME":
+            if position < self._end:
+                raise ValueError("a frame begins in a frame")
+            self._end = position + _FRAME_LENGTH + argument
+        if opcode == "STOP" and position + 1 < self._end:
+            raise ValueError("a frame is cut off")
+        self._last = position
 
 
 class _Reader:
@@ -99,6 +119,10 @@ class _Reader:
         self.result = self._pop()
         if self._stack:
             raise ValueError("values are left over")
+
+    def protocol(self, version: int) -> None:
+        if version > _MAX_PROTOCOL:
+            raise ValueError(f"it has protocol {version}")
 
     def tuple_to_mark(self, _: Any) -> None:
         self._stack.append(tuple(self._pop_to_mark()))
@@ -232,6 +256,7 @@ def _size(numbers: Any = ()) -> Any:
     return tuple(numbers) if isinstance(numbers, tuple | list) else Inert("torch.Size")
 
 
+_MAX_PROTOCOL = 5
 _KEY_TYPES = (str, int, float, bool, bytes, type(None), Inert)
 _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": tensor_of,
@@ -278,6 +303,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
+    "PROTO": _Reader.protocol,
     "STOP": _Reader.stop,
     "TUPLE": _Reader.tuple_to_mark,
     "BINPUT": _Reader.put,
@@ -302,4 +328,4 @@ _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     "POP_MARK": _Reader.pop_mark,
     "DUP": _Reader.duplicate,
 }
-_IGNORED = {"PROTO", "FRAME"}
+_IGNORED = {"FRAME"}

@@ -23,6 +23,7 @@ from goose_jax.checkpoints.directory import (
     verify_directory,
     write_directory,
 )
+from goose_jax.checkpoints.errors import cause
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
 from goose_jax.config import RWKV7Config
@@ -111,7 +112,7 @@ def load_tuning_checkpoint(path: Path | str) -> TuningCheckpoint:
         lora = None if stored["lora"] is None else LoraConfig(**stored["lora"])
         base = {name: str(stored["base"][name]) for name in ("path", "fingerprint")}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
     return TuningCheckpoint(
         params=read_arrays(path / "params", _shapes(config, lora)),
         lora=lora,
