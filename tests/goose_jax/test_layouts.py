@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import pytest
 from goose_jax import load_pretrained, save_pretrained
 from goose_jax.checkpoints import CheckpointError, read_contents
 from goose_jax.checkpoints.layouts import LAYOUTS
+from goose_jax.checkpoints.pretrained import WRITTEN_LAYOUTS
+from goose_jax.cli.convert import convert
 from goose_jax.cli.main import main
 from tests.goose_jax import safetensors_by_hand, torch_files
 from tests.goose_jax.official_weights import GOLDEN, golden_weights
@@ -154,6 +157,12 @@ def test_logits_are_those_of_the_official_code(tmp_path, layout):
     model, _ = load_pretrained(folder, compute_dtype="float32")
     logits = forward(model, jnp.asarray(tokens, jnp.int32)[None])[0]
     assert np.abs(logits - expected).max() < 1e-4  # measured: 1.6e-6
+
+
+def test_each_layout_can_be_chosen_and_is_tested():
+    choices = typing.get_type_hints(convert)["layout"]
+    assert set(typing.get_args(choices)) == set(WRITTEN_LAYOUTS)
+    assert {*RENAME, "huggingface", "huggingface-x-x"} == set(LAYOUTS)  # see test_fla_folder.py
 
 
 def test_folders_without_an_index(tmp_path, golden):
