@@ -76,7 +76,7 @@ def _split(tensors: Mapping[str, StoredTensor], layout: Layout, prefix: str) -> 
 
 
 _SIGNS = (  # what a name holds, and what the file is then
-    (r"\.ffn\.s_emb|blocks\.\d+\.qkv\.", "RWKV-7a or 7b (DeepEmbed), which is experimental and not read"),
+    (r"\.ffn\.s_emb|blocks\.\d+\.qkv\.", "RWKV-7a or 7b (DeepEmbed), experimental and not read"),
     (r"\.time_maa_|\.time_decay_w1", "RWKV-6"),
     (r"\.att\.gate\.weight|\.time_faaaa|\.time_mix_g", "RWKV-5"),
     (r"\.time_first|\.time_mix_k", "RWKV-4"),

@@ -288,7 +288,7 @@ LOOKS = {  # names in a file, and what the error says that it is
     "RWKV-4": names_of("att.time_first att.time_decay att.time_mix_k att.key.weight"),
     "RWKV-5": names_of("att.time_faaaa att.time_decay att.gate.weight att.ln_x.weight"),
     "RWKV-6": names_of("att.time_maa_x att.time_maa_w1 att.time_decay att.gate.weight"),
-    "RWKV-7a or 7b (DeepEmbed), which is experimental": names_of("att.r_k ffn.s_emb.weight ffn.s1"),
+    "RWKV-7a or 7b (DeepEmbed), experimental": names_of("att.r_k ffn.s_emb.weight ffn.s1"),
     "adapters of LoRA": [f"blocks.{i}.att.key.lora_A" for i in range(24)],
     "an initial state without its model": [f"blocks.{i}.att.time_state" for i in range(24)],
     "quantized weights": names_of("att.key.weight_packed att.key.weight_scale"),
