@@ -43,8 +43,8 @@ def read_pth(path: Path | str) -> dict[str, StoredTensor] | list[StoredTensor]:
     """Returns the tensors of a `.pth` file, by name or as a list. Values are not read yet.
 
     No code in the file is executed. If dicts lie in dicts, as in the checkpoints of training
-    programs, the dict with the most tensors is taken. Beside the tensors of that dict, everything
-    is left out.
+    programs, the one with the most tensors is taken, but one that a key such as "module" or
+    "state_dict" leads to goes before others of up to twice its size. Everything else is left out.
 
     Args:
       path: the file.
@@ -87,7 +87,8 @@ def _open(path: Path) -> tuple[Any, Callable[[Storage], int]]:
 def _find_tensors(content: dict[Any, Any], path: Path) -> dict[str, TensorView]:
     """Returns the tensors of the dict that has the most of them.
 
-    Of dicts with equally many, one that a known key leads to is taken.
+    A dict that a known key leads to goes before others of up to twice its size, such as the states
+    of an optimizer.
     """
     found: list[tuple[str, dict[str, TensorView]]] = []
     seen: set[int] = set()
@@ -112,9 +113,9 @@ def _find_tensors(content: dict[Any, Any], path: Path) -> dict[str, TensorView]:
         kinds = (f"{shorten_name(name)} is a {type(x).__name__}" for name, x in content.items())
         raise CheckpointError(f"{path} holds no tensors: {list_names(kinds) or 'it is empty'}")
     most = max(len(tensors) for _, tensors in found)
-    largest = [(key, tensors) for key, tensors in found if len(tensors) == most]
-    if len(largest) > 1:
-        largest = [item for item in largest if item[0] in _WRAPPERS] or largest
+    known = [item for item in found if item[0] in _WRAPPERS and 2 * len(item[1]) >= most]
+    most = max(len(tensors) for _, tensors in known or found)
+    largest = [item for item in known or found if len(item[1]) == most]
     if len(largest) > 1:
         keys = list_names(repr(key) for key, _ in largest)
         raise CheckpointError(f"{path} holds several models, and no rule chooses one: {keys}")

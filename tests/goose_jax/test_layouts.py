@@ -228,6 +228,10 @@ WRAPPED = {
     "module": lambda x: {"module": x, "global_steps": 7, "optimizer": None},
     "state_dict": lambda x: {"state_dict": x},
     "model beside its optimizer": lambda x: {"model": x, "exp_avg": dict(x)},
+    "model beside two moments": lambda x: {
+        "moments": {f"{kind}.{name}": value for kind in "mv" for name, value in x.items()},
+        "model": x,
+    },
     "prefix model.": lambda x: {f"model.{name}": value for name, value in x.items()},
     "prefix module.": lambda x: {f"module.{name}": value for name, value in x.items()},
     "two prefixes": lambda x: {f"_forward_module.model.{k}": value for k, value in x.items()},

@@ -312,3 +312,25 @@ def test_nothing_is_written_over_or_left_half_written(tmp_path):
     with pytest.raises(FileExistsError, match="exists"):
         write_pth(path, {"a": VALUES}.items())
     assert path.read_text() == "mine"
+
+
+def test_entries_that_contradict_the_directory_of_the_archive(tmp_path):
+    """Two names, two sizes or a patch: another reader might read other numbers."""
+    path = torch_files.write(tmp_path / "x.pth", one_tensor(), [VALUES])
+    whole = path.read_bytes()
+    local = whole.index(b"name/data/0")
+    record = whole.index(b"name/data/0", whole.index(b"PK\x01\x02")) - 46
+    for at, value, message in (
+        (local + 10, b"1", "the entry data/0 has two names"),
+        (record + 20, (80).to_bytes(4, "little"), "the entry data/0 is cut off"),
+        (record + 8, (0x20).to_bytes(2, "little"), "is compressed or encrypted|is damaged"),
+    ):
+        path.write_bytes(whole[:at] + value + whole[at + len(value) :])
+        with pytest.raises(CheckpointError, match=message):
+            read_pth(path)
+
+
+def test_a_pickle_of_many_bytes_is_refused(tmp_path):
+    path = torch_files.write(tmp_path / "x.pth", b"\x80\x02" + b"}" * (8 << 20), [])
+    with pytest.raises(CheckpointError, match=r"data\.pkl has 8,388,610 bytes, more than are read"):
+        read_pth(path)
