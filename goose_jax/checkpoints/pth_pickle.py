@@ -53,7 +53,10 @@ def describe_pickle(data: bytes | BinaryIO) -> Any:
             reader.step(opcode.name, argument)
     except PickleError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (
+        *(ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError),
+        RecursionError,
+    ) as error:
         raise PickleError(f"the pickle is damaged: {cause(error)}") from error
     return reader.result
 
@@ -146,9 +149,9 @@ class _Reader:
         self._set(key, value)
 
     def _set(self, key: Any, value: Any) -> None:
-        # Tuples in tuples are not hashed: they could be nested without end.
-        parts = key if type(key) is tuple else (key,)
-        if not all(type(part) in _KEY_TYPES for part in parts):
+        # A tuple is hashed again each time, and so is what is in it.
+        parts = key if type(key) is tuple and len(key) <= _MOST_PARTS else (key,)
+        if not all(type(part) in _KEY_TYPES and _is_small(part) for part in parts):
             raise ValueError(f"a dict has a key that is {reprlib.repr(key)}")
         target = self._top(dict, Inert)
         if isinstance(target, dict):
@@ -253,10 +256,17 @@ def _rebuilt(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
 
 
 def _size(numbers: Any = ()) -> Any:
-    return tuple(numbers) if isinstance(numbers, tuple | list) else Inert("torch.Size")
+    is_short = isinstance(numbers, tuple | list) and len(numbers) <= _MOST_PARTS
+    return tuple(numbers) if is_short else Inert("torch.Size")  # a long one is not copied
+
+
+def _is_small(key: Any) -> bool:
+    return type(key) is not int or key.bit_length() <= _MOST_BITS
 
 
 _MAX_PROTOCOL = 5
+_MOST_PARTS = 16  # of a key, and axes of a size
+_MOST_BITS = 64  # of a key that is a number
 _KEY_TYPES = (str, int, float, bool, bytes, type(None), Inert)
 _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": tensor_of,

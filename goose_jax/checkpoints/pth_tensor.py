@@ -24,6 +24,7 @@ STORAGE_DTYPES = {
 }
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _MAX_AXES = 8
+_MOST = 1 << 62  # of numbers in a storage, and of each size
 
 
 class PickleError(CheckpointError):
@@ -98,7 +99,7 @@ def storage_of(identity: Any) -> Storage | Inert:
       PickleError: if `identity` is anything else.
     """
     match identity:
-        case ("storage", StorageType(dtype), str(key), str(), int(size), *rest) if size >= 0:
+        case ("storage", StorageType(dtype), str(key), str(), int(size), *rest) if _is_number(size):
             if rest not in ([], [None]):
                 return Inert("a part of a storage")
             return Storage(key, dtype, size)
@@ -121,13 +122,18 @@ def tensor_of(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> T
         raise PickleError(f"a tensor is refused: it has no storage or no shape ({where})")
     if not (isinstance(strides, tuple) and len(strides) == len(shape) <= _MAX_AXES):
         raise PickleError(f"a tensor is refused: its shape and strides do not fit ({where})")
-    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
+    if not all(_is_number(number) for number in (offset, *shape, *strides)):
         raise PickleError(f"a tensor is refused: {where} are not all whole numbers from 0")
     axes = list(zip(shape, strides, strict=True))
     count, last = math.prod(shape), offset + sum((size - 1) * stride for size, stride in axes)
     # A view that repeats numbers (stride 0) could have any size.
-    if count and (last >= storage.size or count > storage.size):
+    is_outside = count and (last >= storage.size or count > storage.size)
+    if is_outside or math.prod(max(size, 1) for size in shape) >= _MOST:
         raise PickleError(
             f"a tensor is refused: {where} lie outside of its storage of {storage.size} numbers"
         )
     return TensorView(storage, offset, shape, strides)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST

@@ -177,19 +177,27 @@ def test_nested_and_doubled_values_cost_nothing():
         (0, (1,) * 9, (1,) * 9),
         (0, 4, (1,)),
         (0, (4,), 1),
+        (0, (10**5000,), (1,)),
+        (0, (0, 1 << 40, 1 << 40), (1, 1, 1)),
     ],
 )
 def test_tensors_outside_of_their_storage_are_refused(tmp_path, offset, shape, strides):
     whole = torch_files.storage(np.float32, 24)
     pickled = torch_files.dumps({"x": torch_files.tensor(whole, offset, shape, strides)})
     path = torch_files.write(tmp_path / "x.pth", pickled, [VALUES])
-    with pytest.raises(CheckpointError, match="a tensor is refused"):
+    with pytest.raises(CheckpointError, match=r"a tensor is refused|4300 digits"):
         read_pth(path)
 
 
 def one_tensor(size=24):
     whole = torch_files.storage(np.float32, size)
     return torch_files.dumps({"x": torch_files.tensor(whole, 0, (size,), (1,))})
+
+
+def test_a_storage_of_too_many_numbers_is_refused(tmp_path):
+    path = torch_files.write(tmp_path / "x.pth", one_tensor(10**5000), [VALUES])
+    with pytest.raises(CheckpointError, match=r"refused|damaged"):
+        read_pth(path)
 
 
 @pytest.mark.parametrize("size", [23, 25, 1 << 40])
@@ -328,6 +336,24 @@ def test_entries_that_contradict_the_directory_of_the_archive(tmp_path):
         path.write_bytes(whole[:at] + value + whole[at + len(value) :])
         with pytest.raises(CheckpointError, match=message):
             read_pth(path)
+
+
+def test_small_pickles_cost_little():
+    """Nested calls, copies and hashes of what is long: each would take all memory, or hours."""
+    begin = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00"
+    rebuilt = b")" + b"".join([b"q\x01(h\x00Nh\x01Nt"] * 3000)  # (rebuild, None, arguments, None)
+    with pytest.raises(PickleError, match="damaged"):
+        describe_pickle(begin + rebuilt + b"q\x01h\x00h\x01R.")
+    many = b"\x80\x02(" + b"K\x01" * 50_000 + b"tq\x00"
+    size = b"ctorch\nSize\nq\x01(" + b"h\x01h\x00\x85R" * 50_000 + b"l."
+    with pytest.raises(PickleError, match="instruction LIST"):
+        describe_pickle(many + size)
+    keys = b"}q\x01" + b"h\x00K\x01s" * 50_000 + b"."
+    with pytest.raises(PickleError, match="a dict has a key that is"):
+        describe_pickle(many + keys)
+    number = b"\x80\x02\x8b" + (1 << 20).to_bytes(4, "little") + b"\x7f" * (1 << 20) + b"q\x00"
+    with pytest.raises(PickleError, match="damaged"):
+        describe_pickle(number + keys)
 
 
 def test_a_pickle_of_many_bytes_is_refused(tmp_path):
