@@ -135,6 +135,8 @@ class RWKV7Config:
         `low_rank(5.0, hidden_size)`.
       norm_eps: epsilon of the layer norms.
       head_norm_eps: epsilon of the norm over each head's output; by default `1e-5 * head_size`.
+      embedding_norm: whether a layer norm follows the embedding, as in the official code. False is
+        for checkpoints whose embedding has been normalised when they were converted.
       param_dtype: dtype in which parameters are stored. This and `compute_dtype` take what JAX
         takes for a dtype, such as `jnp.bfloat16`, and keep its name, such as "bfloat16".
       compute_dtype: dtype of activations and of the operands of matrix products. Inputs of
@@ -162,6 +164,7 @@ class RWKV7Config:
     gate_rank: int = _DERIVED
     norm_eps: float = 1e-5
     head_norm_eps: float = cast(float, None)
+    embedding_norm: bool = True
     param_dtype: DTypeLike = "float32"
     compute_dtype: DTypeLike = "bfloat16"
     remat: Remat = "none"
@@ -187,6 +190,8 @@ class RWKV7Config:
                 check_positive(name, getattr(self, name))
         for name in ("norm_eps", "head_norm_eps"):
             _check_epsilon(name, getattr(self, name))
+        if not isinstance(self.embedding_norm, bool):
+            raise ValueError(f"{self.embedding_norm=} must be True or False")
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, dtype_name(name, getattr(self, name)))
         if self.remat not in _REMAT:

@@ -82,6 +82,7 @@ def infer_config(
         "alpha_rank": sizes["alpha_rank"],
         "value_rank": sizes.get("value_rank", default_value_rank),
         "gate_rank": sizes["gate_rank"],
+        "embedding_norm": bool(layout.embedding_norms),
     }
     try:
         RWKV7Config(**found)

@@ -61,7 +61,8 @@ def read_contents(path: Path) -> CheckpointContents:
         config, metadata = read_description(path)
         dtype, sizes = dtype_name("param_dtype", config.param_dtype), axis_sizes(config)
         counts: Counter[tuple[str, str]] = Counter()
-        for entry in OFFICIAL.entries:  # it has all parameters that our checkpoints hold
+        # The official layout has all parameters that our checkpoints hold.
+        for entry in OFFICIAL.for_config(config).entries:
             layers = config.num_layers if entry.is_stacked else 1
             counts[_group(entry.parameter), dtype] += layers * math.prod(entry.shape(sizes))
         return CheckpointContents(path, None, "native", config, metadata, counts)

@@ -36,6 +36,7 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
     Raises:
       CheckpointError: if a value is out of the range of float16 and `param_dtype` is float16.
     """
+    layout = layout.for_config(config)
     graphdef, state = nnx.split(abstract_model(config))
     params = nnx.to_pure_dict(state)
     for path in dict.fromkeys(entry.parameter for entry in layout.entries):
@@ -76,6 +77,7 @@ def split_model(model: RWKV7, layout: Layout) -> Iterator[tuple[str, np.ndarray]
     Tensors for the value residual of the first layer are left out if they are zero, as released
     files leave them out, or if the layout has none.
     """
+    layout = layout.for_config(model.config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     optional = [entry.parameter for entry in layout.entries if entry.is_optional]
     has_unused = any(np.asarray(_get(params, path)[0]).any() for path in optional)

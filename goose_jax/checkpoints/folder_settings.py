@@ -20,6 +20,9 @@ CONFIG = "config.json"
 OFFICIAL_EPS = {"norm_eps": 1e-5, "head_norm_eps": 64e-5}
 """Constants of the official code, and defaults of `transformers`."""
 
+FOLDED = "embedding_layer_norm_fused"
+"""The key of `transformers` for a norm that is folded into the embedding."""
+
 _LARGEST_EPS = 1e6
 _OURS = "goose_jax"  # the key of config.json for our metadata
 _FIXED = {  # the settings of RWKV-7; FLA's class has other variants, too
@@ -169,7 +172,7 @@ def make_settings(
         "num_attention_heads": config.num_heads,
         "layer_norm_epsilon": config.norm_eps,
         "group_norm_epsilon": config.head_norm_eps,
-        "embedding_layer_norm_fused": False,
+        FOLDED: not config.embedding_norm,
         "tie_word_embeddings": False,
         **(tokens | ours),
     }
@@ -191,6 +194,7 @@ def check_epsilons(config: RWKV7Config, expected: Mapping[str, float], where: st
 
 __all__ = [
     "CONFIG",
+    "FOLDED",
     "OFFICIAL_EPS",
     "check_epsilons",
     "check_sizes",

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from goose_jax.checkpoints.key_map import FLAT, ROW, SAME, TRANSPOSED, Entry, Form
+from goose_jax.config import RWKV7Config
 
 type SettingsForm = Literal["fla", "transformers"]
 
@@ -35,6 +36,8 @@ class Layout:
       description: what `goose-jax inspect` calls it.
       entries: the map, in the order in which a file is written.
       settings: keys of `config.json` in a folder of this layout.
+      folded: whether the norm after the embedding may be folded into the embedding, so that files
+        have no tensors for it, also where no `config.json` says so.
       unused: whether files may hold the value residual of the first layer, which has no effect.
       state: name of a trained initial state, where `{i}` stands for the layer; None if the layout
         has no place for one.
@@ -46,6 +49,7 @@ class Layout:
     entries: tuple[Entry, ...]
     settings: SettingsForm = "transformers"
     unused: bool = True
+    folded: bool = False
     state: str | None = None
     state_axes: Literal["V K", "K V"] = "V K"
 
@@ -54,6 +58,20 @@ class Layout:
         names = [entry.name for entry in self.entries]
         names += [self.state] if self.state else []
         return frozenset(general_name(name) for name in names)
+
+    def for_config(self, config: RWKV7Config) -> "Layout":
+        """Returns the layout without the norm after the embedding, if the model has none."""
+        return self if config.embedding_norm else self.without_embedding_norm()
+
+    def without_embedding_norm(self) -> "Layout":
+        """Returns the layout of files in which that norm is folded into the embedding."""
+        entries = [x for x in self.entries if not x.parameter.startswith("embedding_norm.")]
+        return dataclasses.replace(self, entries=tuple(entries))
+
+    @property
+    def embedding_norms(self) -> tuple[str, ...]:
+        """Names of the tensors of the norm after the embedding."""
+        return tuple(x.name for x in self.entries if x.parameter.startswith("embedding_norm."))
 
     @property
     def embedding(self) -> str:
@@ -281,11 +299,13 @@ RWKV7_EMBEDDINGS = Layout(
     "rwkv7",
     "transformers, older (rwkv7.)",
     _renamed(_OFFICIAL_ENTRIES, {"emb.": "rwkv7.embeddings.", **_RWKV7_PREFIX}),
+    folded=True,
 )
 RWKV7_EMB = Layout(
     "rwkv7-emb",
     "transformers, older (rwkv7.emb)",
     _renamed(_OFFICIAL_ENTRIES, {"emb.": "rwkv7.emb.", **_RWKV7_PREFIX}),
+    folded=True,
 )
 RWKV_RS = Layout(
     "rwkv-rs",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from goose_jax.checkpoints.containers import (
 from goose_jax.checkpoints.conversion import build_model, check_range, split_model
 from goose_jax.checkpoints.errors import CheckpointError, list_names
 from goose_jax.checkpoints.folder_settings import (
+    FOLDED,
     check_epsilons,
     check_sizes,
     default_value_rank,
@@ -33,7 +34,7 @@ from goose_jax.checkpoints.folder_settings import (
 )
 from goose_jax.checkpoints.layouts import LAYOUTS, OFFICIAL, Layout
 from goose_jax.checkpoints.native import CheckpointMetadata, load_checkpoint, save_checkpoint
-from goose_jax.checkpoints.recognition import no_model, recognise
+from goose_jax.checkpoints.recognition import Recognised, no_model, recognise
 from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
 from goose_jax.config import (
     WORLD_VOCAB_SIZE,
@@ -203,6 +204,12 @@ def save_pretrained(
         if kind == "safetensors":
             raise ValueError(f"{layout=} is a file of torch, and {path.name} is one of safetensors")
         kind = "pth"
+    has_place = names.folded or (names.settings == "transformers" and kind == "folder")
+    if not (model.config.embedding_norm or has_place):
+        raise ValueError(
+            f"{layout=} has no place for a model whose embedding holds the norm after it; "
+            "write native, rwkv7, or transformers as a folder"
+        )
     settings = make_settings(model.config, metadata, names)
     if kind != "folder":
         read = read_epsilons(path, {}, names, model.config.head_size)
@@ -228,6 +235,7 @@ def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:
     if isinstance(tensors, list):
         raise CheckpointError(f"{path} holds a list of tensors, as a state does, and no model")
     found = recognise(tensors)
+    found = _as_folded(path, found, settings)
     try:
         config = infer_config(
             found.weights,
@@ -262,6 +270,19 @@ def _check_states(time_states: Sequence[np.ndarray], config: RWKV7Config) -> Non
             f"time_states must have {config.num_layers} arrays [H, V, K] of shape {expected[0]}, "
             f"got {list_names(shapes)}"
         )
+
+
+def _as_folded(path: Path, found: Recognised, settings: Mapping[str, Any]) -> Recognised:
+    """Takes the norm after the embedding out of the layout if the file has it in the embedding."""
+    told = settings.get(FOLDED)
+    has_norm = any(name in found.weights for name in found.layout.embedding_norms)
+    if told is True and has_norm:
+        raise CheckpointError(
+            f"{path}: {FOLDED} is true, but the file has {list_names(found.layout.embedding_norms)}"
+        )
+    if has_norm or not (found.layout.folded if told is None else told is True):
+        return found
+    return dataclasses.replace(found, layout=found.layout.without_embedding_norm())
 
 
 def _split_states(

@@ -55,7 +55,8 @@ def _layout(contents: CheckpointContents) -> str:
     if contents.layout is None:
         return "checkpoint of goose-jax (native)"
     container = _CONTAINERS[contents.container]
-    return f"{contents.layout.description} ({contents.layout.name}), {container}"
+    folded = "" if contents.config.embedding_norm else ", norm folded into the embedding"
+    return f"{contents.layout.description} ({contents.layout.name}), {container}{folded}"
 
 
 def _model_lines(contents: CheckpointContents) -> list[str]:

@@ -61,7 +61,8 @@ class RWKV7(nnx.Module):
     Attributes:
       config: configuration of the model.
       embedding: `[vocab, C]`, one row for each token id.
-      embedding_norm: `LayerNorm` after the embedding (`blocks.0.ln0` in the official code).
+      embedding_norm: `LayerNorm` after the embedding (`blocks.0.ln0` in the official code); None if
+        `config.embedding_norm` is False.
       blocks: a `Block` whose parameters are stacked over layers.
       final_norm: `LayerNorm` before the head.
       head: `[C, vocab]`, projection to logits.
@@ -75,7 +76,7 @@ class RWKV7(nnx.Module):
         self.config = config
         embedding, blocks, head = _initial_values(config, rngs.params())
         self.embedding = nnx.Param(embedding)
-        self.embedding_norm = LayerNorm(config)
+        self.embedding_norm = LayerNorm(config) if config.embedding_norm else None
         self.blocks = nnx.merge(*blocks)
         self.final_norm = LayerNorm(config)
         self.head = nnx.Param(head)
@@ -263,6 +264,8 @@ class RWKV7(nnx.Module):
         embedded = self.embedding.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
+        if self.embedding_norm is None:
+            return embedded.astype(self.config.compute_dtype)
         return self.embedding_norm(embedded)
 
     def _run_blocks(

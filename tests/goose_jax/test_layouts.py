@@ -411,3 +411,69 @@ def test_commands_on_each_layout(tmp_path, capsys, monkeypatch):
             said.add((text, capsys.readouterr().out))
     assert len(said) == 1
     assert all(said.pop())
+
+
+def folded(layout):
+    """The weights with the norm after the embedding in the embedding, computed in float64."""
+    weights = golden_weights()
+    rows = weights["emb.weight"].astype(np.float64)
+    centred = rows - rows.mean(1, keepdims=True)
+    normalised = centred / np.sqrt(rows.var(1, keepdims=True) + 1e-5)
+    scale, bias = weights["blocks.0.ln0.weight"], weights["blocks.0.ln0.bias"]
+    arrays = released(layout)
+    embedding, _ = RENAME[layout]("emb.weight", rows)
+    arrays[embedding] = (normalised * scale + bias).astype(np.float32)
+    for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias"):
+        del arrays[RENAME[layout](name, scale)[0]]
+    return arrays
+
+
+FUSED = "embedding_layer_norm_fused"
+
+
+@pytest.mark.slow
+def test_a_norm_folded_into_the_embedding(tmp_path, capsys):
+    with np.load(GOLDEN / "logits_17_tokens.npz") as official:
+        tokens, expected = official["tokens"], official["logits_np64"]
+    paths = [
+        safetensors_by_hand.write(tmp_path / "x.safetensors", folded("rwkv7")),
+        torch_files.write_arrays(tmp_path / "x.pth", folded("rwkv7-emb")),
+        write_folder(tmp_path / "x", folded("transformers"), CONFIG | {FUSED: True}),
+    ]
+    for path in paths:
+        model, _ = load_pretrained(path, compute_dtype="float32")
+        assert not model.config.embedding_norm
+        logits = forward(model, jnp.asarray(tokens, jnp.int32)[None])[0]
+        assert np.abs(logits - expected).max() < 1e-4
+        main(["inspect", str(path)])
+        assert ", norm folded into the embedding\n" in capsys.readouterr().out
+
+
+def test_conversion_of_a_folded_norm(tmp_path):
+    source = safetensors_by_hand.write(tmp_path / "x.safetensors", folded("rwkv7"))
+    native, target = tmp_path / "native", tmp_path / "y.pth"
+    main(["convert", str(source), str(native), "--layout", "native"])
+    main(["convert", str(native), str(target), "--layout", "rwkv7"])
+    found = read_arrays(target)
+    assert {name: value.tobytes() for name, value in found.items()} == {
+        name: value.tobytes() for name, value in folded("rwkv7").items()
+    }
+    main(["convert", str(native), str(tmp_path / "folder"), "--layout", "transformers"])
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())[FUSED] is True
+    assert_same_params(load_pretrained(tmp_path / "folder")[0], load_pretrained(source)[0])
+    for layout in ("pth", "huggingface"):
+        error = error_of(["convert", str(native), str(tmp_path / "z"), "--layout", layout])
+        assert f"layout='{layout}' has no place for a model whose embedding holds" in error
+
+
+def test_a_norm_is_not_missed_where_nothing_says_that_it_is_folded(tmp_path):
+    path = safetensors_by_hand.write(tmp_path / "x.st", folded("transformers"))
+    missing = "2 missing: model.blocks.0.ln0.bias, model.blocks.0.ln0.weight"
+    with pytest.raises(CheckpointError, match=missing):
+        load_pretrained(path)
+    folder = write_folder(tmp_path / "x", folded("rwkv7"), CONFIG)
+    with pytest.raises(CheckpointError, match=r"2 missing: rwkv7\.blocks\.0\.ln0\.bias"):
+        load_pretrained(folder)
+    folder = write_folder(tmp_path / "y", released("rwkv7"), CONFIG | {FUSED: True})
+    with pytest.raises(CheckpointError, match=f"{FUSED} is true, but the file has rwkv7.blocks.0"):
+        load_pretrained(folder)
