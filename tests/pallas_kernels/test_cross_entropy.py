@@ -98,6 +98,23 @@ def test_large_logits(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e30])
+def test_equal_logits_share_the_probability(implementation, size):
+    hidden, weight = jnp.full((1, 1, 1), size), jnp.array([[1.0, 1.0, -1.0]])
+
+    def loss(weight):
+        targets = jnp.zeros((1, 1), int)
+        return cross_entropy(hidden, weight, targets, implementation=implementation).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(weight)
+    third = np.exp(-2 * size)
+    probabilities = np.array([1, 1, third]) / (2 + third)
+    np.testing.assert_allclose(value, -np.log(probabilities[0]), rtol=1e-6)
+    expected = size * (probabilities - [1, 0, 0])
+    np.testing.assert_allclose(gradient[0], expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_float16_gradients_of_a_mean_over_many_tokens(implementation):
     # A gradient of 1 / 65536 times a small probability is no float16 number.
     arrays = {name: jnp.asarray(x, jnp.float16) for name, x in INPUTS.items()}
@@ -126,7 +143,7 @@ def test_keeps_no_logits():
     inputs = [jnp.asarray(x, jnp.float32) for x in INPUTS.values()]
     function = functools.partial(cross_entropy, targets=TARGETS, chunk_size=2)
     saved = saved_for_backward(function, *inputs)
-    assert saved == sorted([TARGETS.shape, *(x.shape for x in inputs)])
+    assert saved == sorted([TARGETS.shape, TARGETS.shape, *(x.shape for x in inputs)])
 
 
 def test_memory_is_far_below_full_logits():

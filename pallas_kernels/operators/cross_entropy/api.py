@@ -49,7 +49,7 @@ def cross_entropy(
         is the `L2Wrap` of the official training code.
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
         at trace time. "reference" ignores it.
-      implementation: "xla", which works in chunks and keeps its inputs and the logsumexp of each
+      implementation: "xla", which works in chunks and keeps its inputs and two numbers for each
         token for the backward; "reference", the definition, with full logits; or None, which
         chooses.
 

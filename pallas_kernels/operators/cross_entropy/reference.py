@@ -1,5 +1,7 @@
 """Cross entropy by its definition, with full logits."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,17 +14,33 @@ def token_of(logits: Float[Array, "*tokens vocab"]) -> Int[Array, "*tokens vocab
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-def losses_of(
-    logits: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]
-) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
-    """Returns the losses and the logsumexp of logits; nan for a target out of range."""
+class Losses(NamedTuple):
+    """The losses of tokens, and what turns their logits into probabilities again.
+
+    The logsumexp is kept in two parts: rounded as one number, it would hide the differences between
+    huge logits.
+
+    Attributes:
+      losses: `[*tokens]`, nan for a target out of range.
+      largest: `[*tokens]`, the largest logit.
+      log_total: `[*tokens]`, logarithm of the sum of `exp(logits - largest)`.
+    """
+
+    losses: jax.Array
+    largest: jax.Array
+    log_total: jax.Array
+
+
+def losses_of(logits: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]) -> Losses:
+    """Computes the losses of logits."""
     vocab = logits.shape[-1]
     # A masked sum rather than a gather, so that logits sharded over the vocabulary stay so.
     is_target = token_of(logits) == targets[..., None]
     target_logit = jnp.where(is_target, logits, 0).sum(-1)
     target_logit = jnp.where((targets >= 0) & (targets < vocab), target_logit, jnp.nan)
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    return logsumexp - target_logit, logsumexp
+    largest = jax.lax.stop_gradient(logits.max(-1))
+    log_total = jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
+    return Losses(log_total + (largest - target_logit), largest, log_total)
 
 
 def cross_entropy_reference(
@@ -35,7 +53,7 @@ def cross_entropy_reference(
     """Computes `pallas_kernels.cross_entropy`, which documents the arguments."""
     del chunk_size
     logits = contract("btc,cv->btv", hidden, weight)
-    losses, _ = losses_of(logits, targets)
+    losses = losses_of(logits, targets).losses
     if l2wrap:
         first_largest = jnp.argmax(logits, axis=-1, keepdims=True)
         largest = jnp.take_along_axis(logits, first_largest, axis=-1)[..., 0]
@@ -44,4 +62,4 @@ def cross_entropy_reference(
     return losses
 
 
-__all__ = ["cross_entropy_reference", "losses_of", "token_of"]
+__all__ = ["Losses", "cross_entropy_reference", "losses_of", "token_of"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of
+from pallas_kernels.operators.cross_entropy.reference import Losses, losses_of, token_of
 from pallas_kernels.precision import accumulation_dtype, contract
 
 
@@ -20,13 +20,16 @@ class Residuals:
       hidden: `[B, T, C]`; gives the logits and the gradient of the weight.
       weight: `[C, vocab]`; gives the logits and the gradient of hidden.
       targets: `[B, T]`; the gradient of their logits is less by one.
-      logsumexp: `[B, T]`; turns logits into probabilities without another sum.
+      largest: `[B, T]`, the largest logit.
+      log_total: `[B, T]`, as in `Losses`; with `largest` it turns logits into probabilities without
+        another sum.
     """
 
     hidden: jax.Array
     weight: jax.Array
     targets: jax.Array
-    logsumexp: jax.Array
+    largest: jax.Array
+    log_total: jax.Array
 
 
 def _chunk_length(shape: tuple[int, ...], chunk_size: int) -> int:
@@ -63,15 +66,15 @@ def _forward(
 ) -> tuple[Float[Array, "B T"], Residuals]:
     del l2wrap  # enters the gradient only
 
-    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
+    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Losses]:
         hidden, targets = chunk
         return None, losses_of(contract("blc,cv->blv", hidden, weight), targets)
 
     chunk_length = _chunk_length(targets.shape, chunk_size)
     chunks = _split(hidden, chunk_length), _split(targets, chunk_length)
     _, results = jax.lax.scan(chunk_losses, None, chunks)
-    losses, logsumexp = (_join(x, targets.shape[1]) for x in results)
-    return losses, Residuals(hidden, weight, targets, logsumexp)
+    losses, largest, log_total = (_join(x, targets.shape[1]) for x in results)
+    return losses, Residuals(hidden, weight, targets, largest, log_total)
 
 
 def _backward(
@@ -81,12 +84,11 @@ def _backward(
     dtype = accumulation_dtype(weight)
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets, logsumexp, dlosses = chunk  # [B, L, C], then [B, L, 1] each
+        hidden, targets, largest, log_total, dlosses = chunk  # [B, L, C], then [B, L, 1] each
         logits = contract("blc,cv->blv", hidden, weight)
         token = token_of(logits)
-        dlogits = jnp.exp(logits - logsumexp) - (token == targets)  # for dlosses = 1
+        dlogits = jnp.exp((logits - largest) - log_total) - (token == targets)  # for dlosses = 1
         if l2wrap:
-            largest = logits.max(-1, keepdims=True)
             is_first_largest = token == jnp.argmax(logits, axis=-1, keepdims=True)
             dlogits += jnp.where(is_first_largest, l2wrap * largest, 0)
         # The gradients of a mean over many tokens are small. Multiplied here, before the rounding,
@@ -97,7 +99,7 @@ def _backward(
         return dweight + contract("blc,blv->cv", weighted, dlogits), dhidden.astype(hidden.dtype)
 
     chunk_length = _chunk_length(dlosses.shape, chunk_size)
-    per_token = residuals.targets, residuals.logsumexp, dlosses
+    per_token = residuals.targets, residuals.largest, residuals.log_total, dlosses
     chunks = [_split(residuals.hidden, chunk_length)]
     chunks += [_split(x, chunk_length)[..., None] for x in per_token]
     # Zeros like the weight vary over the same mesh axes in shard_map, as a scan's carry must.
