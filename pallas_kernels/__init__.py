@@ -10,11 +10,13 @@ The names of this package are public, and so are all of these modules:
 All other modules are private.
 """
 
+from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.operators.channel_mix import channel_mix
 from pallas_kernels.operators.cross_entropy import cross_entropy
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
+from pallas_kernels.operators.layer_norm import layer_norm
 from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
@@ -25,6 +27,7 @@ from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 __version__ = "0.1.0"
 
 __all__ = [
+    "KEPT",
     "MIN_LOG_DECAY",
     "WKV7_IMPLEMENTATIONS",
     "LayerWeights",
@@ -33,6 +36,7 @@ __all__ = [
     "cross_entropy",
     "decode_layers",
     "key_update",
+    "layer_norm",
     "log_decay_from_logits",
     "output_correction",
     "token_shift_mix",

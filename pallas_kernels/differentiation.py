@@ -20,6 +20,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Choice, dispatch
 
+KEPT = "pallas_kernels.kept"
+"""Name of results that take long to compute and that the backward needs, of kernels for example.
+
+A policy like `jax.checkpoint_policies.save_only_these_names(KEPT)` lets `jax.checkpoint` keep them.
+"""
+
 type Forward[R] = Callable[..., R]
 type Backward = Callable[..., tuple[Any, ...]]
 
@@ -52,12 +58,14 @@ def run_from_inputs[R](
     """
     names = _split(operator, forward, backward, implementation)
     if names == ("reference", "reference"):
-        return forward["reference"](*inputs, **settings)
+        with jax.named_scope(operator):
+            return forward["reference"](*inputs, **settings)
     directions = (
         _Direction(operator, tuple(table.items()), name, tuple(settings.items()))
         for table, name in zip((forward, backward), names, strict=True)
     )
-    return _run(*directions, inputs)
+    with jax.named_scope(operator):
+        return _run(*directions, inputs)
 
 
 def differentiate[R](reference: Forward[R]) -> Backward:
@@ -128,4 +136,4 @@ def _run_backward(
 _run.defvjp(_run_forward, _run_backward)
 
 
-__all__ = ["differentiate", "run_from_inputs"]
+__all__ = ["KEPT", "differentiate", "run_from_inputs"]

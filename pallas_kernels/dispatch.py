@@ -11,6 +11,8 @@ program for a device that it does not have.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from pallas_kernels.devices import device_in_context
 
 type Choice = str | tuple[str | None, str | None] | None
@@ -66,13 +68,15 @@ def dispatch[R](
                 f"{operator}: {implementation=} is unknown; give None or one of "
                 f"{list(implementations)}"
             )
-        return implementations[implementation](*args, **kwargs)
+        with jax.named_scope(operator):
+            return implementations[implementation](*args, **kwargs)
     refusals = []
     for name, function in implementations.items():
         try:
             if name in DEVICE_CHECKS:
                 DEVICE_CHECKS[name]()
-            return function(*args, **kwargs)
+            with jax.named_scope(operator):
+                return function(*args, **kwargs)
         except NotServed as refusal:
             refusal.add_note(f"while trying {operator} with implementation={name!r}")
             refusals.append(refusal)

@@ -1,5 +1,6 @@
 """Checks of arguments, made once, by public functions, in one wording."""
 
+import math
 from typing import Any
 
 import jax
@@ -153,9 +154,20 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
+def check_eps(eps: Any) -> None:
+    """Checks the epsilon of a norm: a number above 0 that is known at trace time.
+
+    Raises:
+      ValueError: if it is anything else; the message has the value.
+    """
+    if not isinstance(eps, (int, float)) or not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a number > 0 known at trace time, got {eps!r}")
+
+
 __all__ = [
     "FLOAT_DTYPES",
     "check_bool",
+    "check_eps",
     "check_float",
     "check_int",
     "check_positive",

@@ -20,6 +20,12 @@ TILE = 64
 
 H100_MULTIPROCESSORS = 132
 
+_REGISTERS = 64 * 1024
+"""Registers of a multiprocessor, of 32 bits each."""
+
+_MOST_BLOCKS = 16
+"""Blocks of one warpgroup for which a multiprocessor has room."""
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 _target = contextvars.ContextVar[Any]("target", default=None)
 
@@ -59,6 +65,14 @@ class Target:
 
     multiprocessors: int = H100_MULTIPROCESSORS
     interpret: bool = False
+
+    def blocks_at_once(self, registers: int) -> int:
+        """Returns how many blocks of one warpgroup run at the same time.
+
+        Args:
+          registers: number of registers of a thread.
+        """
+        return self.multiprocessors * min(_MOST_BLOCKS, _REGISTERS // (128 * registers))
 
     def kernel(
         self,

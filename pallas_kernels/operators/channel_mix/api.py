@@ -1,5 +1,6 @@
 """The public channel mix operator."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,14 +8,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.channel_mix.reference import channel_mix_reference
-from pallas_kernels.operators.channel_mix.xla import channel_mix_xla
+from pallas_kernels.operators.channel_mix.xla import channel_mix_with
 from pallas_kernels.operators.token_shift.api import check_shift
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": channel_mix_xla,
+    "mosaic_gpu": functools.partial(channel_mix_with, "mosaic_gpu"),
+    "xla": functools.partial(channel_mix_with, "xla"),
     "reference": channel_mix_reference,
 }
 
@@ -46,8 +48,9 @@ def channel_mix(
         zeros.
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
         and consecutive equal ids are one segment (see `pallas_kernels.packing`).
-      implementation: "xla", which keeps its inputs and `relu(mixed @ key_weight)` for the
-        backward; "reference", the definition; or None, which chooses.
+      implementation: "mosaic_gpu", whose token shift runs in kernels, for bfloat16 on Hopper GPUs,
+        with C a multiple of 64; "xla"; "reference", the definition; or None, which chooses. The
+        first two keep the inputs and `relu(mixed @ key_weight)` for the backward.
 
     Returns:
       y: `[B, T, C]`, in the dtype of `x`; zero at padding.

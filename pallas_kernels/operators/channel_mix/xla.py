@@ -1,17 +1,20 @@
-"""The channel mix with a backward that keeps the inputs and one activation."""
+"""The channel mix with a backward that keeps the inputs and one activation.
+
+The matrix products are XLA's; the token shift is that of any implementation.
+"""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.operators.channel_mix.reference import (
-    channel_mix_reference,
-    project_keys,
-    square,
-)
-from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
-from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
+from pallas_kernels.differentiation import KEPT
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.channel_mix.reference import project_keys, square
+from pallas_kernels.operators.token_shift.api import BACKWARD, FORWARD
 from pallas_kernels.precision import accumulation_dtype, contract
 from pallas_kernels.types import SegmentIds
 
@@ -40,7 +43,12 @@ class Residuals:
     activation: jax.Array
 
 
+def _mix_tokens(implementation: str, *inputs: Any) -> Any:
+    return dispatch("token_shift_mix", FORWARD, implementation, *inputs)
+
+
 def _forward(
+    implementation: str,
     x: Float[Array, "B T C"],
     mix: Float[Array, " C"],
     key_weight: Float[Array, "C F"],
@@ -48,15 +56,17 @@ def _forward(
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
 ) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
-    (mixed,), new_state = token_shift_mix_reference(x, mix[None], state, segment_ids)
-    activation = project_keys(mixed, key_weight)
+    (mixed,), new_state = _mix_tokens(implementation, x, mix[None], state, segment_ids)
+    activation = checkpoint_name(project_keys(mixed, key_weight), KEPT)
     y = contract("btf,fc->btc", square(activation), value_weight)
     residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, activation)
     return (y.astype(x.dtype), new_state), residuals
 
 
 def _backward(
-    residuals: Residuals, cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"]]
+    implementation: str,
+    residuals: Residuals,
+    cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"]],
 ) -> tuple[
     Float[Array, "B T C"],
     Float[Array, " C"],
@@ -74,10 +84,12 @@ def _backward(
     dsquare = contract("btc,fc->btf", dy, value_weight)
     # Where relu is flat the activation is zero, and so is this.
     dkeys = (2 * activation.astype(dtype) * dsquare).astype(activation.dtype)
-    (mixed,), _ = token_shift_mix_reference(*shift)
+    (mixed,), _ = _mix_tokens(implementation, *shift)
     dkey_weight = contract("btc,btf->cf", mixed, dkeys)
     dmixed = contract("btf,cf->btc", dkeys, key_weight)
-    dx, dmixes, dstate, _ = token_shift_mix_backward(*shift, cotangents=((dmixed,), dnew_state))
+    dx, dmixes, dstate, _ = dispatch(
+        "token_shift_mix", BACKWARD, implementation, *shift, cotangents=((dmixed,), dnew_state)
+    )
     return (
         dx,
         dmixes[0],
@@ -88,8 +100,24 @@ def _backward(
     )
 
 
-channel_mix_xla = jax.custom_vjp(channel_mix_reference)
-channel_mix_xla.defvjp(_forward, _backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def channel_mix_with(
+    implementation: str,
+    x: Float[Array, "B T C"],
+    mix: Float[Array, " C"],
+    key_weight: Float[Array, "C F"],
+    value_weight: Float[Array, "F C"],
+    state: Float[Array, "B C"] | None,
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
+    """Computes `pallas_kernels.channel_mix`, which documents the arguments.
+
+    `implementation` is that of the token shift.
+    """
+    return _forward(implementation, x, mix, key_weight, value_weight, state, segment_ids)[0]
 
 
-__all__ = ["channel_mix_xla"]
+channel_mix_with.defvjp(_forward, _backward)
+
+
+__all__ = ["channel_mix_with"]

@@ -4,13 +4,25 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.operators.key_update.mosaic_gpu import (
+    key_update_backward_mosaic_gpu,
+    key_update_mosaic_gpu,
+)
 from pallas_kernels.operators.key_update.reference import key_update_reference
 from pallas_kernels.operators.key_update.xla import key_update_backward
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float
 
-FORWARD = {"xla": key_update_reference, "reference": key_update_reference}
-BACKWARD = {"xla": key_update_backward, "reference": differentiate(key_update_reference)}
+FORWARD = {
+    "mosaic_gpu": key_update_mosaic_gpu,
+    "xla": key_update_reference,
+    "reference": key_update_reference,
+}
+BACKWARD = {
+    "mosaic_gpu": key_update_backward_mosaic_gpu,
+    "xla": key_update_backward,
+    "reference": differentiate(key_update_reference),
+}
 
 
 def key_update(
@@ -40,8 +52,9 @@ def key_update(
         own.
       replacement_mix: `[H, K]`, how much `alpha` scales the replacement key. It may have a dtype
         of its own.
-      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
-        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
+      implementation: "mosaic_gpu", kernels for bfloat16 on Hopper GPUs, with K of 64;
+        "xla", whose backward needs only the inputs; "reference", the definition, which JAX
+        differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`.

@@ -1,18 +1,25 @@
 """The public output correction operator."""
 
-import math
-
 from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.operators.output_correction.mosaic_gpu import (
+    output_correction_backward_mosaic_gpu,
+    output_correction_mosaic_gpu,
+)
 from pallas_kernels.operators.output_correction.reference import output_correction_reference
 from pallas_kernels.operators.output_correction.xla import output_correction_backward
 from pallas_kernels.sharding import vary_alike
-from pallas_kernels.validation import check_float, check_same_dtype
+from pallas_kernels.validation import check_eps, check_float, check_same_dtype
 
-FORWARD = {"xla": output_correction_reference, "reference": output_correction_reference}
+FORWARD = {
+    "mosaic_gpu": output_correction_mosaic_gpu,
+    "xla": output_correction_reference,
+    "reference": output_correction_reference,
+}
 BACKWARD = {
+    "mosaic_gpu": output_correction_backward_mosaic_gpu,
     "xla": output_correction_backward,
     "reference": differentiate(output_correction_reference),
 }
@@ -51,8 +58,9 @@ def output_correction(
       norm_scale: `[H, V]`. It may have a dtype of its own.
       norm_bias: `[H, V]`. It may have a dtype of its own.
       eps: > 0, known at trace time; the official code's is 1e-5 times the head size.
-      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
-        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
+      implementation: "mosaic_gpu", kernels for bfloat16 on Hopper GPUs, with K and V of 64;
+        "xla", whose backward needs only the inputs; "reference", the definition, which JAX
+        differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       `[B, T, H, V]`, in the dtype of `o`.
@@ -71,8 +79,7 @@ def output_correction(
     check_float("norm_scale", norm_scale, "H V", sizes)
     check_float("norm_bias", norm_bias, "H V", sizes)
     check_same_dtype(o=o, r=r, k=k, v=v, gate=gate)
-    if not isinstance(eps, (int, float)) or not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be a number > 0 known at trace time, got {eps!r}")
+    check_eps(eps)
     inputs = vary_alike(o, r, k, v, gate, bonus, norm_scale, norm_bias)
     return run_from_inputs(
         "output_correction", FORWARD, BACKWARD, implementation, *inputs, eps=float(eps)

@@ -6,14 +6,26 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.operators.token_shift.mosaic_gpu import (
+    token_shift_mix_backward_mosaic_gpu,
+    token_shift_mix_mosaic_gpu,
+)
 from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
 from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype, check_segment_ids
 
-FORWARD = {"xla": token_shift_mix_reference, "reference": token_shift_mix_reference}
-BACKWARD = {"xla": token_shift_mix_backward, "reference": differentiate(token_shift_mix_reference)}
+FORWARD = {
+    "mosaic_gpu": token_shift_mix_mosaic_gpu,
+    "xla": token_shift_mix_reference,
+    "reference": token_shift_mix_reference,
+}
+BACKWARD = {
+    "mosaic_gpu": token_shift_mix_backward_mosaic_gpu,
+    "xla": token_shift_mix_backward,
+    "reference": differentiate(token_shift_mix_reference),
+}
 
 
 def token_shift_mix(
@@ -41,8 +53,9 @@ def token_shift_mix(
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
         and consecutive equal ids are one segment (see `pallas_kernels.packing`). `state` comes
         before the row's first segment, zeros before the later ones.
-      implementation: "xla", whose backward needs only the inputs; "reference", the definition,
-        which JAX differentiates; a pair of names, (forward, backward); or None, which chooses.
+      implementation: "mosaic_gpu", kernels for bfloat16 on Hopper GPUs, with C a multiple of 64;
+        "xla", whose backward needs only the inputs; "reference", the definition, which JAX
+        differentiates; a pair of names, (forward, backward); or None, which chooses.
 
     Returns:
       mixed: M arrays `[B, T, C]` in the dtype of `x`; zero at padding.

@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.devices import device_in_context
+from pallas_kernels.differentiation import KEPT
 from pallas_kernels.operators.wkv7.call import Results, WKVCall, WKVInputs, prepare
 from pallas_kernels.operators.wkv7.chunk_alignment import (
     Transfers,
@@ -253,8 +255,9 @@ def _chunked_forward(plan, inputs, segments, stored, state):
 
     with _precision(inputs):
         carry = (jnp.zeros_like(inputs.v), state, stored)
-        carry, entries = jax.lax.scan(group, carry, _groups(inputs, plan))
-    return carry, Residuals(inputs, segments, entries)
+        (o, *states), entries = jax.lax.scan(group, carry, _groups(inputs, plan))
+    o, entries = checkpoint_name((o, entries), KEPT)
+    return (o, *states), Residuals(inputs, segments, entries)
 
 
 def _chunked_backward(plan, residuals, gradients):

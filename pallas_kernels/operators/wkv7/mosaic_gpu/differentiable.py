@@ -14,7 +14,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target, target_in_context
 from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs, prepare
@@ -83,12 +85,12 @@ def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
     # into the stacks of all layers. If o went there too, it would call the kernel again for the
     # o that the rest of the layer reads.
-    o = jax.lax.optimization_barrier(results.o)
+    o = checkpoint_name(jax.lax.optimization_barrier(results.o), KEPT)
     residuals = Residuals(
         inputs=inputs,
-        X=results.X,
-        entries=results.entries,
-        U=results.U,
+        X=checkpoint_name(results.X, KEPT),
+        entries=checkpoint_name(results.entries, KEPT),
+        U=checkpoint_name(results.U, KEPT),
         bounds=bounds,
         transfers=transfers,
         from_zero=initial is None,

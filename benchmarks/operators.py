@@ -1,0 +1,185 @@
+"""Measures the operators around WKV7 on JAX's default device: time, share of the floor, error.
+
+    python benchmarks/operators.py                                  # B 8, T 4096, C 2048 on a GPU
+    python benchmarks/operators.py --shape 2 256 128 --operators "key update"
+
+A row is one direction of one operator through one implementation. The floor is the time in which a
+copy would move the operator's inputs and results once, plus its matrix products at the rate of a
+large one. The backward is a program of its own that starts from the inputs. Times are medians of
+rounds, in which the implementations take turns; errors are relative RMS errors of the worst result
+against the definition in float64, at a small size.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from device import copy_rate, product_rate
+
+import pallas_kernels
+
+HEAD = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator and its arguments.
+
+    Attributes:
+      function: from the arguments and `implementation=` to the results.
+      tokens: shapes of the arguments in the dtype of tokens.
+      parameters: shapes of the float32 arguments.
+      flops: of the matrix products of the forward; the backward has twice as many.
+    """
+
+    function: Callable[..., Any]
+    tokens: tuple[tuple[int, ...], ...]
+    parameters: tuple[tuple[int, ...], ...]
+    flops: int = 0
+
+
+def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
+    """Returns the operators by name, for B, T and C."""
+    B, T, C = shape
+    x, heads, of_heads = (B, T, C), (B, T, C // HEAD, HEAD), (C // HEAD, HEAD)
+
+    def channel_mix(x, key, value, mix, **kwargs):
+        return pallas_kernels.channel_mix(x, mix, key, value, **kwargs)
+
+    return {
+        "token shift, 6 mixes": Operator(pallas_kernels.token_shift_mix, (x,), ((6, C),)),
+        "token shift, 1 mix": Operator(pallas_kernels.token_shift_mix, (x,), ((1, C),)),
+        "layer norm": Operator(pallas_kernels.layer_norm, (x,), ((C,), (C,))),
+        "key update": Operator(pallas_kernels.key_update, (heads,) * 2, (of_heads,) * 2),
+        "output correction": Operator(
+            pallas_kernels.output_correction, (heads,) * 5, (of_heads,) * 3
+        ),
+        "channel mix": Operator(
+            channel_mix, (x, (C, 4 * C), (4 * C, C)), ((C,),), flops=16 * B * T * C * C
+        ),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      shape: B, T, C; None takes 8, 4096, 2048 on a GPU and 2, 256, 128 elsewhere.
+      operators: names of operators; None takes all.
+      implementations: names of implementations; None takes those that suit the device.
+      rounds: number of rounds whose median is reported.
+      calls: calls before a wait.
+    """
+
+    shape: tuple[int, int, int] | None = None
+    operators: tuple[str, ...] | None = None
+    implementations: tuple[str, ...] | None = None
+    rounds: int = 5
+    calls: int = 20
+
+
+def make_arguments(operator: Operator, dtype: str) -> list[jax.Array]:
+    """Returns random arguments, tokens in `dtype`."""
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+    tokens = [jax.random.normal(next(keys), shape) for shape in operator.tokens]
+    if operator.flops:  # matrices, so that results are as large as arguments
+        tokens[1:] = [x / np.sqrt(len(x)) for x in tokens[1:]]
+    parameters = [jax.random.uniform(next(keys), shape) for shape in operator.parameters]
+    return [x.astype(dtype) for x in tokens] + parameters
+
+
+def programs_of(
+    operator: Operator, implementation: str, dtype: str
+) -> list[tuple[Callable[..., Any], list[Any]]]:
+    """Returns forward and backward, each with its arguments."""
+    arguments = make_arguments(operator, dtype)
+    function = functools.partial(operator.function, implementation=implementation)
+    results = jax.eval_shape(function, *arguments)
+    leaves, structure = jax.tree.flatten(results)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    gradients = [
+        jax.random.normal(key, x.shape).astype(x.dtype) for key, x in zip(keys, leaves, strict=True)
+    ]
+
+    def backward(gradients, *arguments):
+        return jax.vjp(function, *arguments)[1](jax.tree.unflatten(structure, gradients))
+
+    return [(jax.jit(function), arguments), (jax.jit(backward), [gradients, *arguments])]
+
+
+def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any]) -> float:
+    """Returns the milliseconds of traffic at a copy's rate, plus those of the products."""
+    results = jax.eval_shape(program, *arguments)
+    leaves = jax.tree.leaves((arguments, results))
+    moved = sum(x.size * x.dtype.itemsize for x in leaves)
+    is_backward = isinstance(arguments[0], list)
+    flops = operator.flops * (2 if is_backward else 1)
+    return 1e3 * (moved / copy_rate() + flops / product_rate())
+
+
+def error(operator: Operator, implementation: str, dtype: str) -> float:
+    """Returns the relative RMS error of the worst result and gradient."""
+    runs = programs_of(operator, implementation, dtype)
+    found = jax.device_get([program(*arguments) for program, arguments in runs])
+    with jax.enable_x64():
+        exact = jax.device_get(
+            [
+                program(*jax.tree.map(lambda x: x.astype(jnp.float64), arguments))
+                for (program, _), (_, arguments) in zip(
+                    programs_of(operator, "reference", dtype), runs, strict=True
+                )
+            ]
+        )
+    errors = []
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        difference = np.asarray(x, np.float64) - y
+        errors.append(np.linalg.norm(difference) / np.linalg.norm(y))
+    return max(errors)
+
+
+def milliseconds(program: Callable[..., Any], arguments: list[Any], calls: int) -> float:
+    """Returns the time of a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        results = program(*arguments)
+    jax.block_until_ready(results)
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def main(settings: Settings) -> None:
+    on_gpu = jax.default_backend() == "gpu"
+    shape = settings.shape or ((8, 4096, 2048) if on_gpu else (2, 256, 128))
+    implementations = settings.implementations or (("mosaic_gpu", "xla") if on_gpu else ("xla",))
+    dtype = "bfloat16" if on_gpu else "float32"
+    operators, small = make_operators(shape), make_operators((2, 300, min(shape[2], 512)))
+    print(f"B, T, C = {shape}, {dtype}, {jax.devices()[0].device_kind}")
+    print("| operator | direction | implementation | ms | floor ms | share of the floor | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in settings.operators or operators:
+        runs = {x: programs_of(operators[name], x, dtype) for x in implementations}
+        errors = {x: error(small[name], x, dtype) for x in implementations}
+        times: dict[Any, list[float]] = {}
+        for _ in range(settings.rounds + 1):
+            for implementation, directions in runs.items():
+                for i, run in enumerate(directions):
+                    spent = milliseconds(*run, settings.calls)
+                    times.setdefault((i, implementation), []).append(spent)
+        for (i, implementation), all_times in sorted(times.items()):
+            median = float(np.median(all_times[1:]))  # the first round compiles
+            least = floor(operators[name], *runs[implementation][i])
+            print(
+                f"| {name} | {('forward', 'backward')[i]} | {implementation} | {median:.3f} "
+                f"| {least:.3f} | {least / median:.0%} | {errors[implementation]:.1e} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,5 @@
+"""The layer norm of a token's channels."""
+
+from pallas_kernels.operators.layer_norm.api import layer_norm
+
+__all__ = ["layer_norm"]
