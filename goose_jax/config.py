@@ -142,12 +142,12 @@ class RWKV7Config:
       compute_dtype: dtype of activations and of the operands of matrix products. Inputs of
         `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
         states and logits always have float32 at least.
-      remat: what the backward pass computes again, block by block. "none" keeps all values that the
-        operators need, "dots" keeps the results of matrix products, "full" keeps only the input of
-        each block.
-      implementation: implementation of `pallas_kernels.wkv7`, "mosaic_gpu", "xla" or "reference";
-        None chooses one. "reference" also selects the reference of
-        `pallas_kernels.wkv7_recurrent`, which reads short rows.
+      remat: what the backward pass computes again, block by block. "dots" keeps the results of
+        matrix products and of `pallas_kernels.wkv7`, and the residual stream; "none" keeps all
+        values that the operators need, "full" keeps only the input of each block.
+      implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None
+        chooses for each call. "mosaic_gpu" concerns `pallas_kernels.wkv7` only, and only
+        "reference" concerns `pallas_kernels.wkv7_recurrent`, which reads short rows.
 
     Raises:
       ValueError: if a value is out of range; the message names it.
@@ -167,7 +167,7 @@ class RWKV7Config:
     embedding_norm: bool = True
     param_dtype: DTypeLike = "float32"
     compute_dtype: DTypeLike = "bfloat16"
-    remat: Remat = "none"
+    remat: Remat = "dots"
     implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -200,6 +200,11 @@ class RWKV7Config:
             raise ValueError(
                 f"{self.implementation=} must be None or one of {WKV7_IMPLEMENTATIONS}"
             )
+
+    @property
+    def implementation_around_wkv7(self) -> str | None:
+        """Implementation of all operators but `pallas_kernels.wkv7`."""
+        return None if self.implementation == "mosaic_gpu" else self.implementation
 
     @property
     def num_heads(self) -> int:

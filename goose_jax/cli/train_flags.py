@@ -94,7 +94,7 @@ class TrainFlags:
     head_size: int | None = None
     frozen_dtype: Dtype | None = None
     compute_dtype: Dtype | None = None
-    remat: Remat = "none"
+    remat: Remat = "dots"
     steps: int = 1200
     batch_size: int = 8
     microbatches: int = 1

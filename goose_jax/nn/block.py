@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.config import RWKV7Config
@@ -12,6 +13,7 @@ from goose_jax.nn.initializers import Layer
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Heads, TimeMix, Tokens
 from goose_jax.state import check_activations
+from pallas_kernels import KEPT
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +99,7 @@ class Block(nnx.Module):
         mixed, v_first, (time_shift, wkv) = self.time_mix(
             self.time_mix_norm(x), v_first, time_state, segment_ids, is_first=is_first
         )
-        x = x + mixed
+        x = checkpoint_name(x + mixed, KEPT)
         channel_state = None if state is None else state.channel_shift
         mixed, channel_shift = self.channel_mix(
             self.channel_mix_norm(x), channel_state, segment_ids

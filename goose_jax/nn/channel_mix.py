@@ -88,4 +88,5 @@ class ChannelMix(nnx.Module):
             self.value[...].astype(dtype),
             state=state,
             segment_ids=segment_ids,
+            implementation=self.config.implementation_around_wkv7,
         )

@@ -1,11 +1,11 @@
 """Layer norm with statistics in float32."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from goose_jax.config import RWKV7Config
+from pallas_kernels import layer_norm
 
 
 class LayerNorm(nnx.Module):
@@ -35,9 +35,5 @@ class LayerNorm(nnx.Module):
         Returns:
           `[B, T, C]` in the compute dtype.
         """
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        centred = x.astype(dtype) - jnp.mean(x, axis=-1, keepdims=True, dtype=dtype)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normalised = centred * jax.lax.rsqrt(variance + self.config.norm_eps)
-        scaled = normalised * self.scale[None, None] + self.bias[None, None]  # [1, 1, C]
-        return scaled.astype(self.config.compute_dtype)
+        normed = layer_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
+        return normed.astype(self.config.compute_dtype)

@@ -17,7 +17,7 @@ from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
 from goose_jax.state import RWKV7State, check_state
-from pallas_kernels import LayerWeights, decode_layers
+from pallas_kernels import KEPT, LayerWeights, decode_layers
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
@@ -324,5 +324,5 @@ def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Calla
         return run_block
     policy = None
     if config.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(run_block, policy=policy, prevent_cse=False)  # a scan needs no barrier

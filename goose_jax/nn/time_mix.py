@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.config import RWKV7Config
@@ -10,6 +11,7 @@ from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
 from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
+    KEPT,
     MIN_LOG_DECAY,
     key_update,
     log_decay_from_logits,
@@ -160,14 +162,27 @@ class TimeMix(nnx.Module):
         """
         self._check(x, v_first, state, segment_ids, is_first)
         shift, wkv_state = (None, None) if state is None else state
-        mixed, shift = token_shift_mix(x, self.shift_mix[...], state=shift, segment_ids=segment_ids)
+        implementation = self.config.implementation_around_wkv7
+        mixed, shift = token_shift_mix(
+            x,
+            self.shift_mix[...],
+            state=shift,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
         x_receptance, x_decay, x_key, x_value, x_alpha, x_gate = mixed
 
         r = self._heads(_project(x_receptance, self.receptance))
         log_decay = self._heads(self._log_decay(x_decay))
         alpha = self._heads(self._alpha(x_alpha))
         k = self._heads(_project(x_key, self.key))
-        k, a, b = key_update(k, alpha, self.removal_scale[...], self.replacement_mix[...])
+        k, a, b = key_update(
+            k,
+            alpha,
+            self.removal_scale[...],
+            self.replacement_mix[...],
+            implementation=implementation,
+        )
         v = self._heads(_project(x_value, self.value))
         if v_first is None:
             v_first = v
@@ -175,7 +190,8 @@ class TimeMix(nnx.Module):
             # In the first layer v_first is v: the residual adds exactly zero, and the gradient of
             # its logits is exactly zero.
             v_first = jnp.where(is_first, v, v_first)
-            v = value_residual(v, v_first, self._heads(self._value_residual_logits(x_value)))
+            logits = self._heads(self._value_residual_logits(x_value))
+            v = value_residual(v, v_first, logits, implementation=implementation)
 
         o, wkv_state = self._wkv(r, log_decay, k, v, a, b, wkv_state, segment_ids)
         y = output_correction(
@@ -188,8 +204,11 @@ class TimeMix(nnx.Module):
             self.head_norm_scale[...],
             self.head_norm_bias[...],
             eps=self.config.head_norm_eps,
+            implementation=implementation,
         )
-        return _project(y.reshape(x.shape), self.output), v_first, (shift, wkv_state)
+        with jax.named_scope("projection"):  # its result is not kept for the backward
+            y = y.reshape(x.shape) @ self.output[...].astype(x.dtype)
+        return y, v_first, (shift, wkv_state)
 
     def _check(
         self,
@@ -219,18 +238,22 @@ class TimeMix(nnx.Module):
     def _heads(self, x: Tokens) -> Heads:
         return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_size)
 
+    @jax.named_scope("log_decay")
     def _log_decay(self, x: Tokens) -> Tokens:
         low = _project(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
         return log_decay_from_logits(_add_base(low, self.decay_base))
 
+    @jax.named_scope("alpha")
     def _alpha(self, x: Tokens) -> Tokens:
         low = _project(_project(x, self.alpha_down), self.alpha_up)
         return jax.nn.sigmoid(_add_base(low, self.alpha_base)).astype(x.dtype)
 
+    @jax.named_scope("value_residual_logits")
     def _value_residual_logits(self, x: Tokens) -> Tokens:
         low = _project(_project(x, self.value_residual_down), self.value_residual_up)
         return _add_base(low, self.value_residual_base).astype(x.dtype)
 
+    @jax.named_scope("gate")
     def _gate(self, x: Tokens) -> Tokens:
         return _project(jax.nn.sigmoid(_project(x, self.gate_down)), self.gate_up)
 
@@ -284,7 +307,8 @@ def check_layer(layer: Layer, config: RWKV7Config) -> None:
 
 
 def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
-    return x @ weight[...].astype(x.dtype)
+    with jax.named_scope("projection"):
+        return checkpoint_name(x @ weight[...].astype(x.dtype), KEPT)
 
 
 def _add_base(low: Tokens, base: nnx.Param) -> Tokens:

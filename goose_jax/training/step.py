@@ -174,9 +174,10 @@ def _step(losses: Losses, config: OptimizerConfig) -> TuningStep:
             value, gradient = _sum_over_microbatches(of_microbatch, batch)
         else:
             value, gradient = of_microbatch(batch)
-        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
-        metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+            metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
+            params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -163,7 +163,7 @@ UNTRAINED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
 @pytest.mark.usefixtures("quick_to_compile")
 def test_every_parameter_is_trained_but_the_first_value_residual(model, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    loss, gradients = compiled_gradient("none")(model, inputs, targets)
+    loss, gradients = compiled_gradient(model.config.remat)(model, inputs, targets)
     logits, _ = forward(model, tokens, None, None)
     log_probabilities = jax.nn.log_softmax(logits[:, :-1])
     expected = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1).mean()

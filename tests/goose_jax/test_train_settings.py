@@ -20,7 +20,7 @@ COMMON = {
     "data": None, "pattern": "*", "out": "runs", "from_": "/a/base.pth", "tune": None,
     "lora_rank": None, "lora_alpha": None, "state": None, "tokenizer": "world", "num_layers": None,
     "hidden_size": None, "head_size": None, "frozen_dtype": None, "compute_dtype": None,
-    "remat": "none", "steps": 1200, "batch_size": 8, "microbatches": 1, "sequence_length": 512,
+    "remat": "dots", "steps": 1200, "batch_size": 8, "microbatches": 1, "sequence_length": 512,
     "learning_rate": 0.0002, "final_learning_rate": 2e-05, "warmup_steps": 30, "weight_decay": 0.0,
     "held_out_bytes": 32768, "evaluate_every": 300, "save_every": 300, "keep": 2, "plot": True,
     "prompt": "def ", "sample_length": 400, "seed": 0,
