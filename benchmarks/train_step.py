@@ -2,16 +2,25 @@
 
     python benchmarks/train_step.py                                       # a small model, for a CPU
     python benchmarks/train_step.py --num-layers 24 --hidden-size 1024 --vocab-size 65536 \
-        --batch-size 8 --sequence-length 4096 --compute-dtype bfloat16
+        --batch-size 8 --sequence-length 4096 --compute-dtype bfloat16 --profile
 
 Tokens are random. A round is some asynchronous steps and then one wait; the time is the median of
 the rounds, after a warm-up. Memory is the device's peak, or what XLA plans if the device does not
 count it.
+
+`--profile` also prints the time of the GPU by operator and direction. "again" is what the backward
+computes again of the forward. Names are those of `jax.named_scope` in the program.
 """
 
+import collections
 import dataclasses
 import math
+import pathlib
+import re
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,9 +44,10 @@ class Settings:
       sequence_length: tokens per sequence.
       compute_dtype: dtype of activations.
       remat: `RWKV7Config.remat`, what the backward computes again.
-      implementation: `RWKV7Config.implementation`, of the WKV operator.
+      implementation: `RWKV7Config.implementation`, of the operators.
       rounds: number of rounds whose median is reported.
       steps: steps per round.
+      profile: whether to print the time by operator, on a GPU.
     """
 
     num_layers: int = 4
@@ -46,10 +56,65 @@ class Settings:
     batch_size: int = 8
     sequence_length: int = 256
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     implementation: str | None = None
     rounds: int = 3
     steps: int = 4
+    profile: bool = False
+
+
+_SCOPES = (
+    *("token_shift_mix", "layer_norm", "key_update", "value_residual", "wkv7"),
+    *("output_correction", "channel_mix", "cross_entropy", "log_decay", "alpha"),
+    *("value_residual_logits", "gate", "projection", "optimizer"),
+)
+"""Names of operators and of parts of modules; an operation belongs to the first one in its path."""
+
+
+def part_of(path: str) -> tuple[str, str]:
+    """Returns operator and direction of an operation, by the path of scopes it was traced in."""
+    direction = "forward" if "jvp(" in path else ""
+    if "transpose(" in path:
+        direction = "again" if "rematted_computation" in path else "backward"
+    names = re.split(r"[/()]", path)
+    scope = next((name for name in names if name in _SCOPES), None)
+    if scope is None and "dynamic_update_slice" in path:
+        scope = "stacks of what is kept"
+    if scope is None and "dynamic_slice" in path:
+        scope = "reading from stacks"
+    return scope or "other", direction
+
+
+def time_by_part(step: Any, run: Callable[[], Any]) -> dict[tuple[str, str], float]:
+    """Returns the milliseconds of the GPU by operator and direction.
+
+    Args:
+      step: the compiled program.
+      run: runs it once and waits for it.
+    """
+    pattern = r'^ *(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"'
+    paths = {name.replace(".", "_"): path for name, path in _matches(pattern, step.as_text())}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    times: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                operation = str(dict(event.stats).get("hlo_op", event.name)).replace(".", "_")
+                part = part_of(paths[operation]) if operation in paths else (event.name[:60], "")
+                times[part] += event.duration_ns / 1e6
+    return times
+
+
+def _matches(pattern: str, text: str) -> list[tuple[str, str]]:
+    return re.findall(pattern, text, flags=re.MULTILINE)
 
 
 def main(settings: Settings) -> None:
@@ -70,7 +135,10 @@ def main(settings: Settings) -> None:
     batch = next_token_batch(tokens)
 
     start = time.perf_counter()
-    step = make_train_step(model, recipe).lower(state, batch).compile()
+    options = {}
+    if settings.profile:  # graphs of CUDA hide which operation a kernel belongs to
+        options = {"xla_gpu_enable_command_buffer": ""}
+    step = make_train_step(model, recipe).lower(state, batch).compile(compiler_options=options)
     compile_seconds = time.perf_counter() - start
     seconds = []
     for _ in range(settings.rounds + 1):
@@ -97,6 +165,27 @@ def main(settings: Settings) -> None:
         f"{1e3 * per_step:.1f} ms per step, {peak / 2**30:.2f} GiB, "
         f"compiled in {compile_seconds:.0f} s, loss {loss:.3f}"
     )
+    if settings.profile:
+        print_profile(step, state, batch)
+
+
+def print_profile(step: Any, state: Any, batch: Any) -> None:
+    """Prints a table of the time of a step by operator and direction."""
+
+    def run() -> None:
+        jax.block_until_ready(step(state, batch))
+
+    times = time_by_part(step, run)
+    directions = ("forward", "again", "backward", "")
+    print(f"{sum(times.values()):.1f} ms of the GPU, by operator and direction:")
+    print("| operator | forward | again | backward | neither | all |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    sums = collections.Counter()
+    for (scope, _), spent in times.items():
+        sums[scope] += spent
+    for scope, total in sums.most_common(40):
+        columns = (times.get((scope, direction), 0.0) for direction in directions)
+        print(f"| {scope} | {' | '.join(f'{x:.2f}' for x in columns)} | {total:.2f} |")
 
 
 if __name__ == "__main__":
