@@ -143,8 +143,8 @@ class RWKV7Config:
         `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
         states and logits always have float32 at least.
       remat: what the backward pass computes again, block by block. "dots" keeps the results of
-        matrix products and of `pallas_kernels.wkv7`, and the residual stream; "none" keeps all
-        values that the operators need, "full" keeps only the input of each block.
+        matrix products, except of low-rank ones, of `pallas_kernels.wkv7`, and the residual stream;
+        "none" keeps all values that the operators need, "full" keeps only the input of each block.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None
         chooses for each call. "mosaic_gpu" concerns `pallas_kernels.wkv7` only, and only
         "reference" concerns `pallas_kernels.wkv7_recurrent`, which reads short rows.

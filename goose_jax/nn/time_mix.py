@@ -206,9 +206,7 @@ class TimeMix(nnx.Module):
             eps=self.config.head_norm_eps,
             implementation=implementation,
         )
-        with jax.named_scope("projection"):  # its result is not kept for the backward
-            y = y.reshape(x.shape) @ self.output[...].astype(x.dtype)
-        return y, v_first, (shift, wkv_state)
+        return _multiply(y.reshape(x.shape), self.output), v_first, (shift, wkv_state)
 
     def _check(
         self,
@@ -240,22 +238,22 @@ class TimeMix(nnx.Module):
 
     @jax.named_scope("log_decay")
     def _log_decay(self, x: Tokens) -> Tokens:
-        low = _project(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
+        low = _multiply(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
         return log_decay_from_logits(_add_base(low, self.decay_base))
 
     @jax.named_scope("alpha")
     def _alpha(self, x: Tokens) -> Tokens:
-        low = _project(_project(x, self.alpha_down), self.alpha_up)
+        low = _multiply(_project(x, self.alpha_down), self.alpha_up)
         return jax.nn.sigmoid(_add_base(low, self.alpha_base)).astype(x.dtype)
 
     @jax.named_scope("value_residual_logits")
     def _value_residual_logits(self, x: Tokens) -> Tokens:
-        low = _project(_project(x, self.value_residual_down), self.value_residual_up)
+        low = _multiply(_project(x, self.value_residual_down), self.value_residual_up)
         return _add_base(low, self.value_residual_base).astype(x.dtype)
 
     @jax.named_scope("gate")
     def _gate(self, x: Tokens) -> Tokens:
-        return _project(jax.nn.sigmoid(_project(x, self.gate_down)), self.gate_up)
+        return _multiply(jax.nn.sigmoid(_project(x, self.gate_down)), self.gate_up)
 
     def _wkv(
         self,
@@ -306,9 +304,19 @@ def check_layer(layer: Layer, config: RWKV7Config) -> None:
         raise ValueError(f"{layer=} must be at least 0 and less than {config.num_layers=}")
 
 
-def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
+def _multiply(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
+    """Multiplies tokens by a matrix; `jax.checkpoint` may compute the result again.
+
+    For products of few channels, which take no longer than to keep and read their results, and for
+    those that the backward does not need.
+    """
     with jax.named_scope("projection"):
-        return checkpoint_name(x @ weight[...].astype(x.dtype), KEPT)
+        return x @ weight[...].astype(x.dtype)
+
+
+def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
+    """Multiplies tokens by a matrix; the result is kept for the backward."""
+    return checkpoint_name(_multiply(x, weight), KEPT)
 
 
 def _add_base(low: Tokens, base: nnx.Param) -> Tokens:
