@@ -238,6 +238,7 @@ def test_states_that_do_not_fit(state, lora, folder, tmp_path, capsys):
         assert message in fails(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_a_tuned_state_can_be_tuned_further(state, tune):
     run = tune("state", f"--state={state / 'state.pth'}", "--learning-rate=0.1", out="further")
     first, last = (

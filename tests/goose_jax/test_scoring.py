@@ -157,6 +157,7 @@ def test_bad_arguments(weights):
     assert score_continuations(weights, []) == []
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_are_an_error(weights):
     head = weights.params["head"].at[3, 7].set(jnp.nan)
     broken = dataclasses.replace(weights, params=weights.params | {"head": head})

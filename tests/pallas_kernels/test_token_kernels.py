@@ -107,14 +107,14 @@ def judge_kernels(call: Call, inputs: Arrays, limits: tuple[float, float] | None
 @pytest.mark.parametrize(
     ("name", "C"),
     [
-        ("six mixes", 256),
+        pytest.param("six mixes", 256, marks=pytest.mark.slow),
         ("packed mix", 128),
         ("layer norm", 64),
         pytest.param("layer norm", 1088, marks=pytest.mark.slow),
-        ("key update", 64),
+        pytest.param("key update", 64, marks=pytest.mark.slow),
         ("output correction", 128),
         pytest.param("output correction", 320, marks=pytest.mark.slow),
-        ("channel mix", 64),
+        pytest.param("channel mix", 64, marks=pytest.mark.slow),
     ],
 )
 def test_interpreted_equals_the_reference(name, C):

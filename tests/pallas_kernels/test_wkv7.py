@@ -86,6 +86,7 @@ SLOW_BY_XLA = {
     "K 256, V 8",
     "packed",
     "packed, mixed decay",
+    "tiny decay",
     "state per segment",
     "state per segment, mixed decay",
     "strong decay in later chunks",

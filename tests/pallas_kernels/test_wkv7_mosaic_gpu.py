@@ -90,7 +90,7 @@ INTERPRETED = {
     ),
     "V 128, no state": bfloat16_case((1, 65, 1, 64, 128), state=False),
 }
-SLOW = {"K 128, packed, scaled", "V 128, no state"}
+SLOW = {"K 128, packed, scaled", "V 128, no state", "repeated token, decaying slowly"}
 
 
 @on_cpu
@@ -110,7 +110,10 @@ def test_interpreted_equals_the_definition(name):
         pytest.param(
             bfloat16_case((1, 250, 1, 64, 64), "tiny", tokens="repeated"), marks=pytest.mark.slow
         ),
-        bfloat16_case((1, 190, 1, 64, 64), lengths=(((1, 100), (0, 10), (2, 60), (3, 20)),)),
+        pytest.param(
+            bfloat16_case((1, 190, 1, 64, 64), lengths=(((1, 100), (0, 10), (2, 60), (3, 20)),)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_interpreted_in_pieces(case, monkeypatch):
@@ -145,7 +148,7 @@ def test_number_of_pieces():
     "transformation",
     [
         pytest.param(by_rows, marks=pytest.mark.slow),
-        row_after_row,
+        pytest.param(row_after_row, marks=pytest.mark.slow),
         pytest.param(in_shard_map, marks=pytest.mark.slow),
     ],
 )
