@@ -165,6 +165,7 @@ def test_bits_are_per_byte_whatever_the_tokenizer(folder, full):
     assert before == pytest.approx(7 * tokens / 64, rel=0.05)  # bits of 128; 1.985, not 1.97
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(lora, folder, tmp_path, capsys):
     out = str(tmp_path / "merged")
     main(["merge", str(lora), "--base", str(folder / "base.pth"), "--out", out])
@@ -186,6 +187,7 @@ def test_adapters_are_merged(lora, folder, tmp_path, capsys):
     assert load_pretrained(path)[0].config.param_dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged(lora, state, folder, tmp_path, capsys):
     base, out = folder / "base.pth", tmp_path / "out"
     for arguments, message in (

@@ -387,6 +387,7 @@ def test_other_values_trace_nothing(model, monkeypatch):
         generate(model, PROMPTS + [[1]] * 3, **settings)  # a batch size that no other test uses
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_is_called(model):
     compiled = []
 

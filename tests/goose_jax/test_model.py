@@ -68,6 +68,7 @@ def test_official_logits_and_states(model, official):
     assert_official(logits, state, official, 1e-5)  # measured: 4.3e-7
 
 
+@pytest.mark.slow
 def test_official_logits_in_float64(official):
     with jax.enable_x64(True):
         config = dataclasses.replace(GOLDEN_CONFIG, compute_dtype="float64", param_dtype="float64")

@@ -195,6 +195,7 @@ def test_draws_follow_the_probabilities(config):
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_own_key_only():
     generator = np.random.default_rng(4)
     logits = generator.normal(size=(8, 30)).astype(np.float32)
@@ -234,6 +235,7 @@ def test_other_numbers_do_not_compile_anew():
     assert traces == [(False, True), (False, False)]
 
 
+@pytest.mark.slow
 def test_each_row_can_have_settings_of_its_own():
     generator = np.random.default_rng(8)
     configs = [

@@ -97,7 +97,8 @@ def in_float32(tree):
 
 
 @on_cpu
-@pytest.mark.parametrize(("layers", "B"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "B"), [(1, 1), (2, 3)])
 def test_interpreted_equals_the_definition(layers, B):
     x, states, weights = make(layers, B, 256, 256, (32, 64, 96, 128))
     active = None if B == 1 else jnp.array([True, False, True])

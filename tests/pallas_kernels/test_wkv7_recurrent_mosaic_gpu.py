@@ -125,14 +125,32 @@ def check(function, case: Case) -> None:
     assert_matches(results, case, *LIMITS[case.dtype])
 
 
+SLOW = {
+    "five tokens, scaled",
+    "repeated token",
+    "packed, no state",
+    "states per segment, none given",
+    "K and V 128, packed",
+}
+
+
 @on_cpu
-@pytest.mark.parametrize("name", CASES | ROUNDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES | ROUNDED]
+)
 def test_interpreted_equals_the_definition(name):
     check(interpreted, (CASES | ROUNDED)[name])
 
 
 @on_cpu
-@pytest.mark.parametrize("name", ["five tokens, scaled", "packed", "states per segment"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("five tokens, scaled", marks=pytest.mark.slow),
+        "packed",
+        pytest.param("states per segment", marks=pytest.mark.slow),
+    ],
+)
 def test_interpreted_in_reverse(name):
     check(functools.partial(backwards, interpreted), CASES[name])
 
