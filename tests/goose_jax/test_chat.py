@@ -437,6 +437,7 @@ def test_another_reply_to_the_same_message(model, tokenizer):
     assert say(again, "Hi")[1] == first
 
 
+@pytest.mark.slow
 def test_conversations_are_saved_exactly(model, tmp_path):
     path = tmp_path / "a.chat"
     state = prefill(model, [[5, 6, 7]])

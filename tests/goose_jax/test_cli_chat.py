@@ -80,6 +80,7 @@ def test_settings_change_by_name():
             command._changed(settings, line)
 
 
+@pytest.mark.slow
 def test_messages_may_come_through_a_pipe(
     checkpoint, vocabulary_file, model, tokenizer, capsys, monkeypatch, tmp_path
 ):

@@ -24,6 +24,7 @@ def inspect(capsys, path):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_there_and_back(tmp_path, capsys):
     native, pth, folder = (str(tmp_path / name) for name in ("native", "x.pth", "folder"))
     main(["convert", OFFICIAL, native, "--layout", "native", "--tokenizer", "byte"])
@@ -44,6 +45,7 @@ def test_to_another_dtype(tmp_path, capsys):
     assert_same_params(load_pretrained(target)[0], load_pretrained(FLA, dtype="bfloat16")[0])
 
 
+@pytest.mark.slow
 def test_the_compute_dtype_of_a_new_checkpoint_does_not_depend_on_the_machine(
     tmp_path, monkeypatch
 ):

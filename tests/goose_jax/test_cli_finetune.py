@@ -202,6 +202,7 @@ def test_what_cannot_be_merged(lora, state, folder, tmp_path, capsys):
     assert "for adapters use goose-jax merge" in fails(capsys, "generate", lora)
 
 
+@pytest.mark.slow
 def test_texts_begin_with_a_tuned_state(state, folder, capsys):
     """The file of the official ecosystem, and the run's folder, are the same state."""
     base, words = folder / "base.pth", str(folder / "words.txt")

@@ -137,6 +137,7 @@ def test_a_slot_that_is_filled_again_gives_the_same_tokens(model, alone):
         assert received.tokens[request] == alone[i].sequences[0]
 
 
+@pytest.mark.slow
 def test_any_block_size_gives_the_same_tokens(model, alone):
     batch = ContinuousBatch(model, num_slots=2, block_size=7)
     order = (4, 7, 1, 4, 7)  # of one way of sampling
@@ -397,6 +398,7 @@ def test_a_long_prompt_alone_is_read_at_once(model):
         assert received.tokens[request] == expected.sequences[0]
 
 
+@pytest.mark.slow
 def test_prompts_are_read_in_groups_of_one_length_and_bounded_size(model, monkeypatch):
     shapes = []
     read_piece = decoding.read_piece

@@ -72,6 +72,7 @@ def test_rows_that_rest_keep_their_state(implementation):
         assert relative_rms(found, getattr(alone, field.name)) < 1e-5
 
 
+@pytest.mark.slow
 def test_ranks_are_padded_and_matrices_have_the_compute_dtype():
     config = RWKV7Config(vocab_size=5, hidden_size=64, num_layers=2)
     weights = RWKV7(config, rngs=nnx.Rngs(0)).layer_weights()
@@ -141,6 +142,7 @@ def test_a_block_of_other_values_traces_nothing(monkeypatch):
         run(seed=1, rows=11)
 
 
+@pytest.mark.slow
 def test_prepared_weights_share_what_needs_no_change():
     config = RWKV7Config(
         vocab_size=48, hidden_size=64, num_layers=2, value_rank=64, alpha_rank=64, decay_rank=64,

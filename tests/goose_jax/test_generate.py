@@ -252,6 +252,7 @@ def test_a_forked_state_continues_as_the_whole_text_does(model):
     assert len({tuple(row) for row in forked.sequences}) == 3
 
 
+@pytest.mark.slow
 def test_the_step_through_all_layers_at_once_gives_the_same_tokens(model):
     settings = {"max_new_tokens": 40, "sampling": WARM, "stop_tokens": [3, 30]}
     expected = generate(model, PROMPTS, **settings)

@@ -126,6 +126,7 @@ def test_packed_rows_equal_separate_texts(model, tokens):
 
 
 @pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.slow
 def test_left_padding_changes_nothing(model, tokens):
     padded = jnp.pad(tokens[:, :20], ((0, 0), (12, 0)), constant_values=3)
     ids = jnp.pad(jnp.ones((2, 20), jnp.int32), ((0, 0), (12, 0)))
@@ -191,6 +192,7 @@ def test_rematerialisation_saves_memory_and_changes_nothing(model, tokens):
     assert memory["none"] > 1.1 * memory["dots"] > 1.1 * 1.1 * memory["full"]
 
 
+@pytest.mark.slow
 def test_bfloat16_computation_keeps_float32_where_it_matters(model, tokens):
     low = relabel(model, compute_dtype="bfloat16")
     logits, state = forward(low, tokens, None, None)

@@ -34,6 +34,7 @@ def test_docstring_examples(module):
     assert runner.tries > 0
 
 
+@pytest.mark.slow
 def test_blocks_one_by_one_equal_the_scan():
     """Layer 0 of the stack by `is_first`, alone by leaving out `v_first`: the same results."""
     model = golden_model()

@@ -60,6 +60,7 @@ def test_parameters_are_recognised_in_an_nnx_state():
     assert chosen == {"time_mix.value.value": True, "time_mix.bonus.value": False}
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_the_recipe(params):
     """Three steps, written out for each parameter in float64."""
     config = dataclasses.replace(CONFIG, warmup_steps=2, weight_decay=0.3)

@@ -47,6 +47,7 @@ def official():
         return dict(arrays)
 
 
+@pytest.mark.slow
 def test_official_logits_and_states_from_both_layouts(official):
     results = []
     for path in (PTH, FLA):
@@ -198,6 +199,7 @@ def test_parameters_in_bfloat16_run(official):
     assert 1e-4 < error < 2e-2  # measured: 5.5e-3
 
 
+@pytest.mark.slow
 def test_one_layer_whose_value_rank_nothing_tells(tmp_path):
     weights = {k: v for k, v in release(arrays_of(PTH)).items()
                if not k.startswith(("blocks.1.", "blocks.2."))}  # fmt: skip

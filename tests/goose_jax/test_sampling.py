@@ -124,6 +124,7 @@ def test_ties_stay_together_in_top_p_and_break_by_id_in_top_k():
     assert check(logits, counts, SamplingConfig(temperature=0))[0].tolist() == [0, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_top_p_1_keeps_all_tokens_however_the_sum_rounds():
     generator = np.random.default_rng(1)
     logits = generator.normal(size=(32, 20_000)).astype(np.float32) * 2

@@ -28,6 +28,7 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_official_code_in_float64(weights):
     with np.load(GOLDEN / "logits_17_tokens.npz") as arrays:
         tokens, logits = arrays["tokens"].tolist(), arrays["logits_np64"]

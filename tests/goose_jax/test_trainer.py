@@ -98,6 +98,7 @@ def test_a_run_reports_and_keeps_what_it_measures(finished, model):
     assert start is None
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_and_a_stopped_run_goes_on(finished, model, evaluate, tmp_path, capsys):
     run = RunDirectory.create(tmp_path, "fox", {})
     trainer = make_trainer(run, FullTuning(model), evaluate)

@@ -130,6 +130,7 @@ def test_float16_gradients_of_a_mean_over_many_tokens(implementation):
     assert_close(gradient(2.0**-10), gradient(1.0), 1e-3, "weight")  # measured: 2e-5
 
 
+@pytest.mark.slow
 def test_l2wrap_leaves_the_loss_alone():
     arrays = {name: jnp.asarray(x) for name, x in INPUTS.items()}
     for implementation in IMPLEMENTATIONS:

@@ -25,6 +25,7 @@ def test_find_segments():
     )
 
 
+@pytest.mark.slow
 def test_taking_padding_out_changes_nothing():
     rng = np.random.default_rng(0)
     ids = np.sort(rng.integers(1, 6, size=40))

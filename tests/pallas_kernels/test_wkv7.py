@@ -171,6 +171,7 @@ def test_float64(implementation):
 
 
 @pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.slow
 def test_log_decay_may_have_a_dtype_of_its_own():
     case = Case((1, 20, 1, 16, 16))
     inputs = make_inputs(case)

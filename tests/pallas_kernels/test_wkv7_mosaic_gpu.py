@@ -265,6 +265,7 @@ def test_compiles_for_cuda(what, kind, K, V, dtype, T):
     assert kernels == (1 if what is forward else 3) + inverses + in_pieces
 
 
+@pytest.mark.slow
 def test_scan_over_checkpointed_layers_compiles_for_cuda():
     def layer(v, others):
         return in_chunks(**others, v=v)[0], None
