@@ -41,8 +41,8 @@ from goose_jax.checkpoints.containers import open_tensors
 from goose_jax.checkpoints.directory import CHECKSUMS
 from goose_jax.training import TuningCheckpoint, load_tuning_checkpoint, save_tuning_checkpoint
 from tests.goose_jax import safetensors_by_hand, torch_files
+from tests.goose_jax.layouts_by_hand import CONFIG, RENAME, WRAPPED
 from tests.goose_jax.random_parameters import flat_params, make_model
-from tests.goose_jax.test_layouts import CONFIG, RENAME, WRAPPED
 
 SECONDS = 20  # in which a reader must end
 MEMORY = 64 << 20  # bytes that reading a file of a few thousand bytes may add

@@ -9,9 +9,9 @@ from goose_jax.checkpoints import CheckpointError, load_merged_state, read_conte
 from goose_jax.checkpoints.containers import open_tensors
 from goose_jax.cli.main import main
 from tests.goose_jax import safetensors_by_hand, torch_files
+from tests.goose_jax.layouts_by_hand import error_of, released
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG
 from tests.goose_jax.random_parameters import assert_same_params
-from tests.goose_jax.test_layouts import error_of, released
 
 NAME = "blocks.{i}.att.time_state"
 
