@@ -7,6 +7,7 @@ from goose_jax.data.batches import (
     RandomWindows,
     evaluation_batches,
     next_token_batch,
+    process_rows,
     random_batch,
 )
 from goose_jax.data.documents import (
@@ -30,6 +31,7 @@ __all__ = [
     "evaluation_batches",
     "next_token_batch",
     "pack_documents",
+    "process_rows",
     "random_batch",
     "read_documents",
     "split_documents",

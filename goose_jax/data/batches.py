@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, Self
 
 import jax
 import numpy as np
@@ -37,6 +37,8 @@ class BatchSource(Protocol):
     """Training data: one batch for each step, always the same one for the same step.
 
     A run that is resumed at some step therefore reads what it would have read without the break.
+    Several processes divide the rows of each batch: the rows of all processes, one process after
+    another, are the batch that a single process reads.
     """
 
     @property
@@ -50,8 +52,35 @@ class BatchSource(Protocol):
         ...
 
     def __call__(self, step: int) -> Batch:
-        """Returns the batch of a step, counted from 0."""
+        """Returns the batch of a step, counted from 0: the rows of this process."""
         ...
+
+    def for_process(self, index: int, count: int) -> Self:
+        """Returns the same data for one of several processes.
+
+        Args:
+          index: number of the process, from 0, as `jax.process_index()`.
+          count: number of processes, as `jax.process_count()`. It divides the batch size.
+
+        Raises:
+          ValueError: if `index` is not in 0..count - 1, or `count` does not divide the batch size.
+        """
+        ...
+
+
+def process_rows(batch_size: int, index: int, count: int) -> slice:
+    """Returns which of the `batch_size` rows of a batch belong to one of `count` processes.
+
+    Raises:
+      ValueError: if `index` is not in 0..count - 1, or `count` does not divide `batch_size`.
+    """
+    check_positive("process_count", count)
+    if not 0 <= index < count:
+        raise ValueError(f"process_index must be in 0..{count - 1}, got {index}")
+    if batch_size % count:
+        raise ValueError(f"{batch_size=} must be a multiple of the {count} processes")
+    rows = batch_size // count
+    return slice(index * rows, (index + 1) * rows)
 
 
 def next_token_batch(tokens: npt.ArrayLike, segment_ids: npt.ArrayLike | None = None) -> Batch:
@@ -94,6 +123,8 @@ def random_batch(
     sequence_length: int,
     seed: int,
     microbatches: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Batch:
     """Draws windows at random from one row of tokens, as a pure function of `seed` and `step`.
 
@@ -104,9 +135,12 @@ def random_batch(
       sequence_length: T, tokens of a row.
       seed: another seed gives other windows.
       microbatches: A; 1 gives a batch without the leading axis.
+      process_index: which process reads, from 0. It gets its share of the B rows.
+      process_count: number of processes; it divides B.
 
     Raises:
-      ValueError: if the tokens do not fill one window, or a size is not a positive integer.
+      ValueError: if the tokens do not fill one window, a size is not a positive integer, or the
+        processes cannot divide the rows.
     """
     check_positive("batch_size", batch_size)
     check_positive("sequence_length", sequence_length)
@@ -115,7 +149,8 @@ def random_batch(
     if starts < 1:
         raise ValueError(f"{len(tokens)} tokens do not fill a window of {sequence_length=} + 1")
     shape = (batch_size,) if microbatches == 1 else (microbatches, batch_size)
-    first = np.random.default_rng((seed, step)).integers(0, starts, shape)
+    rows = process_rows(batch_size, process_index, process_count)
+    first = np.random.default_rng((seed, step)).integers(0, starts, shape)[..., rows]
     return next_token_batch(tokens[first[..., None] + np.arange(sequence_length + 1)])
 
 
@@ -130,6 +165,8 @@ class RandomWindows:
       seed: another seed gives other windows.
       microbatches: A; 1 gives batches without the leading axis.
       source: what messages call the tokens.
+      process_index: which process reads, from 0. It gets its share of the B rows.
+      process_count: number of processes; it divides B.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -139,14 +176,21 @@ class RandomWindows:
     seed: int
     microbatches: int = 1
     source: str = "the tokens"
+    process_index: int = 0
+    process_count: int = 1
 
     @functools.cached_property
     def checksum(self) -> str:
         """The SHA-256 of the tokens, in hexadecimal digits."""
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
+    def for_process(self, index: int, count: int) -> Self:
+        """Returns the same data for one of several processes, as `BatchSource` says."""
+        process_rows(self.batch_size, index, count)
+        return dataclasses.replace(self, process_index=index, process_count=count)
+
     def __call__(self, step: int) -> Batch:
-        """Returns the batch of a step, counted from 0.
+        """Returns the batch of a step, counted from 0: the rows of this process.
 
         Raises:
           ValueError: if the tokens do not fill one window, or a size is not a positive integer.
@@ -158,6 +202,8 @@ class RandomWindows:
             sequence_length=self.sequence_length,
             seed=self.seed,
             microbatches=self.microbatches,
+            process_index=self.process_index,
+            process_count=self.process_count,
         )
 
 
@@ -196,5 +242,6 @@ __all__ = [
     "RandomWindows",
     "evaluation_batches",
     "next_token_batch",
+    "process_rows",
     "random_batch",
 ]

@@ -176,6 +176,32 @@ def test_random_batches_are_a_function_of_seed_and_step():
     assert (np.diff(draw(), axis=-1) == 1).all()
 
 
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_processes_divide_the_rows_of_a_batch(microbatches):
+    whole = RandomWindows(
+        np.arange(1000), batch_size=6, sequence_length=8, seed=7, microbatches=microbatches
+    )
+    for count in (1, 2, 3, 6):
+        parts = [whole.for_process(index, count)(5).inputs for index in range(count)]
+        assert {part.shape[-2] for part in parts} == {6 // count}
+        np.testing.assert_array_equal(np.concatenate(parts, axis=-2), whole(5).inputs)
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "message"),
+    [
+        (2, 2, "process_index must be in 0..1, got 2"),
+        (-1, 2, "process_index must be in 0..1, got -1"),
+        (0, 4, "batch_size=6 must be a multiple of the 4 processes"),
+        (0, 0, "process_count"),
+    ],
+)
+def test_processes_that_cannot_divide_a_batch_are_refused(index, count, message):
+    whole = RandomWindows(np.arange(1000), batch_size=6, sequence_length=8, seed=7)
+    with pytest.raises(ValueError, match=message):
+        whole.for_process(index, count)
+
+
 def test_random_batches_reach_every_token():
     batches = [
         random_batch(np.arange(6), step, batch_size=4, sequence_length=4, seed=0)
