@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.validation import check_positive
 
 NOT_COUNTED = -1
-"""A target that is left out of the loss."""
+"""A target that is left out of the loss, as every target below 0 is."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,8 @@ class Batch:
 
     Attributes:
       inputs: `[(A,) B, T]` int32, tokens that the model reads.
-      targets: `[(A,) B, T]` int32, the token to predict at each place, or `NOT_COUNTED`.
+      targets: `[(A,) B, T]` int32, the token to predict at each place; below 0 (such as
+        `NOT_COUNTED`) where there is none.
       segment_ids: `[(A,) B, T]` int32, 0 for padding; None if every row is one sequence.
     """
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from goose_jax.data import NOT_COUNTED, Batch
+from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
 from pallas_kernels import cross_entropy
@@ -16,7 +16,10 @@ L2WRAP = 1e-4
 def token_losses(
     model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP, state: RWKV7State | None = None
 ) -> Float[Array, "B T"]:
-    """Returns the cross entropy of each target, in nats; 0 where a target is not counted.
+    """Returns the cross entropy of each target, in nats; 0 where a target is below 0.
+
+    A target or an input that is not below the size of the vocabulary is an error where its value is
+    known. In a compiled program it makes the loss and the gradient NaN.
 
     The logits of all tokens are never in memory at once. For each counted target, `l2wrap` times
     the token's largest logit is added to the gradient of that logit. The value of the loss does not
@@ -34,7 +37,7 @@ def token_losses(
     ids = batch.segment_ids
     ids = None if ids is None else jnp.asarray(ids)
     hidden, _ = model.hidden(jnp.asarray(batch.inputs), state, ids)
-    counted = batch.targets != NOT_COUNTED
+    counted = batch.targets >= 0
     head = model.head[...].astype(hidden.dtype)
     losses = cross_entropy(hidden, head, jnp.where(counted, batch.targets, 0), l2wrap=l2wrap)
     return jnp.where(counted, losses, 0.0)
@@ -48,7 +51,7 @@ def mean_loss(model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP) -> Scalar:
 
 def num_targets(batch: Batch) -> Scalar:
     """Returns the number of counted targets over all axes of a batch; int32."""
-    return jnp.sum(batch.targets != NOT_COUNTED)
+    return jnp.sum(batch.targets >= 0)
 
 
 __all__ = ["L2WRAP", "mean_loss", "num_targets", "token_losses"]

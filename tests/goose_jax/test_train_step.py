@@ -32,6 +32,7 @@ from goose_jax.training import (
     train_steps,
     with_params,
 )
+from goose_jax.training.loss import num_targets
 from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -156,6 +157,43 @@ def test_a_batch_without_targets_has_no_loss(gradient_of_mean_loss):
     loss, gradient = gradient_of_mean_loss(nothing)
     assert float(loss) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_any_target_below_zero_is_not_counted(gradient_of_mean_loss):
+    batch = next_token_batch(some_tokens(4, T + 1))
+    left_out = some_tokens(4, T, seed=2) < 3
+    results = []
+    for value in (NOT_COUNTED, -100, np.iinfo(np.int32).min):
+        targets = np.where(left_out, value, batch.targets).astype(np.int32)
+        changed = dataclasses.replace(batch, targets=targets)
+        assert int(num_targets(changed)) == np.sum(~left_out)
+        results.append(gradient_of_mean_loss(changed))
+    assert np.isfinite(results[0][0])
+    for other in results[1:]:
+        chex.assert_trees_all_equal(other, results[0])
+
+
+@pytest.mark.parametrize("field", ["inputs", "targets"])
+@pytest.mark.parametrize("token", [CONFIG.vocab_size, 2**31 - 1])
+def test_a_token_out_of_range_makes_every_gradient_nan(gradient_of_mean_loss, field, token):
+    batch = next_token_batch(some_tokens(4, T + 1))
+    values = getattr(batch, field).copy()
+    values[2, 0] = token
+    loss, gradient = gradient_of_mean_loss(dataclasses.replace(batch, **{field: values}))
+    assert np.isnan(loss)
+    norm = np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(gradient)))
+    assert np.isnan(norm)
+    assert np.isnan(gradient["head"]).all()
+
+
+@pytest.mark.slow
+def test_a_token_out_of_range_is_an_error_where_it_is_known(model):
+    batch = next_token_batch(some_tokens(4, T + 1))
+    for field in ("inputs", "targets"):
+        values = getattr(batch, field).copy()
+        values[2, 0] = CONFIG.vocab_size
+        with pytest.raises(ValueError, match=r"(tokens|targets) must .* in .*15, got"):
+            mean_loss(model, dataclasses.replace(batch, **{field: values}))
 
 
 def test_a_state_is_used_up_and_the_model_is_not(model, train_step):

@@ -179,8 +179,16 @@ def test_targets_out_of_range_give_nan_where_they_cannot_be_checked():
     wrong = np.zeros(TARGETS.shape, bool)
     wrong[0, 1] = wrong[1, 2] = True
     for implementation in IMPLEMENTATIONS:
-        function = jax.jit(functools.partial(cross_entropy, implementation=implementation))
-        np.testing.assert_array_equal(jnp.isnan(function(**arrays, targets=targets)), wrong)
+
+        def losses(hidden, weight, targets, implementation=implementation):
+            values = cross_entropy(hidden, weight, targets, implementation=implementation)
+            return values.sum(), values
+
+        function = jax.jit(jax.grad(losses, argnums=(0, 1), has_aux=True))
+        (dhidden, dweight), values = function(arrays["hidden"], arrays["weight"], targets)
+        np.testing.assert_array_equal(jnp.isnan(values), wrong)
+        np.testing.assert_array_equal(jnp.isnan(dhidden).any(-1), wrong)
+        assert jnp.isnan(dweight).all()
 
 
 def test_transformations():

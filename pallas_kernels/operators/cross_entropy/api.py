@@ -54,8 +54,8 @@ def cross_entropy(
         chooses.
 
     Returns:
-      losses: `[B, T]` float32 (float64 for float64 inputs), in nats; nan where a target is
-        out of range that could not be checked, for example under jit.
+      losses: `[B, T]` float32 (float64 for float64 inputs), in nats. Where a target is out of range
+        that could not be checked, for example under jit, the loss is nan, and so is the gradient.
 
     Raises:
       ValueError: for wrong shapes, sizes, numbers or names, with the argument and its value; for

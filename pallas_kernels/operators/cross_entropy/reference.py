@@ -22,7 +22,7 @@ class Losses(NamedTuple):
 
     Attributes:
       losses: `[*tokens]`, nan for a target out of range.
-      largest: `[*tokens]`, the largest logit.
+      largest: `[*tokens]`, the largest logit; nan for a target out of range.
       log_total: `[*tokens]`, logarithm of the sum of `exp(logits - largest)`.
     """
 
@@ -37,8 +37,10 @@ def losses_of(logits: Float[Array, "*tokens vocab"], targets: Int[Array, "*token
     # A masked sum rather than a gather, so that logits sharded over the vocabulary stay so.
     is_target = token_of(logits) == targets[..., None]
     target_logit = jnp.where(is_target, logits, 0).sum(-1)
-    target_logit = jnp.where((targets >= 0) & (targets < vocab), target_logit, jnp.nan)
-    largest = jax.lax.stop_gradient(logits.max(-1))
+    # A nan here makes the loss nan, and the gradient of every logit: without it the gradient of a
+    # target out of range would be that of a token without a target.
+    in_range = (targets >= 0) & (targets < vocab)
+    largest = jnp.where(in_range, jax.lax.stop_gradient(logits.max(-1)), jnp.nan)
     log_total = jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
     return Losses(log_total + (largest - target_logit), largest, log_total)
 
