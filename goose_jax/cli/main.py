@@ -2,8 +2,9 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Annotated
 
 import tyro
 
@@ -13,6 +14,8 @@ from goose_jax.cli.generate import generate
 from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.merge import merge
 from goose_jax.cli.train import train
+from goose_jax.cli.train_arguments import settings_before_flags
+from goose_jax.cli.train_settings import TrainSettings
 
 _OURS = ("goose_jax", "pallas_kernels")
 
@@ -26,13 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: the command's arguments, without the name of the program; None takes `sys.argv`.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters
             stream.reconfigure(errors="replace")
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
-                "train": train,
+                "train": _train_command(arguments),
                 "generate": generate,
                 "chat": chat,
                 "convert": convert,
@@ -51,6 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"goose-jax: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _train_command(arguments: Sequence[str]) -> Callable[[TrainSettings], None]:
+    """Returns `train` as a function whose default settings are those of --config or --resume."""
+    is_train = list(arguments[:1]) == ["train"]
+    before = settings_before_flags(arguments) if is_train else TrainSettings()
+
+    def command(settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = before) -> None:
+        train(settings)
+
+    command.__doc__ = train.__doc__
+    return command
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:

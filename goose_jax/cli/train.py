@@ -1,23 +1,18 @@
 """`goose-jax train`: from a text to a trained or fine-tuned model in a folder of its own."""
 
+import dataclasses
 import shlex
 import sys
-from typing import Annotated, assert_never
+from typing import assert_never
 
 import jax
 import tqdm
-import tyro
 
-from goose_jax.cli.train_flags import TrainFlags
-from goose_jax.cli.train_settings import (
-    Adapters,
-    InitialState,
-    NewModel,
-    Subject,
-    TrainSettings,
-    WholeModel,
-)
-from goose_jax.cli.train_setup import Prepared, name_of_run, open_run, prepare
+from goose_jax.cli.settings_file import to_values
+from goose_jax.cli.train_arguments import check_changes
+from goose_jax.cli.train_defaults import optimizer_config, with_defaults
+from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.cli.train_setup import Prepared, name_of_run, prepare
 from goose_jax.generation import SamplingConfig, generate
 from goose_jax.training import (
     NonFiniteError,
@@ -38,9 +33,10 @@ _PROGRESS = (
     "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} passed, ETA {remaining}"
     "{postfix}"
 )
+_PROMPT_LENGTH = 40  # characters of the held-out text that the sample continues
 
 
-def train(flags: Annotated[TrainFlags, tyro.conf.arg(name="")]) -> None:
+def train(settings: TrainSettings) -> None:
     """Trains an RWKV-7 and keeps it in a folder, with its metrics and a loss curve.
 
     With --from it fine-tunes a model: all of it, adapters beside it (LoRA), or the state that a
@@ -50,22 +46,29 @@ def train(flags: Annotated[TrainFlags, tyro.conf.arg(name="")]) -> None:
       goose-jax train
       goose-jax train --data my-texts/ --steps 2000 --hidden-size 256
       goose-jax train --from rwkv7.pth --tune lora --data my-texts/ --steps 500
+      goose-jax train --config my-settings.yaml --seed 2
       goose-jax train --resume runs/my-texts-1
+      goose-jax train --resume runs/my-texts-1 --steps 4000
     """
-    resumed, settings = open_run(flags)
+    settings = with_defaults(settings)
+    resumed = None if settings.resume is None else RunDirectory.open(settings.resume)
+    if resumed is not None:
+        check_changes(settings, resumed)
     if settings.plot and not has_matplotlib():
         raise ValueError(
             "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
         )
     prepared = prepare(settings, resumed)
+    settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
     if resumed is None:
-        recorded = settings.to_flags(prepared.tokenizer_name).to_json()
-        run = RunDirectory.create(settings.out, name_of_run(settings), recorded)
+        run = RunDirectory.create(settings.out, name_of_run(settings), to_values(settings))
         trainer = _make_trainer(settings, run, prepared)
         state = trainer.start()
     else:
         trainer = _make_trainer(settings, resumed, prepared)
         state = trainer.resume()
+        resumed.forget_after(int(state.step))
+        resumed.write_settings(to_values(settings))
     _print_summary(settings, prepared, trainer, state)
 
     state = _fit(trainer, state)
@@ -75,15 +78,18 @@ def train(flags: Annotated[TrainFlags, tyro.conf.arg(name="")]) -> None:
     print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
     if settings.plot:
         plot_loss(trainer.run.metrics(), path / "loss.png", title=path.name)
+    prompt = _prompt(settings, prepared)
     if settings.sample_length:
-        print(f"\n{_sample(settings, prepared, state)}\n")
+        print(f"\n{_sample(settings, prepared, state, prompt)}\n")
     print(f"saved in {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
     print("to let the model continue a text:")
-    commands = _how_to_use(settings.subject, trainer.run, prepared.tokenizer_name)
-    print("\n".join(f"  {line}" for line in commands), f"--prompt {shlex.quote(settings.prompt)}")
+    commands = _how_to_use(settings, trainer.run, prepared.tokenizer_name)
+    print("\n".join(f"  {line}" for line in commands), shlex.quote(f"--prompt={prompt}"))
 
 
 def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared) -> Trainer:
+    assert settings.batch_size is not None
+    assert settings.sequence_length is not None
     evaluate = make_evaluation(
         prepared.tuning.model,
         prepared.text.held_out,
@@ -93,7 +99,7 @@ def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared
         losses=prepared.tuning.losses,
     )
     config = TrainerConfig(
-        optimizer=settings.optimizer,
+        optimizer=optimizer_config(settings),
         evaluate_every=settings.evaluate_every,
         save_every=settings.save_every,
         keep=settings.keep,
@@ -123,12 +129,13 @@ def _print_summary(
         f"{config.compute_dtype}",
         f"run:    {trainer.run.path}"
         + (f", from step {int(state.step)}" if state.step else "")
-        + f", {settings.optimizer.total_steps} steps of "
-        f"{settings.batch_size * settings.microbatches} x {settings.sequence_length} tokens",
+        + f", {settings.steps} steps of "
+        f"{(settings.batch_size or 0) * (settings.microbatches or 0)} x "
+        f"{settings.sequence_length} tokens",
     ]
-    if not isinstance(settings.subject, NewModel):
-        trained = f"{_purpose(settings.subject)}, {_millions(state.params)} numbers"
-        lines.insert(1, f"tuning: {settings.subject.base}: {trained}")
+    if settings.from_ is not None:
+        trained = f"{_purpose(settings)}, {_millions(state.params)} numbers"
+        lines.insert(1, f"tuning: {settings.from_}: {trained}")
     print("\n".join(lines), flush=True)
 
 
@@ -136,14 +143,17 @@ def _millions(tree: Parameters) -> str:
     return f"{sum(array.size for array in jax.tree.leaves(tree)) / 1e6:.2f} million"
 
 
-def _purpose(subject: WholeModel | Adapters | InitialState) -> str:
-    match subject:
-        case WholeModel():
+def _purpose(settings: TrainSettings) -> str:
+    match settings.tune:
+        case None | "full":
             return "the whole model"
-        case Adapters(lora=lora):
-            return f"adapters of rank {lora.rank} (LoRA), alpha {lora.alpha:g}"
-        case InitialState():
+        case "lora":
+            rank, alpha = settings.lora_rank, settings.lora_alpha
+            return f"adapters of rank {rank} (LoRA), alpha {alpha:g}"
+        case "state":
             return "the states that a text begins with"
+        case _:
+            assert_never(settings.tune)
 
 
 def _fit(trainer: Trainer, state: TrainState) -> TrainState:
@@ -191,40 +201,54 @@ def _tell_request() -> None:
     tqdm.tqdm.write("saving after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def _sample(settings: TrainSettings, prepared: Prepared, state: TrainState) -> str:
+def _prompt(settings: TrainSettings, prepared: Prepared) -> str:
+    """Returns the text that the sample continues: the user's, or the beginning of a held-out text.
+
+    The latter is a first line or a part of one.
+    """
+    if settings.prompt is not None:
+        return settings.prompt
+    for document in prepared.text.held_out:
+        for line in document.text.splitlines():
+            if line.strip():
+                return line[:_PROMPT_LENGTH].rstrip()
+    return prepared.text.held_out[0].text[:_PROMPT_LENGTH]
+
+
+def _sample(settings: TrainSettings, prepared: Prepared, state: TrainState, prompt: str) -> str:
     model, start = prepared.tuning.result(state.params)
     tokenizer = prepared.text.tokenizer
     end = tokenizer.end_of_document
-    prompt = tokenizer.encode(settings.prompt)
+    tokens = tokenizer.encode(prompt)
     generation = generate(
         model,
-        [prompt],
+        [tokens],
         max_new_tokens=settings.sample_length,
         sampling=SamplingConfig(temperature=0.8, top_p=0.9),
         stop_tokens=[] if end is None else [end],
         seed=settings.seed,
         state=start,
     )
-    return tokenizer.decode(prompt + generation.sequences[0])
+    return tokenizer.decode(tokens + generation.sequences[0])
 
 
-def _how_to_use(subject: Subject, run: RunDirectory, tokenizer: str) -> list[str]:
+def _how_to_use(settings: TrainSettings, run: RunDirectory, tokenizer: str) -> list[str]:
     """Returns the commands with which the result of a run continues a text."""
-    folder = shlex.quote(str(run.path))
-    match subject:
-        case NewModel() | WholeModel():
+    folder, base = shlex.quote(str(run.path)), shlex.quote(str(settings.from_))
+    match settings.tune:
+        case None | "full":
             return [f"goose-jax generate {folder}"]
-        case Adapters(base=base):
+        case "lora":
             merged = shlex.quote(str(run.path / "merged"))
             return [
-                f"goose-jax merge {folder} --base {shlex.quote(str(base))} --out {merged}",
+                f"goose-jax merge {folder} --base {base} --out {merged}",
                 f"goose-jax generate {merged}",
             ]
-        case InitialState(base=base):
-            model, file, name = map(shlex.quote, (str(base), str(run.path / STATE_FILE), tokenizer))
-            return [f"goose-jax generate {model} --state {file} --tokenizer {name}"]
+        case "state":
+            file, name = shlex.quote(str(run.path / STATE_FILE)), shlex.quote(tokenizer)
+            return [f"goose-jax generate {base} --state {file} --tokenizer {name}"]
         case _:
-            assert_never(subject)
+            assert_never(settings.tune)
 
 
 __all__ = ["train"]

@@ -1,240 +1,191 @@
-"""The settings of a run of `goose-jax train`: its flags with every default filled in."""
+"""The settings of `goose-jax train`: its flags, as they are typed and as a run records them."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import assert_never
+from typing import Annotated, Literal
 
-from goose_jax.cli.train_flags import TrainFlags, Tune
+import tyro
+
 from goose_jax.config import Dtype, Remat
-from goose_jax.training import LoraConfig, OptimizerConfig
+from goose_jax.training import L2WRAP
+from pallas_kernels.validation import check_positive
 
-_TUNING_RATES: dict[Tune, float] = {"full": 2e-5, "lora": 2e-4, "state": 0.1}
+type Tune = Literal["full", "lora", "state"]
+type Preset = Literal["minipile-12x768", "pile-24x1024", "pile-24x2048"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NewModel:
-    """Trains a new model.
-
-    Attributes:
-      num_layers: number of blocks.
-      hidden_size: channels of the residual stream.
-      head_size: channels of a head.
-    """
-
-    num_layers: int
-    hidden_size: int
-    head_size: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeModel:
-    """Trains all parameters of a model that exists.
-
-    Attributes:
-      base: path of the model's checkpoint.
-    """
-
-    base: Path
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapters:
-    """Trains LoRA adapters beside a model.
-
-    Attributes:
-      base: path of the model's checkpoint.
-      lora: size and weight of the adapters.
-      frozen_dtype: dtype of the model's parameters; None keeps the checkpoint's dtype.
-    """
-
-    base: Path
-    lora: LoraConfig
-    frozen_dtype: Dtype | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InitialState:
-    """Trains the state that texts begin with, beside a model.
-
-    Attributes:
-      base: path of the model's checkpoint.
-      start: path of a file of the state to start from; None starts from zeros.
-      frozen_dtype: dtype of the model's parameters; None keeps the checkpoint's dtype.
-    """
-
-    base: Path
-    start: Path | None
-    frozen_dtype: Dtype | None
-
-
-type Subject = NewModel | WholeModel | Adapters | InitialState
-"""What a run trains."""
+_POSITIVE = (
+    *("steps", "batch_size", "microbatches", "sequence_length", "held_out_bytes"),
+    *("evaluate_every", "save_every", "keep"),
+)
+OF_A_NEW_MODEL = (
+    *("num_layers", "hidden_size", "head_size", "intermediate_size", "vocab_size"),
+    *("decay_rank", "alpha_rank", "value_rank", "gate_rank"),
+    *("norm_eps", "head_norm_eps", "embedding_norm"),
+)
+"""The settings that only a new model has."""
+_OF_LORA = ("lora_rank", "lora_alpha")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The complete settings of a run. Where None is allowed, it is a choice of its own.
+    """The text to train on, what to train, and how.
+
+    `None` stands for a setting that was left out; `with_defaults` fills it in, where it has a
+    default.
 
     Attributes:
-      data: text file or folder to train on; None takes the standard library of this Python.
-      pattern: which files of the folder count.
-      out: folder in which the run gets a folder of its own.
-      subject: what is trained.
-      tokenizer: name or path of the tokenizer; None takes the one that the checkpoint names.
-      compute_dtype: dtype of activations; None takes the fastest one of this machine.
+      config: YAML file with settings by the names of these flags, such as the settings.yaml of a
+        run. Flags that are given, too, go before it.
+      preset: settings of an official training: sizes of the model, batches, number of steps and the
+        optimizer. Flags that are given, too, go before it.
+      data: a UTF-8 text file or a folder of text files; by default the sources of this Python's
+        standard library.
+      pattern: which files of the folder are read, as in "*.txt".
+      out: the run gets a numbered folder of its own in this folder.
+      resume: folder of a run to continue, with the settings of that run.
+      from_: checkpoint of a model to fine-tune: a .pth or safetensors file, a folder of Hugging
+        Face, a checkpoint of goose-jax or the folder of a run. By default a new model is trained.
+      tune: with --from, what is trained. full: the whole model; lora: adapters beside its matrices;
+        state: only the states that a text begins with. By default full.
+      lora_rank: with --tune lora, rank of the adapters; by default 16.
+      lora_alpha: with --tune lora, the adapters are scaled by alpha / rank; by default 32.
+      state: with --tune state, a file with the initial states to start from; by default those that
+        lie beside the weights, or zeros.
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file. By default the
+        tokenizer that the checkpoint names, or byte for a new model.
+      num_layers: number of blocks of a new model; by default 2.
+      hidden_size: width of a new model, a multiple of the head size; by default 128.
+      head_size: channels of each head of a new model; by default 64.
+      intermediate_size: inner width of a new model's channel mix; by default 4 times the width.
+      vocab_size: number of ids of a new model; by default that of the tokenizer.
+      decay_rank: rank of a new model's projection of the log decay; by default from the width.
+      alpha_rank: rank of a new model's projection of the in-context learning rate; by default from
+        the width.
+      value_rank: rank of a new model's projection of the value residual; by default from the width.
+      gate_rank: rank of a new model's projection of the gate; by default from the width.
+      norm_eps: epsilon of a new model's layer norms; by default 1e-5.
+      head_norm_eps: epsilon of a new model's norms of heads; by default 1e-5 times the head size.
+      embedding_norm: whether a new model has a norm after the embedding; by default it has.
+      frozen_dtype: with --tune lora or state, dtype of the frozen model's parameters; by default
+        the dtype in the checkpoint.
+      compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
       remat: what the backward pass computes again to save memory.
-      optimizer: numbers of the optimizer; its `total_steps` is the length of the run.
-      batch_size: sequences that are read at once.
-      microbatches: batches whose gradients make one optimizer step.
-      sequence_length: tokens of a sequence.
-      held_out_bytes: bytes of text to hold out at most.
-      evaluate_every: steps between two measurements.
-      save_every: steps between two checkpoints.
-      keep: number of checkpoints to keep.
-      plot: whether to draw the loss curve.
-      prompt: text that the sample at the end continues.
-      sample_length: tokens of the sample; 0 for none.
-      seed: seed of initial values, batches and the sample.
+      implementation: implementation of the operators; by default the fastest that serves them.
+      steps: number of optimizer steps; by default 1200.
+      batch_size: number of sequences that are read at once; by default 8.
+      microbatches: number of batches whose gradients make one optimizer step; by default 1.
+      sequence_length: tokens of a sequence; by default 128, with --from 512.
+      learning_rate: learning rate at its peak; by default 3e-3, with --from 2e-5 (full), 2e-4
+        (lora) or 0.1 (state).
+      final_learning_rate: learning rate at the end; by default 2e-4, with --from a tenth of the
+        learning rate at the peak; never above the peak.
+      warmup_steps: number of steps until the learning rate is at its peak; by default 30, but at
+        most a tenth of the steps.
+      weight_decay: weight decay of the large matrices, but not of adapters and states; by default
+        0.1, with --from 0.
+      beta1: decay of Adam's first moment.
+      beta2: decay of Adam's second moment.
+      eps: added to the square root of Adam's second moment.
+      max_gradient_norm: gradients with a larger norm are scaled down to it.
+      decay_base_rate: factor on the learning rate of the base of the log decay.
+      l2wrap: factor of the pull on each token's largest logit; 0 turns it off.
+      held_out_bytes: bytes of text that are not trained on, but used to measure bits per byte; at
+        most a tenth of the text.
+      evaluate_every: number of steps between two measurements. The run also measures before the
+        first step and after the last.
+      save_every: number of steps between two checkpoints. The run also saves at the end and at
+        Ctrl-C.
+      keep: number of checkpoints to keep; older ones are removed.
+      plot: draw the loss curve (needs matplotlib).
+      prompt: text that the sample at the end continues; by default the beginning of the held-out
+        text.
+      sample_length: tokens of the sample at the end; 0 for none.
+      seed: seed of initial weights or adapters, batches and the sample.
     """
 
-    data: Path | None
-    pattern: str
-    out: Path
-    subject: Subject
-    tokenizer: str | None
-    compute_dtype: Dtype | None
-    remat: Remat
-    optimizer: OptimizerConfig
-    batch_size: int
-    microbatches: int
-    sequence_length: int
-    held_out_bytes: int
-    evaluate_every: int
-    save_every: int
-    keep: int
-    plot: bool
-    prompt: str
-    sample_length: int
-    seed: int
+    config: Path | None = None
+    preset: Preset | None = None
+    data: Path | None = None
+    pattern: str = "*"
+    out: Path = Path("runs")
+    resume: Path | None = None
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    tune: Tune | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    state: Path | None = None
+    tokenizer: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    head_size: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    decay_rank: int | None = None
+    alpha_rank: int | None = None
+    value_rank: int | None = None
+    gate_rank: int | None = None
+    norm_eps: float | None = None
+    head_norm_eps: float | None = None
+    embedding_norm: bool | None = None
+    frozen_dtype: Dtype | None = None
+    compute_dtype: Dtype | None = None
+    remat: Remat = "dots"
+    implementation: Literal["mosaic_gpu", "xla", "reference"] | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    microbatches: int | None = None
+    sequence_length: int | None = None
+    learning_rate: float | None = None
+    final_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    max_gradient_norm: float = 1.0
+    decay_base_rate: float = 2.0
+    l2wrap: float = L2WRAP
+    held_out_bytes: int = 32768
+    evaluate_every: int = 300
+    save_every: int = 300
+    keep: int = 2
+    plot: bool = True
+    prompt: str | None = None
+    sample_length: int = 400
+    seed: int = 0
 
-    @classmethod
-    def from_flags(cls, flags: TrainFlags) -> "TrainSettings":
-        """Fills in a value for each flag that was left out.
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) is not None:
+                check_positive(option(name), getattr(self, name))
+        for name in ("sample_length", "seed", "l2wrap"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if self.sample_length and self.prompt == "":
+            raise ValueError("--prompt must not be empty; --sample-length 0 turns the sample off")
+        tuned = ("tune", "frozen_dtype", *_OF_LORA, "state")
+        if self.from_ is None:
+            self._refuse(tuned, "needs --from CHECKPOINT, the model to tune")
+            return
+        self._refuse(OF_A_NEW_MODEL, "cannot be given with --from: the checkpoint tells it")
+        self._refuse(("preset",), "cannot be given with --from: it is for new models")
+        if self.tune != "lora":
+            self._refuse(_OF_LORA, "needs --tune lora")
+        if self.tune != "state":
+            self._refuse(("state",), "needs --tune state")
+        if self.tune in (None, "full"):
+            self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")
 
-        Raises:
-          ValueError: if a value is out of range; the message names it.
-        """
-        subject = _subject(flags)
-        is_new = isinstance(subject, NewModel)
-        rate = _or(flags.learning_rate, 3e-3 if is_new else _TUNING_RATES[_tune(flags)])
-        optimizer = OptimizerConfig(
-            total_steps=flags.steps,
-            learning_rate=rate,
-            final_learning_rate=_or(flags.final_learning_rate, 2e-4 if is_new else rate / 10),
-            warmup_steps=flags.warmup_steps,
-            weight_decay=_or(flags.weight_decay, 0.1 if is_new else 0.0),
-        )
-        return cls(
-            data=flags.data,
-            pattern=flags.pattern,
-            out=flags.out,
-            subject=subject,
-            tokenizer="byte" if is_new and flags.tokenizer is None else flags.tokenizer,
-            compute_dtype=flags.compute_dtype,
-            remat=flags.remat,
-            optimizer=optimizer,
-            batch_size=flags.batch_size,
-            microbatches=flags.microbatches,
-            sequence_length=_or(flags.sequence_length, 128 if is_new else 512),
-            held_out_bytes=flags.held_out_bytes,
-            evaluate_every=flags.evaluate_every,
-            save_every=flags.save_every,
-            keep=flags.keep,
-            plot=flags.plot,
-            prompt=flags.prompt,
-            sample_length=flags.sample_length,
-            seed=flags.seed,
-        )
-
-    def to_flags(self, tokenizer: str) -> TrainFlags:
-        """Returns flags that give these settings even if defaults change, for the run's folder.
-
-        Args:
-          tokenizer: name or path of the tokenizer that the run uses.
-        """
-        flags = TrainFlags(
-            data=self.data,
-            pattern=self.pattern,
-            out=self.out,
-            tokenizer=tokenizer,
-            compute_dtype=self.compute_dtype,
-            remat=self.remat,
-            steps=self.optimizer.total_steps,
-            batch_size=self.batch_size,
-            microbatches=self.microbatches,
-            sequence_length=self.sequence_length,
-            learning_rate=self.optimizer.learning_rate,
-            final_learning_rate=self.optimizer.final_learning_rate,
-            warmup_steps=self.optimizer.warmup_steps,
-            weight_decay=self.optimizer.weight_decay,
-            held_out_bytes=self.held_out_bytes,
-            evaluate_every=self.evaluate_every,
-            save_every=self.save_every,
-            keep=self.keep,
-            plot=self.plot,
-            prompt=self.prompt,
-            sample_length=self.sample_length,
-            seed=self.seed,
-        )
-        match self.subject:
-            case NewModel(num_layers=num_layers, hidden_size=hidden_size, head_size=head_size):
-                return dataclasses.replace(
-                    flags, num_layers=num_layers, hidden_size=hidden_size, head_size=head_size
-                )
-            case WholeModel(base=base):
-                return dataclasses.replace(flags, from_=base, tune="full")
-            case Adapters(base=base, lora=lora, frozen_dtype=dtype):
-                return dataclasses.replace(
-                    flags,
-                    from_=base,
-                    tune="lora",
-                    lora_rank=lora.rank,
-                    lora_alpha=lora.alpha,
-                    frozen_dtype=dtype,
-                )
-            case InitialState(base=base, start=start, frozen_dtype=dtype):
-                return dataclasses.replace(
-                    flags, from_=base, tune="state", state=start, frozen_dtype=dtype
-                )
-            case _:
-                assert_never(self.subject)
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        given = [option(name) for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} {why}")
 
 
-def _subject(flags: TrainFlags) -> Subject:
-    if flags.from_ is None:
-        return NewModel(
-            num_layers=_or(flags.num_layers, 2),
-            hidden_size=_or(flags.hidden_size, 128),
-            head_size=_or(flags.head_size, 64),
-        )
-    match _tune(flags):
-        case "full":
-            return WholeModel(base=flags.from_)
-        case "lora":
-            lora = LoraConfig(rank=_or(flags.lora_rank, 16), alpha=_or(flags.lora_alpha, 32.0))
-            return Adapters(base=flags.from_, lora=lora, frozen_dtype=flags.frozen_dtype)
-        case "state":
-            return InitialState(
-                base=flags.from_, start=flags.state, frozen_dtype=flags.frozen_dtype
-            )
+def option(name: str) -> str:
+    """Returns the flag of a field, such as "--batch-size" for "batch_size"."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
-def _tune(flags: TrainFlags) -> Tune:
-    return _or(flags.tune, "full")
-
-
-def _or[T](given: T | None, default: T) -> T:
-    return default if given is None else given
-
-
-__all__ = ["Adapters", "InitialState", "NewModel", "Subject", "TrainSettings", "WholeModel"]
+__all__ = ["OF_A_NEW_MODEL", "Preset", "TrainSettings", "Tune", "option"]

@@ -1,22 +1,17 @@
-"""Opens what a run of `goose-jax train` begins with: its settings, model, tokenizer and text."""
+"""Opens what a run of `goose-jax train` begins with: its model, tokenizer and text."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any, assert_never
 
 from flax import nnx
 
 from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
-from goose_jax.cli.train_flags import TrainFlags, option
-from goose_jax.cli.train_settings import (
-    Adapters,
-    InitialState,
-    NewModel,
-    TrainSettings,
-    WholeModel,
-)
-from goose_jax.config import Dtype, RWKV7Config, default_compute_dtype
+from goose_jax.cli.train_defaults import lora_config, model_config
+from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.config import Dtype, default_compute_dtype
 from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
 from goose_jax.text import Tokenizer, get_tokenizer, open_tokenizer, tokenizer_name
@@ -40,49 +35,30 @@ class Prepared:
     tokenizer_name: str
 
 
-def open_run(flags: TrainFlags) -> tuple[RunDirectory | None, TrainSettings]:
-    """Returns the run to resume, or None for a new run; and the settings.
-
-    Raises:
-      OSError: if the run does not exist.
-      ValueError: if the run is damaged, a setting is out of range, or flags were given beside
-        `--resume`.
-    """
-    if flags.resume is None:
-        return None, TrainSettings.from_flags(flags)
-    changed = [
-        option(field.name)
-        for field in dataclasses.fields(flags)
-        if field.name != "resume" and getattr(flags, field.name) != field.default
-    ]
-    if changed:
-        raise ValueError(f"a resumed run keeps its settings; leave out {', '.join(changed)}")
-    run, values = RunDirectory.open(flags.resume)
-    return run, TrainSettings.from_flags(TrainFlags.from_json(values))
-
-
 def prepare(settings: TrainSettings, run: RunDirectory | None) -> Prepared:
     """Opens the model, the tokenizer and the text. Each is opened once.
 
     Args:
-      settings: settings of the run.
+      settings: settings of the run, which `with_defaults` filled in.
       run: the run to resume; None for a new run.
 
     Raises:
       OSError: if a file cannot be read.
       ValueError: if a file is damaged, the text is too short, or the tokenizer does not fit.
     """
-    match settings.subject:
-        case NewModel() | WholeModel() if run is not None:
+    match settings.tune:
+        case None | "full" if run is not None:
             return _resume_model(settings, run)
-        case NewModel() as subject:
-            return _new_model(settings, subject)
-        case WholeModel() as subject:
-            return _whole_model(settings, subject)
-        case Adapters() as subject:
-            return _adapters(settings, subject)
-        case InitialState() as subject:
-            return _initial_state(settings, subject, resumed=run is not None)
+        case None:
+            return _new_model(settings)
+        case "full":
+            return _whole_model(settings)
+        case "lora":
+            return _adapters(settings)
+        case "state":
+            return _initial_state(settings, resumed=run is not None)
+        case _:
+            assert_never(settings.tune)
 
 
 def name_of_run(settings: TrainSettings) -> str:
@@ -90,72 +66,82 @@ def name_of_run(settings: TrainSettings) -> str:
     return "stdlib" if settings.data is None else settings.data.absolute().stem or "run"
 
 
-def _new_model(settings: TrainSettings, subject: NewModel) -> Prepared:
+def _new_model(settings: TrainSettings) -> Prepared:
     name = settings.tokenizer or "byte"
     tokenizer = get_tokenizer(name)
+    config = model_config(settings, vocab_size=tokenizer.vocab_size)
     text, batches = _load_text(settings, tokenizer)
-    config = RWKV7Config(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=subject.hidden_size,
-        num_layers=subject.num_layers,
-        head_size=subject.head_size,
-        compute_dtype=settings.compute_dtype or default_compute_dtype(),
-        remat=settings.remat,
-    )
     model = RWKV7(config, rngs=nnx.Rngs(settings.seed))
-    return Prepared(FullTuning(model), text, batches, name)
+    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name)
 
 
 def _resume_model(settings: TrainSettings, run: RunDirectory) -> Prepared:
     path = run.newest_checkpoint
-    tuning = FullTuning.from_checkpoint(path)
+    overrides: dict[str, Any] = {
+        "remat": settings.remat,
+        "implementation": settings.implementation,
+    }
+    if settings.compute_dtype is not None:
+        overrides["compute_dtype"] = settings.compute_dtype
+    tuning = FullTuning.from_checkpoint(path, l2wrap=settings.l2wrap, **overrides)
     name = tokenizer_name(path, given=settings.tokenizer, recorded=None)
     tokenizer = open_tokenizer(name, tuning.model.config.vocab_size)
     return Prepared(tuning, *_load_text(settings, tokenizer), name)
 
 
-def _whole_model(settings: TrainSettings, subject: WholeModel) -> Prepared:
-    model, name, tokenizer = _open_base(settings, subject, "float32")
+def _whole_model(settings: TrainSettings) -> Prepared:
+    model, name, tokenizer = _open_base(settings, "float32")
     text, batches = _load_text(settings, tokenizer)
-    return Prepared(FullTuning(model), text, batches, name)
+    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name)
 
 
-def _adapters(settings: TrainSettings, subject: Adapters) -> Prepared:
-    model, name, tokenizer = _open_base(settings, subject, subject.frozen_dtype)
+def _adapters(settings: TrainSettings) -> Prepared:
+    model, name, tokenizer = _open_base(settings, settings.frozen_dtype)
     text, batches = _load_text(settings, tokenizer)
-    tuning = LoraTuning(model, subject.lora, base_path=subject.base, seed=settings.seed)
+    tuning = LoraTuning(
+        model,
+        lora_config(settings),
+        base_path=_base(settings),
+        seed=settings.seed,
+        l2wrap=settings.l2wrap,
+    )
     return Prepared(tuning, text, batches, name)
 
 
-def _initial_state(settings: TrainSettings, subject: InitialState, *, resumed: bool) -> Prepared:
-    model, name, tokenizer = _open_base(settings, subject, subject.frozen_dtype)
+def _initial_state(settings: TrainSettings, *, resumed: bool) -> Prepared:
+    model, name, tokenizer = _open_base(settings, settings.frozen_dtype)
     text, batches = _load_text(settings, tokenizer)
+    base, start = _base(settings), None
     # A resumed run has its state in its checkpoint.
-    start = None
-    if subject.start is not None and not resumed:
-        start = load_state(subject.start, model.config)
+    if settings.state is not None and not resumed:
+        start = load_state(settings.state, model.config)
     elif not resumed:
-        start = load_merged_state(subject.base, model.config)
-    tuning = StateTuning(model, base_path=subject.base, start=start)
+        start = load_merged_state(base, model.config)
+    tuning = StateTuning(model, base_path=base, start=start, l2wrap=settings.l2wrap)
     return Prepared(tuning, text, batches, name)
 
 
-def _open_base(
-    settings: TrainSettings, subject: WholeModel | Adapters | InitialState, dtype: Dtype | None
-) -> tuple[RWKV7, str, Tokenizer]:
+def _base(settings: TrainSettings) -> Path:
+    assert settings.from_ is not None
+    return settings.from_
+
+
+def _open_base(settings: TrainSettings, dtype: Dtype | None) -> tuple[RWKV7, str, Tokenizer]:
     """Returns the model to fine-tune, and the name and the tokenizer of its text."""
-    if not isinstance(subject, InitialState) and _has_state(subject.base):
+    base = _base(settings)
+    if settings.tune != "state" and _has_state(base):
         raise ValueError(
-            f"{subject.base} begins with a trained initial state, which this training would not "
+            f"{base} begins with a trained initial state, which this training would not "
             "use; take it off by goose-jax convert --state"
         )
     model, metadata = load_pretrained(
-        subject.base,
+        base,
         dtype=dtype,
         compute_dtype=settings.compute_dtype or default_compute_dtype(),
         remat=settings.remat,
+        implementation=settings.implementation,
     )
-    name = tokenizer_name(subject.base, given=settings.tokenizer, recorded=metadata.tokenizer)
+    name = tokenizer_name(base, given=settings.tokenizer, recorded=metadata.tokenizer)
     return model, name, open_tokenizer(name, model.config.vocab_size)
 
 
@@ -172,13 +158,15 @@ def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingT
     text = TrainingText.from_documents(
         documents, tokenizer, source=source, held_out_bytes=settings.held_out_bytes
     )
+    assert settings.batch_size is not None
+    assert settings.sequence_length is not None
     batches = text.windows(
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
-        microbatches=settings.microbatches,
+        microbatches=settings.microbatches or 1,
     )
     return text, batches
 
 
-__all__ = ["Prepared", "name_of_run", "open_run", "prepare"]
+__all__ = ["Prepared", "name_of_run", "prepare"]

@@ -3,7 +3,7 @@
 from goose_jax.training.evaluation import Evaluation, make_evaluation
 from goose_jax.training.initial_state import load_initial_state, starting_state
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
-from goose_jax.training.loss import mean_loss, token_losses
+from goose_jax.training.loss import L2WRAP, mean_loss, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
@@ -29,6 +29,7 @@ from goose_jax.training.tuning_checkpoint import (
 )
 
 __all__ = [
+    "L2WRAP",
     "Evaluation",
     "FullTuning",
     "LoraConfig",

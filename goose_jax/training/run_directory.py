@@ -1,20 +1,24 @@
 """The folder of a training run.
 
-settings.json     the settings that the run was started with
+settings.yaml     the settings of the run, with every default filled in
 metrics.jsonl     one JSON object per line, each with the number of its "step"
 loss.png          the loss curve
 state.pth         after state tuning: the initial state as a file of the official ecosystem
 checkpoints/      one directory per checkpoint, named by the number of steps
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from goose_jax.checkpoints import CheckpointError
+from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
+from goose_jax.training.yaml_file import read_yaml, write_yaml
 
 HELD_OUT_METRIC = "held_out_bits_per_byte"
 """The name of the measurements on held-out text in the metrics."""
@@ -40,7 +44,7 @@ class RunDirectory:
         Args:
           parent: folder of runs, which is made if it does not exist.
           name: name of the run.
-          settings: values that JSON can hold, for "settings.json".
+          settings: values that YAML can hold, for "settings.yaml".
 
         Raises:
           OSError: if the folder cannot be made.
@@ -55,31 +59,48 @@ class RunDirectory:
                     raise
                 number += 1
                 continue
-            (path / "settings.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
-            return cls(path)
+            run = cls(path)
+            write_yaml(run.settings_file, settings)
+            return run
 
     @classmethod
-    def open(cls, path: Path | str) -> tuple["RunDirectory", dict[str, Any]]:
-        """Opens a run to resume it, and removes the metrics of steps after its newest checkpoint.
-
-        Returns:
-          The folder, and the settings that `create` wrote.
+    def open(cls, path: Path | str) -> "RunDirectory":
+        """Opens the folder of a run, which does not change.
 
         Raises:
           FileNotFoundError: if there is no run at `path`.
-          ValueError: if it has no checkpoint, or its settings or metrics are damaged.
         """
-        path = Path(path)
-        file = path / "settings.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no training run at {path} ({file.name} is missing)")
-        try:
-            settings = json.loads(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
         run = cls(path)
-        run._forget_after(int(run.newest_checkpoint.name))
-        return run, settings
+        if not run.settings_file.is_file():
+            raise FileNotFoundError(
+                f"there is no training run at {path} ({run.settings_file.name} is missing)"
+            )
+        return run
+
+    @property
+    def settings_file(self) -> Path:
+        """The file of the settings: "settings.yaml", or "settings.json" in a run of version 0.1."""
+        old = self.path / "settings.json"
+        return old if old.is_file() else self.path / "settings.yaml"
+
+    def read_settings(self) -> dict[str, Any]:
+        """Returns the settings that `create` or `write_settings` wrote.
+
+        Raises:
+          OSError: if the file cannot be read.
+          ValueError: if it is damaged.
+        """
+        return read_yaml(self.settings_file)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replaces the settings; `settings` holds values that YAML can hold.
+
+        Raises:
+          OSError: if the file cannot be written. The settings before are kept then.
+        """
+        with atomic_path(self.path / "settings.yaml") as new:
+            write_yaml(new, settings)
+        (self.path / "settings.json").unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -103,25 +124,39 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics; `values` must have a "step"."""
-        with self.metrics_file.open("a") as stream:
-            stream.write(json.dumps(dict(values)) + "\n")
-
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yields the lines of the metrics.
+        """Appends one line to the metrics; `values` must have a "step".
 
         Raises:
-          ValueError: if a line is damaged; the message names it.
+          OSError: if the line cannot be written, for example on a full disk. No part of it is kept.
+        """
+        with self.metrics_file.open("ab", buffering=0) as stream:
+            end = stream.tell()
+            line = (json.dumps(dict(values), allow_nan=False) + "\n").encode()
+            try:
+                if stream.write(line) < len(line):  # the disk took a part of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_file))
+            except OSError:
+                stream.truncate(end)
+                raise
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yields the lines of the metrics. A half-written last line is left out.
+
+        Raises:
+          ValueError: if another line is damaged; the message names it.
         """
         if not self.metrics_file.exists():
             return
-        for number, line in enumerate(self.metrics_file.read_text().splitlines(), start=1):
+        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]  # what has no end is no line
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.metrics_file}:{number} is no JSON, remove it: {error}"
+                values = json.loads(line)
+                int(values["step"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(
+                    f"{self.metrics_file}:{number} is no line of metrics, remove it: {error!r}"
                 ) from error
+            yield values
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
         """Makes a checkpoint, and then removes all but the newest `keep` checkpoints.
@@ -135,9 +170,16 @@ class RunDirectory:
         for old in self.checkpoints[:-keep]:
             shutil.rmtree(old)
 
-    def _forget_after(self, step: int) -> None:
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    def forget_after(self, step: int) -> None:
+        """Removes the metrics of the steps after this one, and a half-written last line.
+
+        Raises:
+          OSError: if the file cannot be written. It does not change then.
+          ValueError: if a line is damaged; the message names it.
+        """
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+        with atomic_path(self.metrics_file) as new:
+            new.write_text("".join(kept))
 
 
 __all__ = ["HELD_OUT_METRIC", "RunDirectory"]

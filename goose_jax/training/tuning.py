@@ -18,6 +18,7 @@ from goose_jax.checkpoints.native import find_checkpoint, read_description
 from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.state import RWKV7State
 from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
+from goose_jax.training.loss import L2WRAP
 from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
 from goose_jax.training.step import (
     Losses,
@@ -98,6 +99,7 @@ class FullTuning:
 
     Args:
       model: the model to start from, with parameters in float32.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
 
     Raises:
       ValueError: if the parameters have fewer than 32 bits.
@@ -108,27 +110,33 @@ class FullTuning:
       frozen: `{}`.
     """
 
-    def __init__(self, model: RWKV7):
+    def __init__(self, model: RWKV7, *, l2wrap: float = L2WRAP):
         check_trainable(model.config)
         self.model = model
-        self.losses = full_losses(model)
+        self.losses = full_losses(model, l2wrap=l2wrap)
         self.frozen: Parameters = {}
 
     @classmethod
-    def from_checkpoint(cls, path: Path | str) -> "FullTuning":
+    def from_checkpoint(
+        cls, path: Path | str, *, l2wrap: float = L2WRAP, **overrides: Any
+    ) -> "FullTuning":
         """Describes the training of a checkpoint's model, whose parameters `load` then loads.
 
         The parameters of `model` are `jax.ShapeDtypeStruct`s, so `init` cannot be used.
 
         Args:
           path: directory of a checkpoint, or of a training run, whose newest checkpoint is used.
+          l2wrap: factor of the pull on large logits, as for `token_losses`.
+          **overrides: other values for fields of `RWKV7Config` that do not determine shapes, such
+            as `remat`.
 
         Raises:
           FileNotFoundError: if `path` does not exist.
           CheckpointError: if it holds no model, or is damaged.
+          ValueError: if an override is out of range.
         """
-        config, _ = read_description(find_checkpoint(path))
-        return cls(abstract_model(config))
+        config, _ = read_description(find_checkpoint(path), **overrides)
+        return cls(abstract_model(config), l2wrap=l2wrap)
 
     def init(self) -> Parameters:
         """Returns the parameters of the model."""
@@ -230,6 +238,7 @@ class LoraTuning(_TuningBesideModel):
       config: size and weight of the adapters.
       base_path: path that the model was loaded from, for checkpoints and messages.
       seed: seed of the adapters' initial values.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
 
     Attributes:
       model: the model.
@@ -237,9 +246,17 @@ class LoraTuning(_TuningBesideModel):
       frozen: the parameters of the model.
     """
 
-    def __init__(self, model: RWKV7, config: LoraConfig, *, base_path: Path | str, seed: int):
+    def __init__(
+        self,
+        model: RWKV7,
+        config: LoraConfig,
+        *,
+        base_path: Path | str,
+        seed: int,
+        l2wrap: float = L2WRAP,
+    ):
         super().__init__(model, base_path, config)
-        self.losses = lora_losses(model, config)
+        self.losses = lora_losses(model, config, l2wrap=l2wrap)
         self._config, self._seed = config, seed
 
     def init(self) -> Parameters:
@@ -262,6 +279,7 @@ class StateTuning(_TuningBesideModel):
       base_path: path that the model was loaded from, for checkpoints and messages.
       start: the state to start from, of one row and with token shifts of zero; None starts from
         zeros.
+      l2wrap: factor of the pull on large logits, as for `token_losses`.
 
     Raises:
       ValueError: if `start` has several rows, or a token shift that is not zero.
@@ -272,9 +290,16 @@ class StateTuning(_TuningBesideModel):
       frozen: the parameters of the model.
     """
 
-    def __init__(self, model: RWKV7, *, base_path: Path | str, start: RWKV7State | None = None):
+    def __init__(
+        self,
+        model: RWKV7,
+        *,
+        base_path: Path | str,
+        start: RWKV7State | None = None,
+        l2wrap: float = L2WRAP,
+    ):
         super().__init__(model, base_path, None)
-        self.losses = state_losses(model)
+        self.losses = state_losses(model, l2wrap=l2wrap)
         self._initial = init_wkv(model.config) if start is None else wkv_of(start)
 
     def init(self) -> Parameters:

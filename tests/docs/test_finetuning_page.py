@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from goose_jax.cli.train_flags import TrainFlags
-from goose_jax.cli.train_settings import Adapters, TrainSettings
+from goose_jax.cli.train_defaults import with_defaults
+from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.training.lora import LORA_WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -31,16 +31,16 @@ def test_code_runs(capsys):
 
 def test_defaults_are_those_of_the_command():
     for tune in ("full", "lora", "state"):
-        settings = TrainSettings.from_flags(TrainFlags(from_=pathlib.Path("x"), tune=tune))
+        settings = with_defaults(TrainSettings(from_=pathlib.Path("x"), tune=tune))
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{tune}` |"))
-        rate = settings.optimizer.learning_rate
+        rate = settings.learning_rate
         assert float(row.split("|")[4]) == rate
-        assert settings.optimizer.final_learning_rate == rate / 10
-        assert settings.optimizer.weight_decay == 0
+        assert settings.final_learning_rate == rate / 10
+        assert settings.weight_decay == 0
         assert settings.sequence_length == 512
-        if isinstance(settings.subject, Adapters):
-            lora = settings.subject.lora
-            assert f"`--lora-rank` {lora.rank}\nand `--lora-alpha` {lora.alpha:g}." in PAGE
+        if tune == "lora":
+            rank, alpha = settings.lora_rank, settings.lora_alpha
+            assert f"`--lora-rank` {rank}\nand `--lora-alpha` {alpha:g}." in PAGE
 
 
 def test_every_adapted_matrix_is_named():

@@ -8,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -15,8 +16,9 @@ from goose_jax import RWKV7, RWKV7Config, load_pretrained, load_state, save_pret
 from goose_jax.chat import ChatSession, ReplySettings, save_chat
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.main import main
-from goose_jax.cli.train_flags import TrainFlags
-from goose_jax.cli.train_setup import open_run, prepare
+from goose_jax.cli.train_defaults import with_defaults
+from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.cli.train_setup import prepare
 from goose_jax.text import VocabularyTokenizer
 from goose_jax.training import load_initial_state, load_tuning_checkpoint, merge_lora
 
@@ -130,7 +132,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
         {k: v for k, v in line.items() if "second" not in k} for line in lines_of(original)
     ]
     assert [line["step"] for line in kept if "held_out_bits_per_byte" in line] == [0, 4]
-    assert json.loads((run / "settings.json").read_text())["tokenizer"].endswith("words.txt")
+    assert yaml.safe_load((run / "settings.yaml").read_text())["tokenizer"].endswith("words.txt")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "state"])
@@ -143,7 +145,7 @@ def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
         init(self, *args, **kwargs)
 
     monkeypatch.setattr(VocabularyTokenizer, "__init__", count)
-    flags = TrainFlags(
+    settings = TrainSettings(
         from_=folder / "base.pth",
         tune=kind,
         data=folder / "fox.txt",
@@ -151,8 +153,7 @@ def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
         sequence_length=12,
         held_out_bytes=64,
     )
-    resumed, settings = open_run(flags)
-    prepared = prepare(settings, resumed)
+    prepared = prepare(with_defaults(settings), None)
     assert opened == [prepared.text.tokenizer]
 
 
@@ -255,14 +256,11 @@ def test_a_tuned_state_can_be_tuned_further(state, tune):
 def test_a_base_that_has_changed(lora, folder, tmp_path, capsys):
     run = pathlib.Path(shutil.copytree(lora, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "00000004")
-    settings = json.loads((run / "settings.json").read_text())
-    settings["from_"] = str(folder / "other.pth")
-    (run / "settings.json").write_text(json.dumps(settings))
-    err = fails(capsys, "train", "--resume", run)
+    err = fails(capsys, "train", "--resume", run, "--from", folder / "other.pth")
     assert "same sizes, but other weights" in err
     assert "base.pth" in err
     err = fails(capsys, "train", "--resume", run, "--tune=lora", "--lora-rank=4")
-    assert "keeps its settings; leave out --tune, --lora-rank" in err
+    assert "keeps its settings; leave out --lora-rank" in err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -105,7 +106,7 @@ def test_a_run_leaves_what_it_should(finished):
     run, printed = finished
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"00000004", "00000008"}
-    assert json.loads((run / "settings.json").read_text())["num_layers"] == 1
+    assert yaml.safe_load((run / "settings.yaml").read_text())["num_layers"] == 1
 
     steps = [line for line in lines_of(run) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -121,7 +122,7 @@ def test_a_run_leaves_what_it_should(finished):
     assert f"held out: {held_out[0]:.3f} bits per byte before training, {held_out[8]:.3f}" in out
     assert "computing in float32" in out
     assert "\nthe" in out
-    assert f"goose-jax generate {run} --prompt the" in out
+    assert f"goose-jax generate {run} --prompt=the" in out
     for word in ("loss", "tokens/s", "ETA", "step 8/8"):
         assert word in printed["err"]
 
@@ -150,7 +151,7 @@ def test_a_run_is_not_written_over(finished, folder, monkeypatch):
     for number in (2, 3):
         with pytest.raises(SystemExit):
             main(["train", *SMALL, f"--data={folder / 'fox.txt'}", f"--out={folder / 'runs'}"])
-        assert (folder / "runs" / f"fox-{number}" / "settings.json").is_file()
+        assert (folder / "runs" / f"fox-{number}" / "settings.yaml").is_file()
     assert len(losses_of(finished[0])) == 8
 
 
@@ -230,23 +231,27 @@ def test_an_empty_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--hidden-size=100", "self.head_size=64 must be at least 2 and divide self.hidden_size=1"),
-        ("--num-layers=0", "num_layers must be an integer >= 1, got 0"),
-        ("--steps=0", "steps must be an integer >= 1, got 0"),
-        ("--steps=10", "total_steps=10 must be more than self.warmup_steps="),
-        ("--batch-size=0", "batch_size must be an integer >= 1, got 0"),
-        ("--sequence-length=-3", "sequence_length must be an integer >= 1, got -3"),
-        ("--learning-rate=-1", "learning_rate must lie in [0.0, inf], got -1.0"),
-        ("--held-out-bytes=0", "held_out_bytes must be an integer >= 1, got 0"),
-        ("--prompt=", "prompt must not be empty"),
-        ("--seed=-1", "seed must be at least 0, got -1"),
+        ("--hidden-size=100", "--head-size=64 must be at least 2 and divide --hidden-size=1"),
+        ("--num-layers=0", "--num-layers must be an integer >= 1, got 0"),
+        ("--gate-rank=0", "--gate-rank must be an integer >= 1, got 0"),
+        ("--vocab-size=7", "--vocab-size must be at least the 257 ids of the tokenizer, got 7"),
+        ("--steps=0", "--steps must be an integer >= 1, got 0"),
+        ("--warmup-steps=1200", "--steps=1200 must be more than --warmup-steps=1200"),
+        ("--batch-size=0", "--batch-size must be an integer >= 1, got 0"),
+        ("--sequence-length=-3", "--sequence-length must be an integer >= 1, got -3"),
+        ("--learning-rate=-1", "--learning-rate must lie in [0.0, inf], got -1.0"),
+        ("--beta2=2", "--beta2 must lie in [0.0, 1.0], got 2.0"),
+        ("--held-out-bytes=0", "--held-out-bytes must be an integer >= 1, got 0"),
+        ("--prompt=", "--prompt must not be empty"),
+        ("--seed=-1", "--seed must be at least 0, got -1"),
+        ("--from=x --preset=minipile-12x768", "--preset cannot be given with --from"),
     ],
 )
 def test_a_wrong_setting(folder, tmp_path, capsys, argument, message):
     out = tmp_path / "runs"
     data = folder / "fox.txt"
     assert message in fails(
-        capsys, "train", argument, f"--data={data}", f"--out={out}", "--no-plot"
+        capsys, "train", *argument.split(), f"--data={data}", f"--out={out}", "--no-plot"
     )
     assert not out.exists()
 
@@ -277,33 +282,29 @@ def test_a_run_that_cannot_be_resumed(run, capsys):
     def resume(*arguments):
         return fails(capsys, "train", f"--resume={run}", *arguments)
 
-    assert "keeps its settings; leave out --steps, --batch-size" in resume(
-        "--batch-size=3", "--steps=9"
+    assert "keeps its settings; leave out --batch-size, --seed" in resume(
+        "--batch-size=3", "--seed=9"
     )
     assert f"{run} has made all of its 8 steps" in resume()
 
-    settings = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps(settings | {"unheard_of": 1}))
-    assert "['unheard_of']" in resume()
-    (run / "settings.json").write_text(json.dumps(settings)[:-5])
-    assert f"{run / 'settings.json'} is damaged" in resume()
-    (run / "settings.json").write_text(json.dumps(settings))
+    file = run / "settings.yaml"
+    settings = file.read_text()
+    file.write_text(settings + "unheard_of: 1\n")
+    assert f"{file}: 'unheard_of' is unknown here" in resume()
+    file.write_text(settings + "]")
+    assert f"{file} is damaged" in resume()
+    file.write_text(settings)
 
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 9, "lo')
-    assert f"{run / 'metrics.jsonl'}:" in resume()
     shutil.rmtree(run / "checkpoints")
     assert f"{run} has no checkpoint" in resume()
-    (run / "settings.json").unlink()
+    file.unlink()
     assert f"there is no training run at {run}" in resume()
 
 
 def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
     other = tmp_path / "fox.txt"
     other.write_text(TEXT + "more")
-    settings = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps(settings | {"data": str(other)}))
-    err = fails(capsys, "train", f"--resume={run}")
+    err = fails(capsys, "train", f"--resume={run}", f"--data={other}")
     assert f"was trained on another text than is in {other} now" in err
 
 
@@ -317,13 +318,13 @@ def raise_in_a_library(arguments):
 
 @pytest.mark.parametrize(("bug", "kind"), [(raise_bug, KeyError), (raise_in_a_library, ValueError)])
 def test_a_bug_keeps_its_traceback(monkeypatch, bug, kind):
-    monkeypatch.setattr(command, "train", lambda: bug("x"))
+    monkeypatch.setattr(command, "train", lambda _: bug("x"))
     with pytest.raises(kind):
         main(["train"])
 
 
 def test_ctrl_c_outside_of_training(monkeypatch, capsys):
-    def interrupted() -> None:
+    def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "train", interrupted)

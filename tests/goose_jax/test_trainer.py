@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import chex
 import pytest
@@ -86,7 +85,7 @@ def test_a_run_reports_and_keeps_what_it_measures(finished, model):
     assert evaluations[-1][1] < evaluations[0][1]
     recorded = [line for line in run.metrics() if "held_out_bits_per_byte" in line]
     assert [(line["step"], line["held_out_bits_per_byte"]) for line in recorded] == evaluations
-    assert json.loads((run.path / "settings.json").read_text()) == {"any": "settings"}
+    assert RunDirectory.open(run.path).read_settings() == {"any": "settings"}
 
     assert [path.name for path in run.checkpoints] == ["00000004"]  # of 3 and 4 the newest
     saved, metadata = load_checkpoint(run.path)

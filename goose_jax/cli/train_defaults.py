@@ -1,0 +1,168 @@
+"""The defaults of `goose-jax train`, which depend on what is trained, and the official presets."""
+
+import dataclasses
+import re
+from typing import Any
+
+from goose_jax.cli.train_settings import OF_A_NEW_MODEL, Preset, TrainSettings, Tune, option
+from goose_jax.config import RWKV7Config, default_compute_dtype
+from goose_jax.training import LoraConfig, OptimizerConfig
+
+_TUNING_RATES: dict[Tune, float] = {"full": 2e-5, "lora": 2e-4, "state": 0.1}
+_LONGEST_WARMUP = 30
+
+# 240 sequences make a step in the official training on the Pile, which has 332,115,325,534 tokens.
+_PILE = {
+    "num_layers": 24,
+    "tokenizer": "world",
+    "sequence_length": 4096,
+    "batch_size": 30,
+    "microbatches": 8,
+    "steps": 337_846,
+    "final_learning_rate": 3e-5,
+    "warmup_steps": 10,
+    "weight_decay": 0.1,
+}
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "minipile-12x768": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "tokenizer": "world",
+        "sequence_length": 512,
+        "batch_size": 16,
+        "microbatches": 1,
+        "steps": 182_889,  # 1,498,226,207 tokens, once
+        "learning_rate": 6e-4,
+        "final_learning_rate": 6e-5,
+        "warmup_steps": 10,
+        "weight_decay": 0.001,
+    },
+    "pile-24x1024": _PILE | {"hidden_size": 1024, "learning_rate": 4e-4},
+    "pile-24x2048": _PILE | {"hidden_size": 2048, "learning_rate": 3e-4},
+}
+"""Settings of official trainings, by name.
+
+Source: RWKV-v7/train_temp/demo-training-run.sh and demo-training-run-v7-pile.sh of RWKV-LM, except
+for the peaks of the learning rate of 24 layers, which are those of the official runs.
+"""
+
+
+def with_defaults(settings: TrainSettings) -> TrainSettings:
+    """Fills in a value for each setting that was left out and has a default.
+
+    A setting of the preset goes before the default. Settings that depend on the model's checkpoint
+    (`tokenizer` with `from_`), on the machine (`compute_dtype`, `implementation`) or on the text
+    (`prompt`) stay None, and so do sizes that `RWKV7Config` derives from others.
+
+    Raises:
+      ValueError: if a value is out of range; the message names its flag.
+    """
+    if settings.preset is not None:
+        settings = _fill(settings, PRESETS[settings.preset])
+    if settings.from_ is None:
+        defaults: dict[str, Any] = {
+            "num_layers": 2,
+            "hidden_size": 128,
+            "head_size": 64,
+            "tokenizer": "byte",
+            "sequence_length": 128,
+            "learning_rate": 3e-3,
+            "weight_decay": 0.1,
+        }
+    else:
+        tune = settings.tune or "full"
+        defaults = {
+            "tune": tune,
+            "sequence_length": 512,
+            "learning_rate": _TUNING_RATES[tune],
+            "weight_decay": 0.0,
+        }
+        if tune == "lora":
+            defaults |= {"lora_rank": 16, "lora_alpha": 32.0}
+    settings = _fill(settings, defaults | {"steps": 1200, "batch_size": 8, "microbatches": 1})
+    assert settings.steps is not None
+    assert settings.learning_rate is not None
+    peak = settings.learning_rate
+    final = min(2e-4, peak) if settings.from_ is None else peak / 10
+    warmup = min(_LONGEST_WARMUP, settings.steps // 10)
+    settings = _fill(settings, {"final_learning_rate": final, "warmup_steps": warmup})
+    optimizer_config(settings)
+    if settings.from_ is None:
+        model_config(settings, vocab_size=1)
+    elif settings.tune == "lora":
+        lora_config(settings)
+    return settings
+
+
+def _fill(settings: TrainSettings, values: dict[str, Any]) -> TrainSettings:
+    missing = {name: value for name, value in values.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **missing)
+
+
+def optimizer_config(settings: TrainSettings) -> OptimizerConfig:
+    """Returns the numbers of the optimizer in settings that `with_defaults` filled in.
+
+    Raises:
+      ValueError: if a number is out of range; the message names its flag.
+    """
+    names = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"total_steps"}
+    values = {name: getattr(settings, name) for name in names} | {"total_steps": settings.steps}
+    try:
+        return OptimizerConfig(**values)
+    except ValueError as error:
+        raise ValueError(_name_flags(str(error), {*names, "total_steps"})) from error
+
+
+def lora_config(settings: TrainSettings) -> LoraConfig:
+    """Returns size and weight of the adapters in settings that `with_defaults` filled in.
+
+    Raises:
+      ValueError: if a number is out of range; the message names its flag.
+    """
+    assert settings.lora_rank is not None
+    assert settings.lora_alpha is not None
+    try:
+        return LoraConfig(rank=settings.lora_rank, alpha=settings.lora_alpha)
+    except ValueError as error:
+        raise ValueError(f"--lora-{error}") from error
+
+
+def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
+    """Returns the configuration of the new model in settings that `with_defaults` filled in.
+
+    Args:
+      settings: settings without `from_`.
+      vocab_size: number of ids of the tokenizer.
+
+    Raises:
+      ValueError: if a number is out of range; the message names its flag.
+    """
+    given = {name: getattr(settings, name) for name in OF_A_NEW_MODEL}
+    values = {"vocab_size": vocab_size} | {k: v for k, v in given.items() if v is not None}
+    if values["vocab_size"] < vocab_size:
+        raise ValueError(
+            f"--vocab-size must be at least the {vocab_size} ids of the tokenizer, "
+            f"got {settings.vocab_size}"
+        )
+    try:
+        return RWKV7Config(
+            **values,
+            compute_dtype=settings.compute_dtype or default_compute_dtype(),
+            remat=settings.remat,
+            implementation=settings.implementation,
+        )
+    except ValueError as error:
+        raise ValueError(_name_flags(str(error), set(values))) from error
+
+
+def _name_flags(message: str, names: set[str]) -> str:
+    """Writes the flags of `goose-jax train` in place of the names of arguments in an error."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = match["name"]
+        return option("steps" if name == "total_steps" else name) if name in names else match[0]
+
+    return re.sub(r"(self\.)?\b(?P<name>[a-z]\w*)\b(?=\s*(=|must))", flag, message)
+
+
+__all__ = ["PRESETS", "lora_config", "model_config", "optimizer_config", "with_defaults"]
