@@ -11,7 +11,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import WKV7_IMPLEMENTATIONS
-from pallas_kernels.validation import FLOAT_DTYPES, check_positive
+from pallas_kernels.types import Precision
+from pallas_kernels.validation import FLOAT_DTYPES, check_positive, check_precision
 
 type Remat = Literal["none", "dots", "full"]
 
@@ -148,6 +149,8 @@ class RWKV7Config:
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None
         chooses for each call. "mosaic_gpu" concerns `pallas_kernels.wkv7` only, and only
         "reference" concerns `pallas_kernels.wkv7_recurrent`, which reads short rows.
+      precision: of matrix products in `pallas_kernels.wkv7`. "high" keeps float32's digits, which
+        matters where keys are nearly parallel, and leaves that operator to XLA.
 
     Raises:
       ValueError: if a value is out of range; the message names it.
@@ -169,6 +172,7 @@ class RWKV7Config:
     compute_dtype: DTypeLike = "bfloat16"
     remat: Remat = "dots"
     implementation: str | None = None
+    precision: Precision = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "head_size"):
@@ -200,6 +204,9 @@ class RWKV7Config:
             raise ValueError(
                 f"{self.implementation=} must be None or one of {WKV7_IMPLEMENTATIONS}"
             )
+        check_precision("precision", self.precision)
+        if self.implementation == "mosaic_gpu" and self.precision is not None:
+            raise ValueError(f"{self.precision=} is not what {self.implementation=} offers")
 
     @property
     def implementation_around_wkv7(self) -> str | None:

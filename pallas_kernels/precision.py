@@ -1,8 +1,19 @@
-"""The dtypes that operators compute in."""
+"""The dtypes that operators compute in, and the digits of their products."""
+
+import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def full_products(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which products of float32 lose no digits, if that is wanted.
+
+    Outside of it, JAX's setting counts; by default a GPU rounds operands to 10 bits (TF32).
+    """
+    return jax.default_matmul_precision("highest") if wanted else contextlib.nullcontext()
 
 
 def accumulation_dtype(*arrays: jax.Array) -> np.dtype:
@@ -20,4 +31,9 @@ def per_token(parameter: jax.Array, dtype: np.dtype) -> jax.Array:
     return parameter.astype(dtype)[None, None]
 
 
-__all__ = ["accumulation_dtype", "contract", "per_token"]
+__all__ = [
+    "accumulation_dtype",
+    "contract",
+    "full_products",
+    "per_token",
+]

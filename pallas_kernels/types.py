@@ -17,6 +17,8 @@ The recurrent state of one head is a `[K, V]` matrix: rows are key channels, col
 channels. (The official RWKV code stores the transpose, `[V, K]`.)
 """
 
+from typing import Literal
+
 from jaxtyping import Array, Bool, Float, Int
 
 type FloatArray = Float[Array, "..."]
@@ -31,4 +33,7 @@ type SegmentIds = Int[Array, "B T"]
 type Mask = Bool[Array, "..."]
 """A boolean array; the docstring of the function gives its shape."""
 
-__all__ = ["FloatArray", "Mask", "Scalar", "SegmentIds"]
+type Precision = Literal["high"] | None
+"""Of products. None: kernels may round operands to 16 bits. "high": float32 keeps its digits."""
+
+__all__ = ["FloatArray", "Mask", "Precision", "Scalar", "SegmentIds"]

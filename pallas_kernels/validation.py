@@ -164,6 +164,12 @@ def check_eps(eps: Any) -> None:
         raise ValueError(f"eps must be a number > 0 known at trace time, got {eps!r}")
 
 
+def check_precision(name: str, value: Any) -> None:
+    """Raises ValueError if it is not a `pallas_kernels.types.Precision`."""
+    if not (value is None or (isinstance(value, str) and value == "high")):
+        raise ValueError(f"{name} must be None or 'high', got {value!r}")
+
+
 __all__ = [
     "FLOAT_DTYPES",
     "check_bool",
@@ -171,6 +177,7 @@ __all__ = [
     "check_float",
     "check_int",
     "check_positive",
+    "check_precision",
     "check_same_dtype",
     "check_segment_ids",
 ]

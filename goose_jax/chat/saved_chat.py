@@ -23,7 +23,11 @@ from goose_jax.state import RWKV7State, check_state, state_dtypes
 _PROGRAM = "goose-jax"
 _FORMAT = f"{_PROGRAM} chat 2"
 _ARRAYS = ("time_shift", "wkv", "channel_shift")
-_CHOICES_OF_THE_MACHINE = ("remat", "implementation")  # they do not change what a state means
+_CHOICES_OF_THE_MACHINE = (
+    "remat",
+    "implementation",
+    "precision",
+)  # they do not change what a state means
 
 
 def save_chat(path: Path, conversation: Conversation, model: RWKV7) -> None:

@@ -44,7 +44,14 @@ from goose_jax.config import (
 )
 from goose_jax.nn import RWKV7, abstract_model
 
-_CHANGEABLE = ("compute_dtype", "head_norm_eps", "implementation", "norm_eps", "remat")
+_CHANGEABLE = (
+    "compute_dtype",
+    "head_norm_eps",
+    "implementation",
+    "norm_eps",
+    "precision",
+    "remat",
+)
 _MAX_SHARD_BYTES = 2 << 30
 WRITTEN_LAYOUTS = ("pth", *LAYOUTS, "native")
 """What `save_pretrained` takes as a layout."""
@@ -108,8 +115,8 @@ def load_pretrained(
         for a dtype, such as `jnp.bfloat16` or "bfloat16". None keeps the dtype of the parameters;
         the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
         checkpoints, in `default_compute_dtype()`: float32 on CPUs, else bfloat16.
-      **overrides: values for `compute_dtype`, `remat`, `implementation`, `norm_eps` or
-        `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the rule above.
+      **overrides: values for `compute_dtype`, `remat`, `implementation`, `precision`, `norm_eps`
+        or `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the rule above.
 
     Returns:
       model: the model, on JAX's default device.

@@ -31,6 +31,7 @@ from goose_jax.config import Dtype
 from goose_jax.generation import NonFiniteLogitsError, SamplingConfig
 from goose_jax.nn import RWKV7
 from goose_jax.training import starting_state
+from pallas_kernels.types import Precision
 
 _HOW_TO_END = "Ctrl-D or /quit ends the session"
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
@@ -44,6 +45,7 @@ def chat(
     *,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
+    precision: Precision = None,
     state: Path | None = None,
     load: Path | None = None,
     preset: SamplingPreset | None = None,
@@ -64,6 +66,7 @@ def chat(
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      precision: high keeps float32's digits in the matrix products of the wkv operator.
       state: State that conversations begin with: a file of a tuned initial state or of a state of
         the rwkv package, or the folder of a run of state tuning. By default a trained initial
         state that lies beside the weights, or zeros.
@@ -81,7 +84,9 @@ def chat(
             raise ValueError(f"give either --preset {preset} or settings of sampling, not both")
         settings = dataclasses.replace(settings, sampling=SAMPLING_PRESETS[preset])
     functions = [] if tools is None else _read_tools(tools)
-    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    model, found = load_model_and_tokenizer(
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+    )
     start = starting_state(checkpoint, state, model)
     session = ChatSession(model, found, settings, start, functions)
     if load is not None:

@@ -13,6 +13,7 @@ from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
 from goose_jax.text import TextStop, TextStream
 from goose_jax.training import starting_state
+from pallas_kernels.types import Precision
 
 
 def generate(
@@ -21,6 +22,7 @@ def generate(
     prompt: str = "",
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
+    precision: Precision = None,
     state: Path | None = None,
     max_new_tokens: int = 256,
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig(top_p=0.85),  # noqa: B008
@@ -43,6 +45,7 @@ def generate(
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      precision: high keeps float32's digits in the matrix products of the wkv operator.
       state: State that the text begins with: a file of a tuned initial state or of a state of the
         rwkv package, or the folder of a run of state tuning. By default a trained initial state
         that lies beside the weights, or zeros.
@@ -58,7 +61,9 @@ def generate(
       NonFiniteLogitsError: if the logits are NaN or infinite.
     """
     stop_texts = TextStop(stop)
-    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    model, found = load_model_and_tokenizer(
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+    )
     start = starting_state(checkpoint, state, model)
     end = found.end_of_document
     tokens = found.encode(prompt) or ([] if end is None else [end])

@@ -11,7 +11,7 @@ from goose_jax.training import RunDirectory
 from goose_jax.training.yaml_file import read_yaml
 
 _MAY_CHANGE = (
-    *("steps", "data", "from_", "compute_dtype", "remat", "implementation"),
+    *("steps", "data", "from_", "compute_dtype", "remat", "implementation", "precision"),
     *("evaluate_every", "save_every", "keep", "plot", "prompt", "sample_length"),
 )
 """The settings that a run may be resumed with other values of.

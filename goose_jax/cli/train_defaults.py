@@ -150,6 +150,7 @@ def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
             compute_dtype=settings.compute_dtype or default_compute_dtype(),
             remat=settings.remat,
             implementation=settings.implementation,
+            precision=settings.precision,
         )
     except ValueError as error:
         raise ValueError(_name_flags(str(error), set(values))) from error

@@ -9,6 +9,7 @@ import tyro
 
 from goose_jax.config import Dtype, Remat
 from goose_jax.training import L2WRAP
+from pallas_kernels.types import Precision
 from pallas_kernels.validation import check_positive
 
 type Tune = Literal["full", "lora", "state"]
@@ -72,6 +73,8 @@ class TrainSettings:
       compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
       remat: what the backward pass computes again to save memory.
       implementation: implementation of the operators; by default the fastest that serves them.
+      precision: high keeps float32's digits in the matrix products of the wkv operator; kernels
+        round operands to 16 bits, but are far faster.
       steps: number of optimizer steps; by default 1200.
       batch_size: number of sequences that are read at once; by default 8.
       microbatches: number of batches whose gradients make one optimizer step; by default 1.
@@ -132,6 +135,7 @@ class TrainSettings:
     compute_dtype: Dtype | None = None
     remat: Remat = "dots"
     implementation: Literal["mosaic_gpu", "xla", "reference"] | None = None
+    precision: Precision = None
     steps: int | None = None
     batch_size: int | None = None
     microbatches: int | None = None

@@ -80,6 +80,7 @@ def _resume_model(settings: TrainSettings, run: RunDirectory) -> Prepared:
     overrides: dict[str, Any] = {
         "remat": settings.remat,
         "implementation": settings.implementation,
+        "precision": settings.precision,
     }
     if settings.compute_dtype is not None:
         overrides["compute_dtype"] = settings.compute_dtype
@@ -140,6 +141,7 @@ def _open_base(settings: TrainSettings, dtype: Dtype | None) -> tuple[RWKV7, str
         compute_dtype=settings.compute_dtype or default_compute_dtype(),
         remat=settings.remat,
         implementation=settings.implementation,
+        precision=settings.precision,
     )
     name = tokenizer_name(base, given=settings.tokenizer, recorded=metadata.tokenizer)
     return model, name, open_tokenizer(name, model.config.vocab_size)

@@ -290,6 +290,7 @@ class TimeMix(nnx.Module):
             initial_state=state,
             segment_ids=segment_ids,
             min_log_decay=MIN_LOG_DECAY,
+            precision=self.config.precision,
             implementation=implementation,
         )
 

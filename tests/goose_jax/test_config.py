@@ -93,7 +93,8 @@ def test_preset_overrides():
 
 
 def test_dictionary_round_trip():
-    config = RWKV7Config(**SMALL, gate_rank=7, remat="dots", implementation="reference")
+    choices = {"implementation": "reference", "precision": "high"}
+    config = RWKV7Config(**SMALL, gate_rank=7, remat="dots", **choices)
     values = json.loads(json.dumps(config.to_dict()))
     assert values["decay_rank"] == 32
     assert RWKV7Config.from_dict(values) == config
@@ -129,6 +130,11 @@ def test_dictionary_round_trip():
         ({"implementation": 3}, "self.implementation=3 must be None or one of .*'xla'"),
         ({"implementation": "triton"}, "self.implementation='triton' must be None or one of"),
         ({"implementation": ("xla", None)}, "self.implementation=.* must be None or one of"),
+        ({"precision": "highest"}, "precision must be None or 'high', got 'highest'"),
+        (
+            {"precision": "high", "implementation": "mosaic_gpu"},
+            "self.precision='high' is not what self.implementation='mosaic_gpu' offers",
+        ),
     ],
 )
 def test_bad_values(values, message):

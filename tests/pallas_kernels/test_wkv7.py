@@ -425,6 +425,14 @@ def test_wrong_bound():
         wkv7(**valid_arguments(), min_log_decay=0.5)
 
 
+@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGH, 1])
+def test_wrong_precision(precision):
+    with pytest.raises(
+        ValueError, match=r"precision must be None or 'high', got .*(highest|HIGH|1)"
+    ):
+        wkv7(**valid_arguments(), precision=precision)
+
+
 def test_recurrent_needs_one_pair():
     x = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="a and b, or kk and alpha, got a and kk"):

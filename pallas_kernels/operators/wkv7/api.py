@@ -11,9 +11,10 @@ from pallas_kernels.operators.wkv7.call import Implementation, WKVCall, WKVInput
 from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.operators.wkv7.reference import wkv7_reference
 from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
-from pallas_kernels.types import SegmentIds
+from pallas_kernels.types import Precision, SegmentIds
 from pallas_kernels.validation import (
     check_float,
+    check_precision,
     check_same_dtype,
     check_segment_ids,
 )
@@ -59,6 +60,7 @@ def wkv7(
     segment_ids: SegmentIds | None = None,
     num_segments: int | None = None,
     min_log_decay: float | None = None,
+    precision: Precision = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]:
     """The WKV operator of RWKV-7, for training and for reading long inputs.
@@ -92,6 +94,10 @@ def wkv7(
         at most one run per row; where it does not occur, the final state is the initial one.
       min_log_decay: the caller's promise that no `log_decay` is below this number (RWKV-7:
         `-exp(-0.5)`). It lets an implementation use a faster form; None makes no promise.
+      precision: None lets kernels round operands of matrix products to 16 bits. That costs little,
+        but where keys are nearly parallel, or tokens take turns, errors grow to a few percent.
+        "high" asks for products of float32: errors are those of rounding the results. The kernels
+        do not offer it, and XLA takes more than ten times as long.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: inputs of 16 bits, K of 64 or 128, V
         a multiple of 64, min_log_decay of at least -1), "xla" (chunked matrix products),
         "reference" (a scan over tokens), or None, which takes the first of these that can.
@@ -113,10 +119,12 @@ def wkv7(
         segment_ids=segment_ids,
         num_segments=num_segments,
         min_log_decay=min_log_decay,
+        precision=precision,
     )
     check_inputs(inputs._asdict(), call)
     if min_log_decay is not None and not min_log_decay <= 0:
         raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
+    check_precision("precision", precision)
     return dispatch("wkv7", IMPLEMENTATIONS, implementation, inputs, call)
 
 

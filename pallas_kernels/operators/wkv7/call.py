@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.sharding import vary_alike
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.types import FloatArray, Precision, SegmentIds
 
 
 class WKVInputs(NamedTuple):
@@ -44,6 +44,7 @@ class WKVCall:
       segment_ids: `[B, T]`, or None for one sequence in each row.
       num_segments: N, for one initial and one final state per segment; or None.
       min_log_decay: the least log decay, as the caller promises; None makes no promise.
+      precision: of matrix products.
     """
 
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
@@ -51,6 +52,7 @@ class WKVCall:
     segment_ids: SegmentIds | None = None
     num_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
     min_log_decay: float | None = dataclasses.field(default=None, metadata={"static": True})
+    precision: Precision = dataclasses.field(default=None, metadata={"static": True})
 
 
 type Results = tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]

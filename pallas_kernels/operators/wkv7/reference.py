@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.operators.wkv7.call import Results, WKVCall, WKVInputs, prepare, tokens_first
 from pallas_kernels.packing import find_segments
+from pallas_kernels.precision import full_products
 
 
 def update(
@@ -28,6 +29,11 @@ def update(
 
 def wkv7_reference(inputs: WKVInputs, call: WKVCall) -> Results:
     """Computes `pallas_kernels.wkv7`, which documents it, token by token."""
+    with full_products(call.precision == "high"):
+        return _scan_tokens(inputs, call)
+
+
+def _scan_tokens(inputs: WKVInputs, call: WKVCall) -> Results:
     dtype = inputs.v.dtype
     inputs, initial, segment_ids = prepare(inputs, call)
     tokens = WKVInputs(*(tokens_first(x).astype(initial.dtype) for x in inputs))

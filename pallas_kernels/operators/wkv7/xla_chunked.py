@@ -17,7 +17,6 @@ done for all chunks at once, and a short scan carries the state from chunk to ch
 keeps the entry state of each chunk and computes the rest again.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -55,6 +54,7 @@ from pallas_kernels.operators.wkv7.segment_states import (
     store_state_backward,
 )
 from pallas_kernels.packing import find_segments
+from pallas_kernels.precision import full_products
 from pallas_kernels.types import SegmentIds
 
 MAX_CHUNK = {"cpu": 32}
@@ -86,12 +86,15 @@ class Plan(NamedTuple):
       group: G.
       scale: factor on the outputs.
       bounded: whether decays are promised to be weak enough for `bounded_products`.
+      lossless: whether products of float32 lose no digits, whatever JAX's setting: for inputs of
+        32 bits, and where a call asks for high precision.
     """
 
     chunk: int
     group: int
     scale: float
     bounded: bool
+    lossless: bool
 
 
 type ChunkSegments = Masks | Transfers | None
@@ -220,16 +223,6 @@ def _chunked(
     return _chunked_forward(plan, inputs, segments, stored, state)[0]
 
 
-def _precision(inputs: WKVInputs) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which products of float32 inputs lose no digits.
-
-    For inputs of 16 bits, JAX's setting suffices.
-    """
-    if jnp.result_type(*inputs).itemsize >= 4:
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
-
-
 def _groups(inputs: WKVInputs, plan: Plan) -> jax.Array:
     return jnp.arange(inputs.r.shape[1] // (plan.group * plan.chunk))
 
@@ -253,7 +246,7 @@ def _chunked_forward(plan, inputs, segments, stored, state):
         states, entries, o_here = _with_products(plan, log_decay, run)
         return (_write(o, index, plan.scale * from_chunks(o_here)), *states), entries
 
-    with _precision(inputs):
+    with full_products(plan.lossless):
         carry = (jnp.zeros_like(inputs.v), state, stored)
         (o, *states), entries = jax.lax.scan(group, carry, _groups(inputs, plan))
     o, entries = checkpoint_name((o, entries), KEPT)
@@ -293,7 +286,7 @@ def _chunked_backward(plan, residuals, gradients):
     dloaded = None
     if dstored is not None:
         dloaded = never_stored(dstored, segments.store.T)
-    with _precision(inputs):
+    with full_products(plan.lossless):
         carry = (jax.tree.map(jnp.zeros_like, inputs), dstate, dloaded)
         groups = (_groups(inputs, plan), residuals.entries)
         (dinputs, dstate, dloaded), _ = jax.lax.scan(group, carry, groups, reverse=True)
@@ -303,13 +296,9 @@ def _chunked_backward(plan, residuals, gradients):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _plan(
-    T: int,
-    segment_length: int,
-    matrices: int,
-    call: WKVCall,
-) -> tuple[Plan, int]:
-    """Returns how to cut rows of B * H = `matrices` heads, and the length of a row that fits."""
+def _plan(inputs: WKVInputs, segment_length: int, call: WKVCall) -> tuple[Plan, int]:
+    """Returns how to cut rows into chunks, and the length of a row that fits."""
+    B, T, H, _ = inputs.r.shape
     min_log_decay = call.min_log_decay
     platform = device_in_context().platform
     longest = MAX_CHUNK.get(platform, MAX_CHUNK_ELSEWHERE)
@@ -322,9 +311,10 @@ def _plan(
     chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
     chunks = aligned_length(T, call.num_segments or 1, chunk) // chunk
     wanted = MATRICES.get(platform, MATRICES_ELSEWHERE)
-    group = min(chunks, -(-wanted // matrices))
+    group = min(chunks, -(-wanted // (B * H)))
     chunks += -chunks % group
-    return Plan(chunk, group, call.scale, bounded), chunks * chunk
+    lossless = call.precision == "high" or jnp.result_type(*inputs).itemsize >= 4
+    return Plan(chunk, group, call.scale, bounded, lossless), chunks * chunk
 
 
 def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
@@ -338,17 +328,17 @@ def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
 
 def wkv7_xla(inputs: WKVInputs, call: WKVCall) -> Results:
     """Computes `pallas_kernels.wkv7`, which documents it, in chunks."""
-    B, T, H, _ = inputs.r.shape
+    B, T = inputs.r.shape[:2]
     num_segments = call.num_segments
     inputs, initial, segment_ids = prepare(inputs, call)
     if segment_ids is None or num_segments is None:
-        plan, length = _plan(T, T, B * H, call)
+        plan, length = _plan(inputs, T, call)
         inputs = WKVInputs(*(jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))) for x in inputs))
         masks = None if segment_ids is None else _mask_segments(segment_ids, plan, length)
         o, final, _ = _chunked(plan, inputs, masks, None, initial)
         return o[:, :T], final
     segment_length = -(-T // num_segments)  # on average
-    plan, length = _plan(T, segment_length, B * H, call)
+    plan, length = _plan(inputs, segment_length, call)
     position, transfers = align_segments(segment_ids, num_segments, plan.chunk, length)
     row = jnp.arange(B)[:, None]
 

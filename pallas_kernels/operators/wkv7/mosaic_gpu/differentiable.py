@@ -31,7 +31,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.types import FloatArray, Precision, SegmentIds
 
 LOWEST_LOG_DECAY_SERVED = -1.0
 """With it, the decay of half a chunk is exp(-32): its inverse, and products of these, still fit
@@ -209,13 +209,19 @@ def wkv7_mosaic_gpu(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, Float
     rounded to it. Sums and the state are float32.
 
     Raises:
-      NotServed: for other dtypes and head sizes, and without a bound on the decay.
+      NotServed: for other dtypes and head sizes, without a bound on the decay, and for high
+        precision.
     """
-    check_served(inputs.k, inputs.v, call.min_log_decay)
+    check_served(inputs.k, inputs.v, call.min_log_decay, call.precision)
     return wkv7_in_chunks(target_in_context(), inputs, call)
 
 
-def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> None:
+def check_served(
+    k: FloatArray,
+    v: FloatArray,
+    min_log_decay: float | None,
+    precision: Precision = None,
+) -> None:
     """Raises NotServed for calls that the kernels do not serve on any device."""
     if k.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotServed(f"mosaic_gpu needs inputs of 16 bits, got {k.dtype=}")
@@ -227,6 +233,8 @@ def check_served(k: FloatArray, v: FloatArray, min_log_decay: float | None) -> N
             f"mosaic_gpu needs min_log_decay of at least {LOWEST_LOG_DECAY_SERVED}, "
             f"got {min_log_decay}"
         )
+    if precision is not None:
+        raise NotServed(f"mosaic_gpu rounds operands to 16 bits, got {precision=}")
 
 
 __all__ = ["check_served", "wkv7_in_chunks", "wkv7_mosaic_gpu"]
