@@ -44,6 +44,7 @@ class Settings:
       sequence_length: tokens per sequence.
       compute_dtype: dtype of activations.
       remat: `RWKV7Config.remat`, what the backward computes again.
+      unroll_layers: `RWKV7Config.unroll_layers`, whether each layer is compiled by itself.
       implementation: `RWKV7Config.implementation`, of the operators.
       rounds: number of rounds whose median is reported.
       steps: steps per round.
@@ -57,6 +58,7 @@ class Settings:
     sequence_length: int = 256
     compute_dtype: str = "float32"
     remat: str = "dots"
+    unroll_layers: bool = False
     implementation: str | None = None
     rounds: int = 3
     steps: int = 4
@@ -124,6 +126,7 @@ def main(settings: Settings) -> None:
         num_layers=settings.num_layers,
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
+        unroll_layers=settings.unroll_layers,
         implementation=settings.implementation,
     )
     model = RWKV7(config, rngs=nnx.Rngs(0))
@@ -160,7 +163,8 @@ def main(settings: Settings) -> None:
     print(
         f"{settings.num_layers} x {settings.hidden_size} ({count / 1e6:.0f} million parameters), "
         f"batch {settings.batch_size} x {settings.sequence_length}, {settings.compute_dtype}, "
-        f"remat {settings.remat}, {jax.devices()[0].device_kind}:\n"
+        f"remat {settings.remat}{', unrolled' * settings.unroll_layers}, "
+        f"{jax.devices()[0].device_kind}:\n"
         f"{settings.batch_size * settings.sequence_length / per_step:.0f} tokens/s, "
         f"{1e3 * per_step:.1f} ms per step, {peak / 2**30:.2f} GiB, "
         f"compiled in {compile_seconds:.0f} s, loss {loss:.3f}"

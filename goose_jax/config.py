@@ -146,6 +146,8 @@ class RWKV7Config:
       remat: what the backward pass computes again, block by block. "dots" keeps the results of
         matrix products, except of low-rank ones, of `pallas_kernels.wkv7`, and the residual stream;
         "none" keeps all values that the operators need, "full" keeps only the input of each block.
+      unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
+        loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None
         chooses for each call. "mosaic_gpu" concerns `pallas_kernels.wkv7` only, and only
         "reference" concerns `pallas_kernels.wkv7_recurrent`, which reads short rows.
@@ -171,6 +173,7 @@ class RWKV7Config:
     param_dtype: DTypeLike = "float32"
     compute_dtype: DTypeLike = "bfloat16"
     remat: Remat = "dots"
+    unroll_layers: bool = False
     implementation: str | None = None
     precision: Precision = None
 
@@ -194,8 +197,9 @@ class RWKV7Config:
                 check_positive(name, getattr(self, name))
         for name in ("norm_eps", "head_norm_eps"):
             _check_epsilon(name, getattr(self, name))
-        if not isinstance(self.embedding_norm, bool):
-            raise ValueError(f"{self.embedding_norm=} must be True or False")
+        for name in ("embedding_norm", "unroll_layers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"self.{name}={getattr(self, name)!r} must be True or False")
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, dtype_name(name, getattr(self, name)))
         if self.remat not in _REMAT:

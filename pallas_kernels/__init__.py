@@ -13,7 +13,7 @@ All other modules are private.
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.operators.channel_mix import channel_mix
-from pallas_kernels.operators.cross_entropy import cross_entropy
+from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_sum
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
 from pallas_kernels.operators.layer_norm import layer_norm
@@ -34,6 +34,7 @@ __all__ = [
     "NotServed",
     "channel_mix",
     "cross_entropy",
+    "cross_entropy_sum",
     "decode_layers",
     "key_update",
     "layer_norm",

@@ -25,6 +25,7 @@ _FORMAT = f"{_PROGRAM} chat 2"
 _ARRAYS = ("time_shift", "wkv", "channel_shift")
 _CHOICES_OF_THE_MACHINE = (
     "remat",
+    "unroll_layers",
     "implementation",
     "precision",
 )  # they do not change what a state means

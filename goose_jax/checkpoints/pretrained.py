@@ -51,6 +51,7 @@ _CHANGEABLE = (
     "norm_eps",
     "precision",
     "remat",
+    "unroll_layers",
 )
 _MAX_SHARD_BYTES = 2 << 30
 WRITTEN_LAYOUTS = ("pth", *LAYOUTS, "native")
@@ -115,8 +116,9 @@ def load_pretrained(
         for a dtype, such as `jnp.bfloat16` or "bfloat16". None keeps the dtype of the parameters;
         the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
         checkpoints, in `default_compute_dtype()`: float32 on CPUs, else bfloat16.
-      **overrides: values for `compute_dtype`, `remat`, `implementation`, `precision`, `norm_eps`
-        or `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the rule above.
+      **overrides: values for `compute_dtype`, `remat`, `unroll_layers`, `implementation`,
+        `precision`, `norm_eps` or `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the
+        rule above.
 
     Returns:
       model: the model, on JAX's default device.

@@ -96,7 +96,7 @@ def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared
         prepared.text.tokenizer,
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
-        losses=prepared.tuning.losses,
+        loss=prepared.tuning.loss,
     )
     config = TrainerConfig(
         optimizer=optimizer_config(settings),

@@ -268,11 +268,26 @@ class RWKV7(nnx.Module):
             return embedded.astype(self.config.compute_dtype)
         return self.embedding_norm(embedded)
 
+    def _cast_matrices(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Casts the matrices of all layers to the compute dtype, once for all uses.
+
+        Args:
+          params: parameters of `blocks` by module and name.
+        """
+        paths = LAYER_WEIGHT_PATHS.items()
+        weights = LayerWeights(**{name: params[module][key] for name, (module, key) in paths})
+        weights = weights.with_matrices_as(self.config.compute_dtype)
+        cast: dict[str, Any] = {module: {} for module in params}
+        for name, (module, key) in paths:
+            cast[module][key] = getattr(weights, name)
+        return cast
+
     def _run_blocks(
         self, x: Tokens, state: RWKV7State | None, segment_ids: TokenIds | None
     ) -> tuple[Tokens, RWKV7State]:
         config = self.config
-        graphdef, params = nnx.split(self.blocks)
+        graphdef, state_of_blocks = nnx.split(self.blocks)
+        params = self._cast_matrices(nnx.to_pure_dict(state_of_blocks))
 
         def run_block(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
             x, v_first = carry
@@ -289,7 +304,10 @@ class RWKV7(nnx.Module):
         # values of the first layer.
         v_first = jnp.zeros_like(x).reshape(*x.shape[:2], config.num_heads, config.head_size)
         (x, _), new = jax.lax.scan(
-            _rematerialised(run_block, config), (x, v_first), (layers, params, block_states)
+            _rematerialised(run_block, config),
+            (x, v_first),
+            (layers, params, block_states),
+            unroll=config.unroll_layers,
         )
         return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
 
@@ -325,4 +343,5 @@ def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Calla
     policy = None
     if config.remat == "dots":
         policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-    return jax.checkpoint(run_block, policy=policy, prevent_cse=False)  # a scan needs no barrier
+    # A loop needs no barrier: the compiler cannot merge what its backward computes again.
+    return jax.checkpoint(run_block, policy=policy, prevent_cse=config.unroll_layers)

@@ -2,15 +2,15 @@
 
 from goose_jax.training.evaluation import Evaluation, make_evaluation
 from goose_jax.training.initial_state import load_initial_state, starting_state
-from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_losses, merge_lora
-from goose_jax.training.loss import L2WRAP, mean_loss, token_losses
+from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_loss, merge_lora
+from goose_jax.training.loss import L2WRAP, mean_loss, sum_of_losses, token_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from goose_jax.training.run_directory import RunDirectory
-from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
+from goose_jax.training.state_tuning import init_wkv, state_loss, tuned_state, wkv_of
 from goose_jax.training.step import (
     Metrics,
     TrainState,
-    full_losses,
+    full_loss,
     init_train_state,
     init_tuning_state,
     make_train_step,
@@ -48,7 +48,7 @@ __all__ = [
     "TuningCheckpoint",
     "apply_lora",
     "check_base",
-    "full_losses",
+    "full_loss",
     "init_lora",
     "init_train_state",
     "init_tuning_state",
@@ -56,7 +56,7 @@ __all__ = [
     "learning_rate_schedule",
     "load_initial_state",
     "load_tuning_checkpoint",
-    "lora_losses",
+    "lora_loss",
     "make_evaluation",
     "make_optimizer",
     "make_train_step",
@@ -65,7 +65,8 @@ __all__ = [
     "merge_lora",
     "save_tuning_checkpoint",
     "starting_state",
-    "state_losses",
+    "state_loss",
+    "sum_of_losses",
     "token_losses",
     "train_steps",
     "tuned_state",

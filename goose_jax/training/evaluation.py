@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 
-from goose_jax.data import Batch, Document, encode_documents, evaluation_batches
+from goose_jax.data import Document, encode_documents, evaluation_batches
 from goose_jax.nn import RWKV7
 from goose_jax.text import Tokenizer
-from goose_jax.training.step import Losses, Parameters, full_losses
-from pallas_kernels.types import Scalar
+from goose_jax.training.step import Loss, Parameters, full_loss
 
 
 class Evaluation(Protocol):
@@ -29,7 +27,7 @@ def make_evaluation(
     *,
     batch_size: int,
     sequence_length: int,
-    losses: Losses | None = None,
+    loss: Loss | None = None,
 ) -> Evaluation:
     """Returns a function that measures bits per byte of held-out text.
 
@@ -45,18 +43,18 @@ def make_evaluation(
       tokenizer: the tokenizer of the model.
       batch_size: number of windows that are read at once.
       sequence_length: tokens of a window.
-      losses: the losses of a model that is fine-tuned, such as `lora_losses(model, config)`; None
-        takes `full_losses(model)`.
+      loss: the loss of a model that is fine-tuned, such as `lora_loss(model, config)`; None takes
+        `full_loss(model)`.
 
     Returns:
       `evaluate(trained, frozen=None)`, which returns bits per byte as a float. `trained` and
-      `frozen` are the first two arguments of `losses`.
+      `frozen` are the first two arguments of `loss`.
 
     Raises:
       ValueError: if the tokenizer gives ids outside of its vocabulary, or a size is not a positive
         integer.
     """
-    losses = full_losses(model) if losses is None else losses
+    loss = jax.jit(full_loss(model) if loss is None else loss)
     num_bytes = sum(document.num_bytes for document in documents)
     batches = list(
         evaluation_batches(
@@ -66,13 +64,9 @@ def make_evaluation(
         )
     )
 
-    @jax.jit
-    def sum_of_losses(trained: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
-        return jnp.sum(losses(trained, frozen, batch))
-
     def evaluate(trained: Parameters, frozen: Parameters | None = None) -> float:
         frozen = {} if frozen is None else frozen
-        nats = sum(float(sum_of_losses(trained, frozen, batch)) for batch in batches)
+        nats = sum(float(loss(trained, frozen, batch)) for batch in batches)
         return nats / math.log(2) / num_bytes
 
     return evaluate

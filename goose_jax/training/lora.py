@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from goose_jax.checkpoints.conversion import check_range
 from goose_jax.config import dtype_name
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7, abstract_model
-from goose_jax.training.loss import L2WRAP, token_losses
-from goose_jax.training.step import Losses, Parameters
+from goose_jax.training.loss import L2WRAP, sum_of_losses
+from goose_jax.training.step import Loss, Parameters
+from pallas_kernels.types import Scalar
 from pallas_kernels.validation import check_positive
 
 LORA_WEIGHTS = {
@@ -105,8 +106,8 @@ def apply_lora(
     return params | {"blocks": blocks}
 
 
-def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> Losses:
-    """Returns losses for training adapters while all parameters of the model are frozen.
+def lora_loss(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> Loss:
+    """Returns the loss for training adapters while all parameters of the model are frozen.
 
     The changed matrices are formed in the compute dtype, to which the model would round them
     anyway. During a step, they and their gradients need the memory of two sets of these matrices in
@@ -115,18 +116,18 @@ def lora_losses(model: RWKV7, config: LoraConfig, *, l2wrap: float = L2WRAP) -> 
     Args:
       model: gives the structure; its parameters are not used.
       config: configuration of the adapters.
-      l2wrap: factor of the pull on large logits, as for `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `sum_of_losses`.
 
     Returns:
-      `losses(lora, params, batch)`, which returns `[B, T]` float32.
+      `loss(lora, params, batch)`, which returns `sum_of_losses`.
     """
     graphdef, dtype = nnx.graphdef(model), model.config.compute_dtype
 
-    def losses(lora: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
+    def loss(lora: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
         params = apply_lora(frozen, lora, config, dtype)
-        return token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
+        return sum_of_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
 
-    return losses
+    return loss
 
 
 def merge_lora(
@@ -172,6 +173,6 @@ __all__ = [
     "LoraConfig",
     "apply_lora",
     "init_lora",
-    "lora_losses",
+    "lora_loss",
     "merge_lora",
 ]

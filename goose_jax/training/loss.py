@@ -1,12 +1,12 @@
 """The training loss: cross entropy of the next token, with the official pull on large logits."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State
-from pallas_kernels import cross_entropy
+from pallas_kernels import cross_entropy, cross_entropy_sum
 from pallas_kernels.types import Scalar
 
 L2WRAP = 1e-4
@@ -34,19 +34,39 @@ def token_losses(
     Returns:
       `[B, T]` float32.
     """
+    hidden, head, targets, counted = _operands(model, batch, state)
+    losses = cross_entropy(hidden, head, targets, l2wrap=l2wrap)
+    return jnp.where(counted, losses, 0.0)
+
+
+def _operands(
+    model: RWKV7, batch: Batch, state: RWKV7State | None
+) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Returns hidden, head and targets for the cross entropy, and which targets are counted."""
     ids = batch.segment_ids
     ids = None if ids is None else jnp.asarray(ids)
     hidden, _ = model.hidden(jnp.asarray(batch.inputs), state, ids)
-    counted = batch.targets >= 0
+    targets = jnp.asarray(batch.targets)
+    counted = targets >= 0
     head = model.head[...].astype(hidden.dtype)
-    losses = cross_entropy(hidden, head, jnp.where(counted, batch.targets, 0), l2wrap=l2wrap)
-    return jnp.where(counted, losses, 0.0)
+    return hidden, head, jnp.where(counted, targets, 0), counted
+
+
+def sum_of_losses(
+    model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP, state: RWKV7State | None = None
+) -> Scalar:
+    """Returns the sum of `token_losses`, which takes the same arguments; float32.
+
+    For training: its gradient needs three matrix products with the head, that of `token_losses`
+    four.
+    """
+    hidden, head, targets, counted = _operands(model, batch, state)
+    return cross_entropy_sum(hidden, head, targets, counted.astype(jnp.float32), l2wrap=l2wrap)
 
 
 def mean_loss(model: RWKV7, batch: Batch, *, l2wrap: float = L2WRAP) -> Scalar:
     """Returns the mean of `token_losses` over the counted targets; 0 if there is none."""
-    losses = token_losses(model, batch, l2wrap=l2wrap)
-    return jnp.sum(losses) / jnp.maximum(num_targets(batch), 1)
+    return sum_of_losses(model, batch, l2wrap=l2wrap) / jnp.maximum(num_targets(batch), 1)
 
 
 def num_targets(batch: Batch) -> Scalar:
@@ -54,4 +74,4 @@ def num_targets(batch: Batch) -> Scalar:
     return jnp.sum(batch.targets >= 0)
 
 
-__all__ = ["L2WRAP", "mean_loss", "num_targets", "token_losses"]
+__all__ = ["L2WRAP", "mean_loss", "num_targets", "sum_of_losses", "token_losses"]

@@ -8,14 +8,14 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from goose_jax.config import RWKV7Config
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.state import RWKV7State, init_state
-from goose_jax.training.loss import L2WRAP, token_losses
-from goose_jax.training.step import Losses, Parameters
+from goose_jax.training.loss import L2WRAP, sum_of_losses
+from goose_jax.training.step import Loss, Parameters
+from pallas_kernels.types import Scalar
 
 
 def init_wkv(config: RWKV7Config) -> Parameters:
@@ -55,28 +55,28 @@ def tuned_state(tuned: Parameters, config: RWKV7Config, batch_size: int = 1) -> 
     return dataclasses.replace(state, wkv=wkv)
 
 
-def state_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
-    """Returns losses for training the initial state while all parameters of the model are frozen.
+def state_loss(model: RWKV7, *, l2wrap: float = L2WRAP) -> Loss:
+    """Returns the loss for training the initial state while all parameters of the model are frozen.
 
-    Every row of a batch begins with the state. The losses raise `ValueError` for a batch with
+    Every row of a batch begins with the state. The loss raises `ValueError` for a batch with
     segment ids, because only the first segment of a row would begin with the state.
 
     Args:
       model: gives the structure; its parameters are not used.
-      l2wrap: factor of the pull on large logits, as for `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `sum_of_losses`.
 
     Returns:
-      `losses(tuned, params, batch)`, which returns `[B, T]` float32.
+      `loss(tuned, params, batch)`, which returns `sum_of_losses`.
     """
     graphdef, config = nnx.graphdef(model), model.config
 
-    def losses(tuned: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
+    def loss(tuned: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
         if batch.segment_ids is not None:
             raise ValueError("state tuning needs rows of one sequence, and batch has segment_ids")
         state = tuned_state(tuned, config, batch.inputs.shape[0])
-        return token_losses(nnx.merge(graphdef, frozen), batch, l2wrap=l2wrap, state=state)
+        return sum_of_losses(nnx.merge(graphdef, frozen), batch, l2wrap=l2wrap, state=state)
 
-    return losses
+    return loss
 
 
-__all__ = ["init_wkv", "state_losses", "tuned_state", "wkv_of"]
+__all__ = ["init_wkv", "state_loss", "tuned_state", "wkv_of"]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
-from goose_jax.training.loss import L2WRAP, num_targets, token_losses
+from goose_jax.training.loss import L2WRAP, num_targets, sum_of_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from pallas_kernels.types import Scalar
 
@@ -58,8 +58,8 @@ class Metrics:
 
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 type TuningStep = Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]
-type Losses = Callable[[Parameters, Parameters, Batch], Float[Array, "B T"]]
-"""Returns `token_losses` from trained parameters, frozen ones (`{}` if there are none), a batch."""
+type Loss = Callable[[Parameters, Parameters, Batch], Scalar]
+"""Returns `sum_of_losses` for trained parameters, frozen ones (or `{}`), a batch."""
 
 
 def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
@@ -101,9 +101,9 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
     Args:
       model: gives the structure; its parameters are not used.
       config: numbers of the optimizer.
-      l2wrap: factor of the pull on large logits, as for `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `sum_of_losses`.
     """
-    step = _step(full_losses(model, l2wrap=l2wrap), config)
+    step = _step(full_loss(model, l2wrap=l2wrap), config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step(state, {}, batch)
@@ -111,23 +111,23 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
     return jax.jit(train_step, donate_argnums=0)
 
 
-def full_losses(model: RWKV7, *, l2wrap: float = L2WRAP) -> Losses:
-    """Returns losses for training all parameters of a model.
+def full_loss(model: RWKV7, *, l2wrap: float = L2WRAP) -> Loss:
+    """Returns the loss for training all parameters of a model.
 
     Args:
       model: gives the structure; its parameters are not used.
-      l2wrap: factor of the pull on large logits, as for `token_losses`.
+      l2wrap: factor of the pull on large logits, as for `sum_of_losses`.
 
     Returns:
-      `losses(params, frozen, batch)`, which ignores `frozen` and returns `[B, T]` float32.
+      `loss(params, frozen, batch)`, which ignores `frozen` and returns `sum_of_losses`.
     """
     graphdef = nnx.graphdef(model)
 
-    def losses(params: Parameters, frozen: Parameters, batch: Batch) -> Float[Array, "B T"]:
+    def loss(params: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
         del frozen
-        return token_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
+        return sum_of_losses(nnx.merge(graphdef, params), batch, l2wrap=l2wrap)
 
-    return losses
+    return loss
 
 
 def init_tuning_state(trained: Parameters, config: OptimizerConfig) -> TrainState:
@@ -142,7 +142,7 @@ def init_tuning_state(trained: Parameters, config: OptimizerConfig) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), trained, make_optimizer(config).init(trained))
 
 
-def make_tuning_step(losses: Losses, config: OptimizerConfig) -> TuningStep:
+def make_tuning_step(loss: Loss, config: OptimizerConfig) -> TuningStep:
     """Returns the compiled function `state, metrics = tuning_step(state, frozen, batch)`.
 
     The step uses up `state`, and reads microbatches one at a time, as the step of `make_train_step`
@@ -150,25 +150,25 @@ def make_tuning_step(losses: Losses, config: OptimizerConfig) -> TuningStep:
     neither gradients nor a state of the optimizer.
 
     Args:
-      losses: the losses to minimise, such as `lora_losses(model, config)`.
+      loss: what to minimise the mean of, such as `lora_loss(model, config)`.
       config: numbers of the optimizer.
     """
-    return jax.jit(_step(losses, config), donate_argnums=0)
+    return jax.jit(_step(loss, config), donate_argnums=0)
 
 
-def _step(losses: Losses, config: OptimizerConfig) -> TuningStep:
+def _step(loss: Loss, config: OptimizerConfig) -> TuningStep:
     transformation = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
-    def loss(trained: Parameters, frozen: Parameters, batch: Batch, count: Scalar) -> Scalar:
-        return jnp.sum(losses(trained, frozen, batch)) / count
+    def mean(trained: Parameters, frozen: Parameters, batch: Batch, count: Scalar) -> Scalar:
+        return loss(trained, frozen, batch) / count
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = num_targets(batch)
         count = jnp.maximum(tokens, 1).astype(jnp.float32)
 
         def of_microbatch(batch: Batch) -> tuple[Scalar, Parameters]:
-            return jax.value_and_grad(loss)(state.params, frozen, batch, count)
+            return jax.value_and_grad(mean)(state.params, frozen, batch, count)
 
         if batch.inputs.ndim == 3:
             value, gradient = _sum_over_microbatches(of_microbatch, batch)
@@ -193,14 +193,14 @@ def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> An
 
 
 __all__ = [
-    "Losses",
+    "Loss",
     "Metrics",
     "Parameters",
     "TrainState",
     "TrainStep",
     "TuningStep",
     "check_trainable",
-    "full_losses",
+    "full_loss",
     "init_train_state",
     "init_tuning_state",
     "make_train_step",

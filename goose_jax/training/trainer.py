@@ -96,7 +96,7 @@ class Trainer:
     ):
         self.run, self.tuning, self.batches, self.config = run, tuning, batches, config
         self._evaluate, self._tokenizer = evaluate, tokenizer
-        self._tuning_step = make_tuning_step(tuning.losses, config.optimizer)
+        self._tuning_step = make_tuning_step(tuning.loss, config.optimizer)
 
     def start(self) -> TrainState:
         """Returns the state before the first step."""

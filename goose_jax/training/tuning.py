@@ -17,14 +17,14 @@ from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import find_checkpoint, read_description
 from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.state import RWKV7State
-from goose_jax.training.lora import LoraConfig, init_lora, lora_losses, merge_lora
+from goose_jax.training.lora import LoraConfig, init_lora, lora_loss, merge_lora
 from goose_jax.training.loss import L2WRAP
-from goose_jax.training.state_tuning import init_wkv, state_losses, tuned_state, wkv_of
+from goose_jax.training.state_tuning import init_wkv, state_loss, tuned_state, wkv_of
 from goose_jax.training.step import (
-    Losses,
+    Loss,
     Parameters,
     check_trainable,
-    full_losses,
+    full_loss,
     with_params,
 )
 from goose_jax.training.tuning_checkpoint import (
@@ -47,8 +47,8 @@ class Tuning(Protocol):
         ...
 
     @property
-    def losses(self) -> Losses:
-        """The losses to minimise, a function of trained parameters, frozen ones and a batch."""
+    def loss(self) -> Loss:
+        """The loss to minimise, a function of trained parameters, frozen ones and a batch."""
         ...
 
     @property
@@ -106,14 +106,14 @@ class FullTuning:
 
     Attributes:
       model: the model.
-      losses: the losses of the whole model.
+      loss: the loss of the whole model.
       frozen: `{}`.
     """
 
     def __init__(self, model: RWKV7, *, l2wrap: float = L2WRAP):
         check_trainable(model.config)
         self.model = model
-        self.losses = full_losses(model, l2wrap=l2wrap)
+        self.loss = full_loss(model, l2wrap=l2wrap)
         self.frozen: Parameters = {}
 
     @classmethod
@@ -242,7 +242,7 @@ class LoraTuning(_TuningBesideModel):
 
     Attributes:
       model: the model.
-      losses: the losses of the model with adapters.
+      loss: the loss of the model with adapters.
       frozen: the parameters of the model.
     """
 
@@ -256,7 +256,7 @@ class LoraTuning(_TuningBesideModel):
         l2wrap: float = L2WRAP,
     ):
         super().__init__(model, base_path, config)
-        self.losses = lora_losses(model, config, l2wrap=l2wrap)
+        self.loss = lora_loss(model, config, l2wrap=l2wrap)
         self._config, self._seed = config, seed
 
     def init(self) -> Parameters:
@@ -286,7 +286,7 @@ class StateTuning(_TuningBesideModel):
 
     Attributes:
       model: the model.
-      losses: the losses of the model with the state.
+      loss: the loss of the model with the state.
       frozen: the parameters of the model.
     """
 
@@ -299,7 +299,7 @@ class StateTuning(_TuningBesideModel):
         l2wrap: float = L2WRAP,
     ):
         super().__init__(model, base_path, None)
-        self.losses = state_losses(model, l2wrap=l2wrap)
+        self.loss = state_loss(model, l2wrap=l2wrap)
         self._initial = init_wkv(model.config) if start is None else wkv_of(start)
 
     def init(self) -> Parameters:

@@ -35,7 +35,7 @@ from goose_jax.training.step import Parameters
 type TuningKind = Literal["lora", "state"]
 
 _FORMAT = 1
-_CHOICES_OF_THE_MACHINE = ("compute_dtype", "remat", "implementation", "precision")
+_CHOICES_OF_THE_MACHINE = ("compute_dtype", "remat", "unroll_layers", "implementation", "precision")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,10 +145,10 @@ def mean_loss(model, tokens, targets):
 
 
 @functools.cache
-def compiled_gradient(remat):
+def compiled_gradient(remat, unroll_layers=False):
     """The gradient of the golden model's loss, for tokens and targets `[2, 39]`."""
     tokens = jax.ShapeDtypeStruct((2, 39), jnp.int32)
-    model = relabel(golden_model(), remat=remat)
+    model = relabel(golden_model(), remat=remat, unroll_layers=unroll_layers)
     return jax.jit(jax.value_and_grad(mean_loss)).lower(model, tokens, tokens).compile()
 
 
@@ -190,6 +190,22 @@ def test_rematerialisation_saves_memory_and_changes_nothing(model, tokens):
             assert error < 3e-5, (name, error)  # measured: at most 4.4e-6
     # Measured: 9.1 MB, 6.5 MB, 5.0 MB.
     assert memory["none"] > 1.1 * memory["dots"] > 1.1 * 1.1 * memory["full"]
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.slow
+def test_unrolled_layers_compute_the_same(model, tokens):
+    (loss, gradient), (expected_loss, expected) = (
+        compiled_gradient("dots", unroll)(
+            relabel(model, remat="dots", unroll_layers=unroll), tokens[:, :-1], tokens[:, 1:]
+        )
+        for unroll in (True, False)
+    )
+    assert loss == pytest.approx(float(expected_loss), rel=1e-6)
+    gradients, expected = (to_official(nnx.state(x)) for x in (gradient, expected))
+    for name in expected.keys() - UNTRAINED:
+        error = relative_rms(gradients[name], expected[name])
+        assert error < 3e-5, (name, error)  # measured: at most 4e-6
 
 
 @pytest.mark.slow

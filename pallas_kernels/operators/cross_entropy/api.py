@@ -1,4 +1,4 @@
-"""The public cross entropy operator."""
+"""The public cross entropy operators: of each token, and their weighted sum."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.cross_entropy.reference import cross_entropy_reference
+from pallas_kernels.operators.cross_entropy.reference import (
+    cross_entropy_reference,
+    cross_entropy_sum_reference,
+)
+from pallas_kernels.operators.cross_entropy.sum_xla import cross_entropy_sum_xla
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
@@ -17,6 +21,10 @@ from pallas_kernels.validation import check_float, check_int, check_positive, ch
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": cross_entropy_xla,
     "reference": cross_entropy_reference,
+}
+SUM_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": cross_entropy_sum_xla,
+    "reference": cross_entropy_sum_reference,
 }
 
 
@@ -62,14 +70,7 @@ def cross_entropy(
         targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
-    sizes: dict[str, int] = {}
-    check_float("hidden", hidden, "B T C", sizes)
-    check_float("weight", weight, "C vocab", sizes)
-    check_same_dtype(hidden=hidden, weight=weight)
-    _check_targets(targets, sizes)
-    if not isinstance(l2wrap, (int, float)) or not (math.isfinite(l2wrap) and l2wrap >= 0):
-        raise ValueError(f"l2wrap must be a number >= 0 known at trace time, got {l2wrap!r}")
-    check_positive("chunk_size", chunk_size)
+    _check(hidden, weight, targets, l2wrap, chunk_size)
     hidden, weight, targets = vary_alike(hidden, weight, targets)
     return dispatch(
         "cross_entropy",
@@ -81,6 +82,70 @@ def cross_entropy(
         float(l2wrap),
         chunk_size,
     )
+
+
+def cross_entropy_sum(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+    *,
+    l2wrap: float = 0.0,
+    chunk_size: int = 4096,
+    implementation: str | None = None,
+) -> Float[Array, ""]:
+    """The weighted sum of the cross entropies of all tokens, the loss of a training step:
+
+        sum over b and t of token_weights[b, t] * cross_entropy(hidden, weight, targets)[b, t]
+
+    With weights of one divided by the number of tokens it is their mean. It gives the gradients
+    that `cross_entropy` gives, in three matrix products instead of four: because the weights are
+    known in the forward, each chunk of logits turns into losses and gradients at once, and is not
+    computed again. So differentiate it, and use `cross_entropy` where only losses are needed. It is
+    differentiable in `hidden`, `weight` and `token_weights`.
+
+    Args:
+      hidden: `[B, T, C]`, what the model's head reads.
+      weight: `[C, vocab]`, in the dtype of `hidden`.
+      targets: `[B, T]` integers from 0 to vocab - 1. Tokens of weight 0 need one, too.
+      token_weights: `[B, T]`, the weight of each token's loss, in a dtype of its own; 0 for a token
+        that shall not count.
+      l2wrap: as in `cross_entropy`; a token's weight multiplies this part of its gradient, too.
+      chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
+        at trace time. "reference" ignores it.
+      implementation: "xla", which works in chunks and keeps the gradients for the backward, an
+        array like `hidden` and one like `weight` in float32; "reference", the definition, with full
+        logits; or None, which chooses.
+
+    Returns:
+      A scalar, float32 (float64 for float64 inputs), in nats; nan where a target out of range has a
+      weight and could not be checked, for example under jit. In `jax.shard_map` it is the sum over
+      the tokens of this device.
+
+    Raises:
+      ValueError: for wrong shapes, sizes, numbers or names, with the argument and its value; for
+        targets out of range where their values are known, which is not so under jit.
+      TypeError: for wrong dtypes.
+    """
+    sizes = _check(hidden, weight, targets, l2wrap, chunk_size)
+    check_float("token_weights", token_weights, "B T", sizes)
+    arrays = vary_alike(hidden, weight, targets, token_weights)
+    return dispatch(
+        "cross_entropy", SUM_IMPLEMENTATIONS, implementation, *arrays, float(l2wrap), chunk_size
+    )
+
+
+def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any, chunk_size: Any) -> dict[str, int]:
+    """Checks the arguments that both operators have; returns axis names to sizes."""
+    sizes: dict[str, int] = {}
+    check_float("hidden", hidden, "B T C", sizes)
+    check_float("weight", weight, "C vocab", sizes)
+    check_same_dtype(hidden=hidden, weight=weight)
+    _check_targets(targets, sizes)
+    if not isinstance(l2wrap, (int, float)) or not (math.isfinite(l2wrap) and l2wrap >= 0):
+        raise ValueError(f"l2wrap must be a number >= 0 known at trace time, got {l2wrap!r}")
+    check_positive("chunk_size", chunk_size)
+    return sizes
 
 
 def _check_targets(targets: Any, sizes: dict[str, int]) -> None:

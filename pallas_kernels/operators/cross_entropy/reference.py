@@ -64,4 +64,31 @@ def cross_entropy_reference(
     return losses
 
 
-__all__ = ["Losses", "cross_entropy_reference", "losses_of", "token_of"]
+def weighted_sum(
+    token_weights: Float[Array, "B T"], losses: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """Returns the sum of losses times weights; a loss of weight 0 may be nan."""
+    return jnp.where(token_weights == 0, 0, token_weights * losses).sum()
+
+
+def cross_entropy_sum_reference(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, ""]:
+    """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments."""
+    losses = cross_entropy_reference(hidden, weight, targets, l2wrap, chunk_size)
+    return weighted_sum(token_weights, losses)
+
+
+__all__ = [
+    "Losses",
+    "cross_entropy_reference",
+    "cross_entropy_sum_reference",
+    "losses_of",
+    "token_of",
+    "weighted_sum",
+]

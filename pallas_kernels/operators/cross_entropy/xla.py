@@ -1,12 +1,12 @@
 """Cross entropy in chunks of tokens, whose logits the backward computes again."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
 from pallas_kernels.operators.cross_entropy.reference import Losses, losses_of, token_of
 from pallas_kernels.precision import accumulation_dtype, contract
 
@@ -32,31 +32,6 @@ class Residuals:
     log_total: jax.Array
 
 
-def _chunk_length(shape: tuple[int, ...], chunk_size: int) -> int:
-    """Returns how many tokens of each row a chunk has, for at most `chunk_size` in all rows."""
-    rows, length = shape
-    chunks = math.ceil(length / max(1, chunk_size // rows))
-    return math.ceil(length / chunks)
-
-
-def _split(x: jax.Array, chunk_length: int) -> jax.Array:
-    """Returns `[B, T, ...]` as `[chunks, B, L, ...]`, with zeros at the end of the last chunk.
-
-    Every chunk has tokens of all rows, so that rows may be sharded over devices.
-    """
-    rows, length, *rest = x.shape
-    chunks = math.ceil(length / chunk_length)
-    missing = chunks * chunk_length - length
-    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * len(rest))
-    return x.reshape(rows, chunks, chunk_length, *rest).swapaxes(0, 1)
-
-
-def _join(x: jax.Array, length: int) -> jax.Array:
-    """Returns the chunks of `_split` as `[B, length, ...]`."""
-    chunks, rows, chunk_length, *rest = x.shape
-    return x.swapaxes(0, 1).reshape(rows, chunks * chunk_length, *rest)[:, :length]
-
-
 def _forward(
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
@@ -70,10 +45,10 @@ def _forward(
         hidden, targets = chunk
         return None, losses_of(contract("blc,cv->blv", hidden, weight), targets)
 
-    chunk_length = _chunk_length(targets.shape, chunk_size)
-    chunks = _split(hidden, chunk_length), _split(targets, chunk_length)
+    chunk_length = chunk_length_of(targets.shape, chunk_size)
+    chunks = split(hidden, chunk_length), split(targets, chunk_length)
     _, results = jax.lax.scan(chunk_losses, None, chunks)
-    losses, largest, log_total = (_join(x, targets.shape[1]) for x in results)
+    losses, largest, log_total = (join(x, targets.shape[1]) for x in results)
     return losses, Residuals(hidden, weight, targets, largest, log_total)
 
 
@@ -98,13 +73,13 @@ def _backward(
         weighted = (hidden * dlosses).astype(hidden.dtype)
         return dweight + contract("blc,blv->cv", weighted, dlogits), dhidden.astype(hidden.dtype)
 
-    chunk_length = _chunk_length(dlosses.shape, chunk_size)
+    chunk_length = chunk_length_of(dlosses.shape, chunk_size)
     per_token = residuals.targets, residuals.largest, residuals.log_total, dlosses
-    chunks = [_split(residuals.hidden, chunk_length)]
-    chunks += [_split(x, chunk_length)[..., None] for x in per_token]
+    chunks = [split(residuals.hidden, chunk_length)]
+    chunks += [split(x, chunk_length)[..., None] for x in per_token]
     # Zeros like the weight vary over the same mesh axes in shard_map, as a scan's carry must.
     dweight, dhidden = jax.lax.scan(add_chunk, jnp.zeros_like(weight, dtype), tuple(chunks))
-    return _join(dhidden, dlosses.shape[1]), dweight.astype(weight.dtype), None
+    return join(dhidden, dlosses.shape[1]), dweight.astype(weight.dtype), None
 
 
 def _losses(

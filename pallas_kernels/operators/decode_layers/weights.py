@@ -112,8 +112,12 @@ class LayerWeights:
         Returns:
           The weights, with ranks of low-rank matrices padded to multiples of 64.
         """
+        return self.with_matrices_as(dtype).with_padded_ranks()
+
+    def with_matrices_as(self, dtype: Any) -> "LayerWeights":
+        """Returns the weights with all matrices cast to a dtype; other weights keep theirs."""
         matrices = {name: getattr(self, name).astype(dtype) for name in MATRICES}
-        return dataclasses.replace(self, **matrices).with_padded_ranks()
+        return dataclasses.replace(self, **matrices)
 
     def with_padded_ranks(self, multiple: int = 64) -> "LayerWeights":
         """Returns the weights with zeros added to low-rank matrices, so that ranks are multiples.

@@ -198,13 +198,16 @@ def _add_of_states(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
     """Adds what the new state contributes to dx, and returns the gradient of the state, too."""
     rows, tokens = jnp.arange(len(dx)), dx.shape[1]
-    first, last = jnp.zeros_like(rows), jnp.full_like(rows, tokens - 1)
-    empty = None
-    if segment_ids is not None:
+    first, empty = jnp.zeros_like(rows), None
+    if segment_ids is None:
+        last_token = dx[:, -1:] + dnew_state[:, None].astype(dx.dtype)
+        # Unlike a scatter, this writes one token of each row and leaves the others where they are.
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, last_token, tokens - 1, axis=1)
+    else:
         valid = segment_ids != 0
-        first, last, empty = jnp.argmax(valid, axis=1), last_position(segment_ids), ~valid.any(1)
-        last = jnp.where(empty, tokens, last)  # out of range: dropped
-    dx = dx.at[rows, last].add(dnew_state.astype(dx.dtype), mode="drop")
+        first, empty = jnp.argmax(valid, axis=1), ~valid.any(1)
+        last = jnp.where(empty, tokens, last_position(segment_ids))  # out of range: dropped
+        dx = dx.at[rows, last].add(dnew_state.astype(dx.dtype), mode="drop")
     if state is None:
         return dx, None
     dstate = jnp.zeros(state.shape, jnp.float32)

@@ -1,0 +1,110 @@
+"""The weighted sum of cross entropies, whose forward computes the gradients, too.
+
+Each loss enters a sum with a weight that the forward knows. So logits are computed once, turn into
+losses and gradients, and are gone. The backward multiplies by the gradient of the sum.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
+from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of, weighted_sum
+from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
+from pallas_kernels.precision import accumulation_dtype, contract
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What the backward multiplies by the gradient of the sum.
+
+    Attributes:
+      losses: `[B, T]`; the gradients of the tokens' weights.
+      dhidden: `[B, T, C]`, in the dtype of hidden and of the head's weight; for each token the
+        gradient of its own loss.
+      token_weights: `[B, T]`; weights the gradients of hidden.
+      dweight: `[C, vocab]`, in the dtype of sums; for the tokens' weights divided by the largest.
+      scale: scalar, the largest of the tokens' weights.
+    """
+
+    losses: jax.Array
+    dhidden: jax.Array
+    token_weights: jax.Array
+    dweight: jax.Array
+    scale: jax.Array
+
+
+def _sum(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, ""]:
+    losses = cross_entropy_xla(hidden, weight, targets, l2wrap, chunk_size)
+    return weighted_sum(token_weights, losses)
+
+
+def _forward(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> tuple[Float[Array, ""], Residuals]:
+    dtype = accumulation_dtype(weight)
+    scale = jnp.abs(token_weights).max()
+    # Weights of a mean over many tokens are small: float16 would lose their digits, or all of them.
+    shares = (token_weights / jnp.where(scale == 0, 1, scale))[..., None]
+
+    def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
+        hidden, targets, shares = chunk
+        logits = contract("blc,cv->blv", hidden, weight)
+        losses, largest, log_total = losses_of(logits, targets)
+        token = token_of(logits)
+        probabilities = jnp.exp((logits - largest[..., None]) - log_total[..., None])
+        dlogits = probabilities - (token == targets[..., None])
+        if l2wrap:
+            is_first_largest = token == jnp.argmax(logits, axis=-1, keepdims=True)
+            dlogits += jnp.where(is_first_largest, l2wrap * largest[..., None], 0)
+        dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
+        dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
+        shared = jnp.where(shares == 0, 0, hidden * shares).astype(hidden.dtype)
+        return dweight + contract("blc,blv->cv", shared, dlogits), (losses, dhidden)
+
+    chunk_length = chunk_length_of(targets.shape, chunk_size)
+    chunks = tuple(split(x, chunk_length) for x in (hidden, targets, shares))
+    # Zeros like the weight vary over the same mesh axes in shard_map, as a scan's carry must.
+    dweight, results = jax.lax.scan(add_chunk, jnp.zeros_like(weight, dtype), chunks)
+    losses, dhidden = (join(x, targets.shape[1]) for x in results)
+    residuals = Residuals(losses, dhidden, token_weights, dweight, scale)
+    return weighted_sum(token_weights, losses), residuals
+
+
+def _backward(
+    l2wrap: float, chunk_size: int, residuals: Residuals, dsum: Float[Array, ""]
+) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], None, Float[Array, "B T"]]:
+    del l2wrap, chunk_size
+    dlosses = (residuals.token_weights * dsum)[..., None]
+    dhidden = jnp.where(dlosses == 0, 0, residuals.dhidden * dlosses)
+    dweight = residuals.dweight * (residuals.scale * dsum)
+    dtoken_weights = residuals.losses * dsum
+    dtype = residuals.dhidden.dtype
+    return (
+        dhidden.astype(dtype),
+        dweight.astype(dtype),
+        None,
+        dtoken_weights.astype(residuals.token_weights.dtype),
+    )
+
+
+cross_entropy_sum_xla = jax.custom_vjp(_sum, nondiff_argnums=(4, 5))
+cross_entropy_sum_xla.defvjp(_forward, _backward)
+
+
+__all__ = ["cross_entropy_sum_xla"]
