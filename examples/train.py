@@ -22,7 +22,8 @@ TEXT = Path(__file__).parents[1] / "pallas_kernels"  # any text file, or a folde
 
 def main(steps: int = 50) -> tuple[float, float]:
     tokenizer = ByteTokenizer()
-    training, held_out = split_documents(read_documents(TEXT, pattern="*.py"), held_out_bytes=4096)
+    documents = read_documents(TEXT, patterns=["*.py"])
+    training, held_out = split_documents(documents, held_out_bytes=4096)
     tokens = encode_documents(training, tokenizer)
 
     config = RWKV7Config(

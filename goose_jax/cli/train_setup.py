@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 from flax import nnx
 
+from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
@@ -156,7 +157,9 @@ def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingT
         source, documents = "the standard library of this Python", standard_library()
     else:
         source = str(settings.data)
-        documents = read_documents(settings.data, pattern=settings.pattern)
+        documents = read_documents(
+            settings.data, patterns=(settings.pattern,), render=render_conversation
+        )
     text = TrainingText.from_documents(
         documents, tokenizer, source=source, held_out_bytes=settings.held_out_bytes
     )

@@ -12,12 +12,19 @@ from goose_jax.data.batches import (
 )
 from goose_jax.data.documents import (
     Document,
+    encode_document,
     encode_documents,
-    read_documents,
     split_documents,
-    standard_library,
 )
 from goose_jax.data.packing import pack_documents
+from goose_jax.data.sources import (
+    DocumentSource,
+    Position,
+    open_documents,
+    open_standard_library,
+    read_documents,
+    standard_library,
+)
 from goose_jax.data.training_text import TrainingText
 
 __all__ = [
@@ -25,11 +32,16 @@ __all__ = [
     "Batch",
     "BatchSource",
     "Document",
+    "DocumentSource",
+    "Position",
     "RandomWindows",
     "TrainingText",
+    "encode_document",
     "encode_documents",
     "evaluation_batches",
     "next_token_batch",
+    "open_documents",
+    "open_standard_library",
     "pack_documents",
     "process_rows",
     "random_batch",

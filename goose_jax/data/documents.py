@@ -1,110 +1,36 @@
-"""Documents to train on: the user's files, or the sources of Python's standard library."""
+"""Documents, and their division into text to train on and text to measure on."""
 
 import dataclasses
-import sysconfig
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from goose_jax.text import Tokenizer
+from goose_jax.text import Tokenizer, encode_continuation
 from pallas_kernels.validation import check_positive
-
-# Tests, tables, and packages that differ from machine to machine.
-_LEFT_OUT_OF_LIBRARY = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text, or a piece of a long one.
 
     Attributes:
       name: where the text comes from, such as its path; messages name it.
       text: the text.
+      counted: ranges of characters `(start, end)`, in ascending order, that the loss counts: in a
+        conversation what the assistant says. None counts all.
+      continues: whether the next document is the next piece of the same text.
     """
 
     name: str
     text: str
+    counted: tuple[tuple[int, int], ...] | None = None
+    continues: bool = False
 
     @property
     def num_bytes(self) -> int:
         """The length of the text's UTF-8."""
         return len(self.text.encode())
-
-
-def read_documents(path: Path | str, *, pattern: str = "*") -> list[Document]:
-    """Reads a text file, or every text file in a folder and the folders below it.
-
-    Files and folders whose names start with a dot are left out, and so are empty files. Documents
-    are sorted by path.
-
-    Args:
-      path: a file or a folder.
-      pattern: in a folder, only files whose names fit it are read, as in "*.txt".
-
-    Raises:
-      FileNotFoundError: if there is nothing at `path`.
-      ValueError: if a file is not UTF-8 text, or there is no text; it names the file or folder.
-      OSError: if a file cannot be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder at {path}")
-    if path.is_file():
-        documents = [Document(str(path), _read_text(path))]
-    elif path.is_dir():
-        documents = [Document(str(file), _read_text(file)) for file in _files(path, pattern)]
-    else:
-        raise ValueError(f"{path} is neither a file nor a folder")
-    documents = [document for document in documents if document.text]
-    if not documents:
-        where = f"a file with text whose name fits {pattern=}" if path.is_dir() else "any text"
-        raise ValueError(f"{path} does not hold {where}")
-    return documents
-
-
-def standard_library() -> list[Document]:
-    """Reads the modules of the running Python's standard library, without tests and tables.
-
-    This text needs no download. It depends on the version of Python, but not on the machine.
-
-    Raises:
-      ValueError: if this Python was installed without its sources.
-    """
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        file
-        for file in _files(folder, "*.py")
-        if _LEFT_OUT_OF_LIBRARY.isdisjoint(file.relative_to(folder).parts)
-    ]
-    documents = [Document(str(file), _read_text(file)) for file in files]
-    documents = [document for document in documents if document.text]
-    if not documents:
-        raise ValueError(f"{folder} holds no Python sources; give a text of your own")
-    return documents
-
-
-def _files(folder: Path, pattern: str) -> Iterator[Path]:
-    found = [file for file in folder.rglob(pattern) if file.is_file()]
-    for file in sorted(found, key=lambda file: file.relative_to(folder).parts):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            yield file
-
-
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    zero = data.find(b"\0")
-    if zero >= 0:
-        raise ValueError(f"{file} is not a text file: byte {zero} is zero")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not a UTF-8 text file: byte {error.start} is 0x{data[error.start]:02x}"
-        ) from error
 
 
 def split_documents(
@@ -137,23 +63,93 @@ def split_documents(
     chosen: list[int] = []
     room = limit
     for index in np.random.default_rng(seed).permutation(len(unique)):
-        if sizes[index] <= room:
+        if 0 < sizes[index] <= room:
             chosen.append(int(index))
             room -= sizes[index]
     if chosen:
         training = [document for i, document in enumerate(unique) if i not in chosen]
         return training, [unique[i] for i in sorted(chosen)]
     longest = int(np.argmax(sizes))
-    beginning, end = _cut_end(unique[longest], limit)
+    beginning, end = cut_end(unique[longest], limit)
     return [*unique[:longest], beginning, *unique[longest + 1 :]], [end]
 
 
-def _cut_end(document: Document, num_bytes: int) -> tuple[Document, Document]:
+def cut_end(document: Document, num_bytes: int) -> tuple[Document, Document]:
     """Cuts a document in two. The end has `num_bytes`, or a few more to keep a character whole."""
     data = document.text.encode()
-    beginning = data[:-num_bytes].decode(errors="ignore")
-    end = document.text[len(beginning) :]
-    return dataclasses.replace(document, text=beginning), dataclasses.replace(document, text=end)
+    place = len(data[:-num_bytes].decode(errors="ignore"))
+    return _slice(document, 0, place), _slice(document, place, len(document.text))
+
+
+def _slice(document: Document, start: int, stop: int) -> Document:
+    counted = document.counted
+    if counted is not None:
+        moved = [(max(a, start) - start, min(b, stop) - start) for a, b in counted]
+        counted = tuple((a, b) for a, b in moved if a < b)
+    return dataclasses.replace(document, text=document.text[start:stop], counted=counted)
+
+
+def encode_document(
+    document: Document, tokenizer: Tokenizer, *, follows: bool = False
+) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+    """Encodes a document, or a piece of one. The last piece ends with `end_of_document`.
+
+    The text is cut where counted ranges begin and end, so that each token is counted or not.
+
+    Args:
+      document: the document.
+      tokenizer: the tokenizer. If it has no end of a document, none is added.
+      follows: whether the document goes on where another one ended that `continues`.
+
+    Returns:
+      tokens: `[N]` int32.
+      counted: `[N]`, whether the loss counts a token. The end of a document is counted if the
+        document's last character is.
+
+    Raises:
+      ValueError: if the text cannot be encoded, or the tokenizer gives an id outside its
+        vocabulary. The message names the document.
+    """
+    ids: list[int] = []
+    counted: list[bool] = []
+    is_counted = True
+    for start, stop, is_counted in _parts(document):
+        text = document.text[start:stop]
+        try:
+            if start or follows:
+                part = encode_continuation(tokenizer, text)
+            else:
+                part = tokenizer.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{document.name} cannot be encoded: {error}") from error
+        ids += part
+        counted += [is_counted] * len(part)
+    if tokenizer.end_of_document is not None and not document.continues:
+        ids.append(tokenizer.end_of_document)
+        counted.append(is_counted)
+    wrong = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{document.name}: the tokenizer gave id {wrong[0]}, outside its vocabulary of "
+            f"{tokenizer.vocab_size=}"
+        )
+    return np.array(ids, np.int32), np.array(counted, bool)
+
+
+def _parts(document: Document) -> Iterator[tuple[int, int, bool]]:
+    """Yields the ranges of a document that are counted and those between them, in order."""
+    length = len(document.text)
+    if document.counted is None:
+        yield 0, length, True
+        return
+    place = 0
+    for start, stop in document.counted:
+        if start > place:
+            yield place, start, False
+        yield start, stop, True
+        place = stop
+    if place < length:
+        yield place, length, False
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Int[np.ndarray, " N"]:
@@ -169,25 +165,21 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Int
       ValueError: if the tokenizer gives an id outside its vocabulary, or no id at all.
     """
     end = tokenizer.end_of_document
-    separator = np.array([] if end is None else [end], np.int32)
-    pieces = [separator]
+    pieces = [np.array([] if end is None else [end], np.int32)]
+    follows = False
     for document in documents:
-        pieces += [np.array(tokenizer.encode(document.text), np.int32), separator]
+        pieces.append(encode_document(document, tokenizer, follows=follows)[0])
+        follows = document.continues
     tokens = np.concatenate(pieces)
     if not tokens.size:
         raise ValueError("the tokenizer made no token of the documents")
-    if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer gave ids from {tokens.min()} to {tokens.max()}, "
-            f"outside its vocabulary of {tokenizer.vocab_size=}"
-        )
     return tokens
 
 
 __all__ = [
     "Document",
+    "cut_end",
+    "encode_document",
     "encode_documents",
-    "read_documents",
     "split_documents",
-    "standard_library",
 ]
