@@ -121,13 +121,16 @@ def join_states(states: Sequence[RWKV7State]) -> RWKV7State:
     return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *states)
 
 
-def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
+def check_state(
+    state: Any, config: RWKV7Config, batch_size: int, *, num_heads: int | None = None
+) -> None:
     """Checks that a state fits a model and a batch.
 
     Args:
       state: what the caller gave as a state.
       config: configuration of the model.
       batch_size: B, number of rows.
+      num_heads: number of heads, if it is not that of the model: a device of a mesh may have some.
 
     Raises:
       TypeError: if it is not an `RWKV7State`, or a field has another dtype than `init_state` gives.
@@ -139,7 +142,7 @@ def check_state(state: Any, config: RWKV7Config, batch_size: int) -> None:
         "layers": config.num_layers,
         "B": batch_size,
         "C": config.hidden_size,
-        "H": config.num_heads,
+        "H": config.num_heads if num_heads is None else num_heads,
         "K": config.head_size,
         "V": config.head_size,
     }

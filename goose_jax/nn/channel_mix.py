@@ -9,6 +9,7 @@ from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.time_mix import Tokens, check_layer
+from goose_jax.parallel.in_model import enter_heads, sum_over_heads
 from goose_jax.state import check_activations
 from pallas_kernels import channel_mix
 from pallas_kernels.validation import check_segment_ids
@@ -81,8 +82,8 @@ class ChannelMix(nnx.Module):
             check_activations("state", state, "B C", sizes, self.config)
         if segment_ids is not None:
             check_segment_ids(segment_ids, sizes)
-        return channel_mix(
-            x,
+        y, new_state = channel_mix(
+            enter_heads(x),
             self.shift_mix[...],
             self.key[...].astype(dtype),
             self.value[...].astype(dtype),
@@ -90,3 +91,4 @@ class ChannelMix(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.config.implementation_around_wkv7,
         )
+        return sum_over_heads(y), new_state

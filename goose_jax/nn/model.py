@@ -16,6 +16,7 @@ from goose_jax.nn import initializers
 from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
+from goose_jax.parallel.in_model import enter_heads, gather_parameters, look_up
 from goose_jax.state import RWKV7State, check_state
 from pallas_kernels import KEPT, LayerWeights, decode_layers
 from pallas_kernels.dispatch import dispatch
@@ -255,15 +256,13 @@ class RWKV7(nnx.Module):
                     f"tokens must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}"
                 )
         if state is not None:
-            check_state(state, self.config, sizes["B"])
+            num_heads = self.blocks.time_mix.bonus.shape[1]
+            check_state(state, self.config, sizes["B"], num_heads=num_heads)
         if segment_ids is not None:
             check_segment_ids(segment_ids, sizes)
 
     def _embed(self, tokens: TokenIds) -> Tokens:
-        # An id out of range gives NaN, not the embedding of another token.
-        embedded = self.embedding.at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
+        embedded = look_up(gather_parameters(self.embedding[...], within="embedding"), tokens)
         if self.embedding_norm is None:
             return embedded.astype(self.config.compute_dtype)
         return self.embedding_norm(embedded)
@@ -292,7 +291,7 @@ class RWKV7(nnx.Module):
         def run_block(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
             x, v_first = carry
             layer, params, state = of_layer
-            block = nnx.merge(graphdef, params)
+            block = nnx.merge(graphdef, gather_parameters(params, config.compute_dtype))
             x, v_first, state = block(x, v_first, state, segment_ids, is_first=layer == 0)
             return (x, v_first), state
 
@@ -301,8 +300,9 @@ class RWKV7(nnx.Module):
         )
         layers = jnp.arange(config.num_layers)
         # Made from x, so that in jax.shard_map its type varies over the mesh, like the type of the
-        # values of the first layer.
-        v_first = jnp.zeros_like(x).reshape(*x.shape[:2], config.num_heads, config.head_size)
+        # values of the first layer. On a mesh each device may have some heads only.
+        heads = self.blocks.time_mix.bonus.shape[1:]
+        v_first = enter_heads(jnp.zeros_like(x, shape=(*x.shape[:2], *heads)))
         (x, _), new = jax.lax.scan(
             _rematerialised(run_block, config),
             (x, v_first),

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
+from goose_jax.parallel.in_model import enter_heads, sum_over_heads
 from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
     KEPT,
@@ -161,6 +162,7 @@ class TimeMix(nnx.Module):
             `v_first`; the message names it.
         """
         self._check(x, v_first, state, segment_ids, is_first)
+        x = enter_heads(x)
         shift, wkv_state = (None, None) if state is None else state
         implementation = self.config.implementation_around_wkv7
         mixed, shift = token_shift_mix(
@@ -206,7 +208,8 @@ class TimeMix(nnx.Module):
             eps=self.config.head_norm_eps,
             implementation=implementation,
         )
-        return _multiply(y.reshape(x.shape), self.output), v_first, (shift, wkv_state)
+        y = sum_over_heads(_multiply(y.reshape(*x.shape[:2], -1), self.output))
+        return y, v_first, (shift, wkv_state)
 
     def _check(
         self,
@@ -217,7 +220,8 @@ class TimeMix(nnx.Module):
         is_first: bool | Bool[Array, ""],
     ) -> None:
         config = self.config
-        sizes = {"C": config.hidden_size, "H": config.num_heads}
+        # On a mesh that divides heads, each device has the parameters and the states of some.
+        sizes = {"C": config.hidden_size, "H": self.bonus.shape[0]}
         sizes |= {"K": config.head_size, "V": config.head_size}
         check_activations("x", x, "B T C", sizes, config)
         if v_first is not None:
@@ -234,7 +238,7 @@ class TimeMix(nnx.Module):
             check_segment_ids(segment_ids, sizes)
 
     def _heads(self, x: Tokens) -> Heads:
-        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_size)
+        return x.reshape(*x.shape[:-1], -1, self.config.head_size)
 
     @jax.named_scope("log_decay")
     def _log_decay(self, x: Tokens) -> Tokens:

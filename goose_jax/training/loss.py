@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
+from goose_jax.parallel.in_model import gather_parameters, tokens_of_device
 from goose_jax.state import RWKV7State
 from pallas_kernels import cross_entropy, cross_entropy_sum
 from pallas_kernels.types import Scalar
@@ -32,7 +33,7 @@ def token_losses(
       state: the state that each row begins with; None for the start of a text.
 
     Returns:
-      `[B, T]` float32.
+      `[B, T]` float32. On a mesh whose axis "tensor" has n devices, each has `[B, T / n]` of them.
     """
     hidden, head, targets, counted = _operands(model, batch, state)
     losses = cross_entropy(hidden, head, targets, l2wrap=l2wrap)
@@ -46,9 +47,11 @@ def _operands(
     ids = batch.segment_ids
     ids = None if ids is None else jnp.asarray(ids)
     hidden, _ = model.hidden(jnp.asarray(batch.inputs), state, ids)
-    targets = jnp.asarray(batch.targets)
+    hidden, targets = tokens_of_device((hidden, jnp.asarray(batch.targets)))
     counted = targets >= 0
-    head = model.head[...].astype(hidden.dtype)
+    head = gather_parameters(
+        model.head[...], hidden.dtype, within="head", over=("fsdp", "tensor")
+    ).astype(hidden.dtype)
     return hidden, head, jnp.where(counted, targets, 0), counted
 
 

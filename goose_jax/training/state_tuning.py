@@ -51,7 +51,8 @@ def tuned_state(tuned: Parameters, config: RWKV7Config, batch_size: int = 1) -> 
       batch_size: B, number of rows; all rows begin with the same state.
     """
     state = init_state(config, batch_size)
-    wkv = jnp.broadcast_to(tuned["wkv"][:, None], state.wkv.shape).astype(state.wkv.dtype)
+    wkv = tuned["wkv"][:, None]
+    wkv = jnp.broadcast_to(wkv, (wkv.shape[0], batch_size, *wkv.shape[2:])).astype(state.wkv.dtype)
     return dataclasses.replace(state, wkv=wkv)
 
 

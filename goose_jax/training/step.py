@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
+from goose_jax.parallel import check_mesh, place_tree, tree_shardings
+from goose_jax.parallel.in_model import on_mesh, sum_over_mesh
+from goose_jax.parallel.placement import constrain_tree
 from goose_jax.training.loss import L2WRAP, num_targets, sum_of_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from pallas_kernels.types import Scalar
@@ -62,15 +66,23 @@ type Loss = Callable[[Parameters, Parameters, Batch], Scalar]
 """Returns `sum_of_losses` for trained parameters, frozen ones (or `{}`), a batch."""
 
 
-def init_train_state(model: RWKV7, config: OptimizerConfig) -> TrainState:
+def init_train_state(
+    model: RWKV7, config: OptimizerConfig, *, mesh: Mesh | None = None
+) -> TrainState:
     """Returns the state before the first step, with a copy of the model's parameters.
+
+    Args:
+      model: the model. If it was made by `goose_jax.parallel.create_sharded`, no device ever holds
+        all of its parameters.
+      config: numbers of the optimizer.
+      mesh: the mesh that the state is divided over; None for one device.
 
     Raises:
       ValueError: if the parameters have fewer than 32 bits, in which most updates would be rounded
         away. (`compute_dtype` may be bfloat16.)
     """
     check_trainable(model.config)
-    return init_tuning_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config)
+    return init_tuning_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config, mesh=mesh)
 
 
 def check_trainable(config: RWKV7Config) -> None:
@@ -89,7 +101,9 @@ def with_params(model: RWKV7, params: Parameters) -> RWKV7:
     return nnx.merge(nnx.graphdef(model), params)
 
 
-def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2WRAP) -> TrainStep:
+def make_train_step(
+    model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2WRAP, mesh: Mesh | None = None
+) -> TrainStep:
     """Returns the compiled function `state, metrics = train_step(state, batch)`.
 
     The step uses up the state that it is given: its buffers are donated to the new state.
@@ -102,8 +116,16 @@ def make_train_step(model: RWKV7, config: OptimizerConfig, *, l2wrap: float = L2
       model: gives the structure; its parameters are not used.
       config: numbers of the optimizer.
       l2wrap: factor of the pull on large logits, as for `sum_of_losses`.
+      mesh: the mesh that the state is divided over, from `goose_jax.parallel.make_mesh`; None for
+        one device. Batches may be NumPy arrays in a run of one process; in a run of several,
+        `goose_jax.parallel.place_batch` must put them on the mesh.
+
+    Raises:
+      ValueError: if the mesh does not divide the model.
     """
-    step = _step(full_loss(model, l2wrap=l2wrap), config)
+    if mesh is not None:
+        check_mesh(mesh, model.config)
+    step = _step(full_loss(model, l2wrap=l2wrap), config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step(state, {}, batch)
@@ -130,19 +152,33 @@ def full_loss(model: RWKV7, *, l2wrap: float = L2WRAP) -> Loss:
     return loss
 
 
-def init_tuning_state(trained: Parameters, config: OptimizerConfig) -> TrainState:
+def init_tuning_state(
+    trained: Parameters, config: OptimizerConfig, *, mesh: Mesh | None = None
+) -> TrainState:
     """Returns the state before the first step of fine-tuning, with a copy of what is trained.
 
     Args:
       trained: the parameters to train, such as `init_lora` or `init_wkv` makes. Only these have a
         state of the optimizer.
       config: numbers of the optimizer.
+      mesh: the mesh that the state is divided over; None for one device.
     """
-    trained = jax.tree.map(jnp.copy, trained)
-    return TrainState(jnp.zeros((), jnp.int32), trained, make_optimizer(config).init(trained))
+    optimizer = make_optimizer(config)
+    if mesh is None:
+        trained = jax.tree.map(jnp.copy, trained)
+        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    trained = place_tree(trained, mesh)
+
+    def start(trained: Parameters) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+
+    shardings = tree_shardings(jax.eval_shape(start, trained), mesh)
+    return jax.jit(start, out_shardings=shardings)(trained)
 
 
-def make_tuning_step(loss: Loss, config: OptimizerConfig) -> TuningStep:
+def make_tuning_step(
+    loss: Loss, config: OptimizerConfig, *, mesh: Mesh | None = None
+) -> TuningStep:
     """Returns the compiled function `state, metrics = tuning_step(state, frozen, batch)`.
 
     The step uses up `state`, and reads microbatches one at a time, as the step of `make_train_step`
@@ -152,33 +188,42 @@ def make_tuning_step(loss: Loss, config: OptimizerConfig) -> TuningStep:
     Args:
       loss: what to minimise the mean of, such as `lora_loss(model, config)`.
       config: numbers of the optimizer.
+      mesh: the mesh that `state` and `frozen` are divided over; None for one device.
     """
-    return jax.jit(_step(loss, config), donate_argnums=0)
+    return jax.jit(_step(loss, config, mesh), donate_argnums=0)
 
 
-def _step(loss: Loss, config: OptimizerConfig) -> TuningStep:
+def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
     transformation = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
     def mean(trained: Parameters, frozen: Parameters, batch: Batch, count: Scalar) -> Scalar:
-        return loss(trained, frozen, batch) / count
+        return sum_over_mesh(loss(trained, frozen, batch)) / count
 
-    def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = num_targets(batch)
+    def differentiate(
+        params: Parameters, frozen: Parameters, batch: Batch
+    ) -> tuple[tuple[Scalar, Scalar], Parameters]:
+        tokens = sum_over_mesh(num_targets(batch))
         count = jnp.maximum(tokens, 1).astype(jnp.float32)
 
         def of_microbatch(batch: Batch) -> tuple[Scalar, Parameters]:
-            return jax.value_and_grad(mean)(state.params, frozen, batch, count)
+            return jax.value_and_grad(mean)(params, frozen, batch, count)
 
         if batch.inputs.ndim == 3:
             value, gradient = _sum_over_microbatches(of_microbatch, batch)
         else:
             value, gradient = of_microbatch(batch)
+        return (value, tokens), gradient
+
+    differentiate_on_mesh = on_mesh(differentiate, mesh, gradient=True)
+
+    def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
+        (value, tokens), gradient = differentiate_on_mesh(state.params, frozen, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
             metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return constrain_tree(TrainState(state.step + 1, params, opt_state), mesh), metrics
 
     return step
 

@@ -1,0 +1,209 @@
+"""What a model does on a mesh: it gathers parameters where it needs them, and sums over devices.
+
+`on_mesh` runs a function on each device's part of its arguments, by `jax.shard_map`. Nothing moves
+between devices there but what this module moves. Outside of `on_mesh` its functions return what
+they are given.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from goose_jax.parallel.mesh import AXES
+from goose_jax.parallel.rules import batch_spec, rule_of, tree_specs
+
+
+def on_mesh[Result](
+    function: Callable[[Any, Any, Any], Result], mesh: Mesh | None, *, gradient: bool
+) -> Callable[[Any, Any, Any], Result]:
+    """Runs `function(params, frozen, batch)` on each device's part.
+
+    Args:
+      function: gets each device's part of the parameters, as the rules divide them, and of the
+        batch. Its results are numbers that are equal on all devices; with `gradient`, it is
+        `(numbers, gradient)` with a gradient like `params`.
+      mesh: the mesh; None returns the function.
+      gradient: whether the function returns a gradient, too.
+    """
+    if mesh is None:
+        return function
+
+    def run(params: Any, frozen: Any, batch: Any) -> Result:
+        of_params = tree_specs(params, mesh)
+        of_batch = jax.tree.map(lambda array: batch_spec(array.ndim), batch)
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(of_params, tree_specs(frozen, mesh), of_batch),
+            out_specs=(P(), of_params) if gradient else P(),
+        )(params, frozen, batch)
+
+    return run
+
+
+def gather_parameters(
+    params: Any, dtype: Any = None, *, within: str = "", over: tuple[str, ...] = ("fsdp",)
+) -> Any:
+    """Gathers each device's parts of parameters.
+
+    Their gradients are summed over devices in float32, and divided again. A layer that gathers its
+    parameters where it uses them needs memory for the parameters of one layer.
+
+    Args:
+      params: a pytree of parameters.
+      dtype: dtype that parameters are cast to before they are gathered, so that fewer bytes are
+        moved; None keeps each dtype.
+      within: path of `params` in the model.
+      over: axes of the mesh to gather over.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return params
+
+    def used_by_heads(path: Any) -> bool:
+        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+        return mesh.shape["tensor"] > 1 and not names.isdisjoint(("time_mix", "channel_mix"))
+
+    def gather(path: Any, param: jax.Array) -> jax.Array:
+        rule = rule_of((*_keys(within), *path))
+        first = param.ndim - len(rule)  # the axis of the layers, if there is one
+        divided = tuple(
+            (axis, first + rule.index(axis)) for axis in over if axis in _varying(param)
+        )
+        axes = _OF_BATCHES + (("tensor",) if used_by_heads(path) else ())
+        if not divided and _varying(param) >= set(axes):
+            return param
+        return _gather(
+            param, jnp.dtype(dtype or param.dtype) if divided else param.dtype, divided, axes
+        )
+
+    return jax.tree.map_with_path(gather, params)
+
+
+def enter_heads[Tree](tree: Tree) -> Tree:
+    """Tells JAX that what follows differs between the devices of "tensor": each has other heads.
+
+    The gradients of what enters are summed over these devices.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return tree
+    return jax.tree.map(lambda x: _vary(x, ("tensor",)), tree)
+
+
+def sum_over_heads(x: jax.Array) -> jax.Array:
+    """Returns the sum over the devices of "tensor", where each has added its heads' part."""
+    return jax.lax.psum(x, "tensor") if "tensor" in _varying(x) else x
+
+
+def sum_over_mesh(x: jax.Array) -> jax.Array:
+    """Returns the sum of each device's number."""
+    axes = tuple(_varying(x))
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def tokens_of_device[Tree](tree: Tree) -> Tree:
+    """Returns this device's share of tokens that all devices of "tensor" have: `[B, T / n, ...]`.
+
+    The loss uses it: each device then has all logits of some tokens.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return tree
+
+    def take(x: jax.Array) -> jax.Array:
+        count = x.shape[1] // mesh.shape["tensor"]
+        first = jax.lax.axis_index("tensor") * count
+        return jax.lax.dynamic_slice_in_dim(_vary(x, ("tensor",)), first, count, axis=1)
+
+    return jax.tree.map(take, tree)
+
+
+def look_up(embedding: Float[Array, "vocab C"], tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+    """Returns the embedding of each token; NaN for an id out of range.
+
+    On a mesh the rows may be divided over "tensor": each device looks up the tokens that it has.
+    """
+    if "tensor" not in _varying(embedding):
+        # An id out of range gives NaN, not the embedding of another token.
+        return embedding.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+    count = embedding.shape[0]
+    local = tokens - jax.lax.axis_index("tensor") * count
+    found = embedding.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    valid = (tokens >= 0) & (tokens < count * jax.lax.axis_size("tensor"))
+    return jnp.where(valid[..., None], jax.lax.psum(found, "tensor"), jnp.nan)
+
+
+_OF_BATCHES = ("data", "fsdp", "context")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(
+    param: jax.Array, dtype: Any, divided: tuple[tuple[str, int], ...], axes: tuple[str, ...]
+) -> jax.Array:
+    gathered = param.astype(dtype)
+    for axis, dimension in divided:
+        gathered = jax.lax.all_gather(gathered, axis, axis=dimension, tiled=True)
+    return _vary(gathered, axes)
+
+
+def _gather_forward(param: jax.Array, *settings: Any) -> tuple[jax.Array, jax.Array]:
+    return _gather(param, *settings), param
+
+
+def _gather_backward(
+    dtype: Any,
+    divided: tuple[tuple[str, int], ...],
+    axes: tuple[str, ...],
+    param: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array]:
+    del dtype, axes
+    part = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    for axis, dimension in divided:
+        part = jax.lax.psum_scatter(part, axis, scatter_dimension=dimension, tiled=True)
+    missing = tuple(_varying(part) - _varying(param))
+    return ((jax.lax.psum(part, missing) if missing else part).astype(param.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _mesh() -> Any:
+    """Returns the mesh of `on_mesh`, inside of it; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(AXES) == set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Manual}:
+        return mesh
+    return None
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return frozenset(jax.typeof(x).mat.varying)
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in _varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _keys(path: str) -> tuple[jax.tree_util.DictKey, ...]:
+    return tuple(jax.tree_util.DictKey(name) for name in path.split(".") if name)
+
+
+__all__ = [
+    "enter_heads",
+    "gather_parameters",
+    "look_up",
+    "on_mesh",
+    "sum_over_heads",
+    "sum_over_mesh",
+    "tokens_of_device",
+]

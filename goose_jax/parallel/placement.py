@@ -1,0 +1,87 @@
+"""Puts parameters and batches on the devices of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from goose_jax.parallel.rules import batch_spec, tree_shardings
+
+
+def create_sharded[Tree](make: Callable[[], Tree], mesh: Mesh) -> Tree:
+    """Makes parameters so that each device computes and stores its part only.
+
+    The whole is never in one place, so it may be larger than the memory of a device.
+
+    Args:
+      make: makes a model, or a pytree of parameters. It is traced, and gets no arguments: it must
+        make its own `nnx.Rngs`.
+      mesh: the mesh; `PARTITION_RULES` say how it divides each parameter.
+
+    Returns:
+      What `make` returns. The values do not depend on the mesh.
+
+    Example:
+      >>> mesh = make_mesh(fsdp=jax.device_count())
+      >>> config = RWKV7Config(vocab_size=257, hidden_size=64, num_layers=2)
+      >>> model = create_sharded(lambda: RWKV7(config, rngs=nnx.Rngs(0)), mesh)
+      >>> model.head[...].sharding.spec[-2:]
+      ('fsdp', None)
+    """
+    shardings = tree_shardings(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def place_tree[Tree](tree: Tree, mesh: Mesh) -> Tree:
+    """Divides existing parameters over a mesh, by the same rules as `create_sharded`.
+
+    Args:
+      tree: a model or a pytree of arrays. In a run of several processes all must have the same.
+      mesh: the mesh.
+    """
+    return jax.tree.map(_place, tree, tree_shardings(tree, mesh))
+
+
+def place_batch[Tree](batch: Tree, mesh: Mesh) -> Tree:
+    """Puts a batch on the devices of a mesh; each process only copies the rows of its devices.
+
+    Args:
+      batch: a pytree of arrays `[(A,) B, T]`, with the rows of all processes.
+      mesh: the mesh.
+    """
+    return jax.tree.map(
+        lambda array: _place(array, NamedSharding(mesh, batch_spec(array.ndim))), batch
+    )
+
+
+def constrain_tree[Tree](tree: Tree, mesh: Mesh | None) -> Tree:
+    """Tells the compiler that parameters are divided by the rules; None changes nothing."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device stores."""
+    return NamedSharding(mesh, P())
+
+
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(array)
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+__all__ = [
+    "constrain_tree",
+    "create_sharded",
+    "place_batch",
+    "place_tree",
+    "replicated",
+]

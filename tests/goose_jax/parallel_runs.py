@@ -1,0 +1,125 @@
+"""Trains a tiny model on meshes of 8 devices of a CPU.
+
+    python -m tests.goose_jax.parallel_runs FILE
+
+JAX fixes the number of devices when it starts, so `test_parallel.py` runs this in a process of its
+own. The file receives losses, and the parameters and moments after 5 steps, for each mesh.
+"""
+
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from goose_jax import RWKV7, RWKV7Config
+from goose_jax.data import next_token_batch
+from goose_jax.parallel import create_sharded, make_mesh, place_tree
+from goose_jax.training import (
+    LoraConfig,
+    OptimizerConfig,
+    init_lora,
+    init_train_state,
+    init_tuning_state,
+    init_wkv,
+    lora_loss,
+    make_train_step,
+    make_tuning_step,
+    state_loss,
+)
+
+CONFIG = RWKV7Config(
+    vocab_size=18, hidden_size=32, num_layers=2, head_size=8, compute_dtype="float32"
+)
+RECIPE = OptimizerConfig(total_steps=50, warmup_steps=0, learning_rate=1e-3)
+LORA = LoraConfig(rank=4)
+STEPS, B, T = 5, 8, 32
+
+MESHES = {
+    "one": None,
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 1, "tensor": 4},
+    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+    "2 x 2 x 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+TUNING_MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def make_model():
+    """All parameters are away from their initial values, of which many are zero."""
+    graphdef, state = nnx.split(RWKV7(CONFIG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(x.dtype), state)
+    return nnx.merge(graphdef, noisy)
+
+
+def batch(step):
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, CONFIG.vocab_size, (B, T + 1))
+    ids = np.cumsum(rng.random((B, T + 1)) < 0.1, axis=1) + 1  # several segments in a row
+    ids[:, -2:] = 0
+    return next_token_batch(tokens, ids)
+
+
+def train(step, state, *frozen, first=0):
+    losses = []
+    for number in range(STEPS):
+        made = batch(number)
+        if frozen and "wkv" in state.params:  # rows must be one sequence
+            made = next_token_batch(np.pad(made.inputs, ((0, 0), (0, 1))))
+        state, metrics = step(state, *frozen, made)
+        losses.append([float(metrics.loss), float(metrics.gradient_norm), int(metrics.tokens)])
+    return np.array(losses), state
+
+
+def add(results, name, losses, state):
+    results[f"{name}/losses"] = losses
+    moments = state.opt_state[1]
+    for kind, tree in {"params": state.params, "mu": moments.mu}.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            path = jax.tree_util.keystr(path, simple=True, separator=".")
+            results[f"{name}/{kind}/{path}"] = jax.device_get(leaf)
+
+
+def main(file):
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)
+    results = {}
+    for name, sizes in MESHES.items():
+        mesh = None if sizes is None else make_mesh(**sizes)
+        model = make_model() if mesh is None else place_tree(make_model(), mesh)
+        state = init_train_state(model, RECIPE, mesh=mesh)
+        add(results, name, *train(make_train_step(model, RECIPE, mesh=mesh), state))
+        print(name, flush=True)
+
+    for name, mesh in {"one": None, "mesh": make_mesh(**TUNING_MESH)}.items():
+        model = make_model()
+        frozen = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        lora = init_lora(frozen, LORA, jax.random.key(0))
+        wkv = init_wkv(CONFIG)
+        if mesh is not None:
+            frozen = place_tree(frozen, mesh)
+        for kind, trained, loss in (
+            ("lora", lora, lora_loss(model, LORA)),
+            ("state", wkv, state_loss(model)),
+        ):
+            step = make_tuning_step(loss, RECIPE, mesh=mesh)
+            state = init_tuning_state(trained, RECIPE, mesh=mesh)
+            add(results, f"{kind} {name}", *train(step, state, frozen))
+            print(kind, name, flush=True)
+
+    made = create_sharded(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)), make_mesh(fsdp=4, tensor=2))
+    expected = RWKV7(CONFIG, rngs=nnx.Rngs(0))
+    for name, model in {"created": made, "expected": expected}.items():
+        for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+            path = jax.tree_util.keystr(path, simple=True, separator=".")
+            results[f"{name}/{path}"] = jax.device_get(leaf)
+            if name == "created":
+                results[f"share/{path}"] = leaf.addressable_shards[0].data.size / leaf.size
+    np.savez(file, **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

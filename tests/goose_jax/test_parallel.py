@@ -1,0 +1,190 @@
+"""Meshes of 8 devices of a CPU give what one device gives; partition rules; wrong meshes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from goose_jax import RWKV7Config
+from goose_jax.nn import abstract_model
+from goose_jax.parallel import (
+    PARTITION_RULES,
+    check_mesh,
+    describe_mesh,
+    make_mesh,
+    parse_mesh,
+    partition_spec,
+)
+from goose_jax.training import (
+    LoraConfig,
+    OptimizerConfig,
+    init_lora,
+    init_tuning_state,
+    init_wkv,
+    make_train_step,
+)
+from tests.goose_jax.parallel_runs import MESHES
+from tests.helpers import relative_rms
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = RWKV7Config(vocab_size=258, hidden_size=64, num_layers=3, head_size=16)
+
+
+def abstract_mesh(**sizes):
+    axes = ("data", "fsdp", "context", "tensor")
+    shape = tuple(sizes.get(axis, 1) for axis in axes)
+    return AbstractMesh(shape, axes, (AxisType.Auto,) * 4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The results of `parallel_runs`, by name."""
+    file = tmp_path_factory.mktemp("runs") / "results.npz"
+    command = [sys.executable, "-m", "tests.goose_jax.parallel_runs", str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    with np.load(file) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def under(runs, name):
+    return {key: value for key, value in runs.items() if key.startswith(f"{name}/")}
+
+
+def assert_same(runs, name, reference):
+    """Losses and gradients of each step, and the parameters and first moments after the last."""
+    found, expected = under(runs, name), under(runs, reference)
+    assert len(found) == len(expected) > 2
+    assert len({*found[f"{name}/losses"][:, 0]}) == 5  # the steps differ
+    for key, value in expected.items():
+        other = found[key.replace(f"{reference}/", f"{name}/", 1)]
+        if not value.any():  # the value residual of the first layer, for example
+            np.testing.assert_array_equal(other, value, err_msg=key)
+        else:
+            assert relative_rms(other, value) < 2e-5, (key, relative_rms(other, value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_five_steps_on_a_mesh_are_those_of_one_device(runs, name):
+    assert_same(runs, name, "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_five_steps_of_fine_tuning_on_a_mesh_are_those_of_one_device(runs, kind):
+    assert_same(runs, f"{kind} mesh", f"{kind} one")
+
+
+@pytest.mark.slow
+def test_parameters_created_on_a_mesh_are_those_of_one_device_and_divided(runs):
+    expected = under(runs, "expected")
+    for key, value in expected.items():
+        np.testing.assert_allclose(runs[key.replace("expected", "created")], value, atol=1e-6)
+    shares = {key.removeprefix("share/"): value for key, value in under(runs, "share").items()}
+    assert shares["blocks.time_mix.key"] == shares["head"] == shares["embedding"] == 1 / 8
+    assert shares["blocks.time_mix.bonus"] == 1 / 2
+    assert shares["blocks.time_mix_norm.scale"] == 1
+
+
+def test_each_large_parameter_and_adapter_has_a_rule_that_divides_it():
+    mesh = abstract_mesh(fsdp=2, tensor=2)
+    params = nnx.to_pure_dict(nnx.state(abstract_model(CONFIG), nnx.Param))
+    lora = jax.eval_shape(lambda: init_lora(params, LoraConfig(rank=4), jax.random.key(0)))
+    wkv = jax.eval_shape(lambda: init_wkv(CONFIG))
+    seen = set()
+    for tree in (params, lora, wkv):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            spec = partition_spec(path, leaf.shape, mesh)
+            assert partition_spec(name, leaf.shape, mesh) == spec
+            seen |= {rule for rule in PARTITION_RULES if f".{name}".endswith(f".{rule}")}
+            if leaf.size > CONFIG.num_layers * 6 * CONFIG.hidden_size:
+                assert any(spec), name
+    assert seen == set(PARTITION_RULES)  # no rule is for a name that does not exist
+
+
+def test_moments_of_the_optimizer_are_divided_as_their_parameters():
+    mesh = abstract_mesh(fsdp=2)
+    recipe = OptimizerConfig(total_steps=20)
+    model = nnx.state(abstract_model(CONFIG), nnx.Param)
+    state = jax.eval_shape(
+        lambda params: init_tuning_state(params, recipe), nnx.to_pure_dict(model)
+    )
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if partition_spec(path, leaf.shape, mesh) == P(None, "fsdp", None)
+    ]
+    assert len([path for path in paths if path.endswith("blocks.channel_mix.key")]) == 3
+
+
+def test_a_vocabulary_that_an_axis_does_not_divide_stays_whole():
+    mesh = abstract_mesh(tensor=2, fsdp=2)
+    assert partition_spec("embedding", (257, 64), mesh) == P(None, "fsdp")
+    assert partition_spec("embedding", (258, 64), mesh) == P("tensor", "fsdp")
+
+
+def test_a_mesh_is_read_from_a_text():
+    assert parse_mesh("data=2, fsdp=4") == {"data": 2, "fsdp": 4}
+    assert describe_mesh(abstract_mesh(data=2, tensor=4)) == "data=2 x tensor=4"
+    assert describe_mesh(make_mesh(data=1)) == "1 device"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data", "'data', but each part must be AXIS=SIZE"),
+        ("rows=2", "'rows=2', but each part must be AXIS=SIZE, with an axis of data, fsdp"),
+        ("data=2,data=4", "gives the axis data twice"),
+        ("data=0", "the size of data must be an integer >= 1"),
+        ("data=two", "the size of data must be an integer >= 1"),
+    ],
+)
+def test_a_wrong_text_of_a_mesh_names_the_part(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mesh(text)
+
+
+def test_a_mesh_of_another_number_of_devices_says_what_fits():
+    with pytest.raises(ValueError, match=r"tensor=3 needs a multiple of 3 devices, but .* are 8"):
+        make_mesh(tensor=3, devices=[object()] * 8)
+    with pytest.raises(ValueError, match=r"data=4, fsdp=4 has 16 devices, .* 8; data=2 would fit"):
+        make_mesh(data=4, fsdp=4, devices=[object()] * 8)
+    with pytest.raises(ValueError, match="fsdp"):
+        make_mesh(fsdp=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"data": 2, "fsdp": 2},
+            "data=2 x fsdp=2 cannot divide batch_size=6: .* multiple of 4, such as 8",
+        ),
+        ({"tensor": 8}, "tensor=8 cannot divide num_heads=4; sizes that would fit: 1, 2, 4"),
+        ({"fsdp": 3}, "fsdp=3 cannot divide hidden_size=64; .* 1, 2, 4, 8, 16, 32, 64"),
+        (
+            {"context": 5},
+            "context=5 x tensor=1 cannot divide sequence_length=96: .* 5, such as 100",
+        ),
+        ({"context": 32, "tensor": 2}, "context=32 x tensor=2 cannot divide sequence_length=96"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_names_the_axis_and_what_would_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check_mesh(abstract_mesh(**sizes), CONFIG, batch_size=6, sequence_length=96)
+
+
+def test_a_train_step_refuses_a_mesh_before_it_compiles():
+    with pytest.raises(ValueError, match="tensor=8 cannot divide num_heads=4"):
+        make_train_step(
+            abstract_model(CONFIG), OptimizerConfig(total_steps=20), mesh=abstract_mesh(tensor=8)
+        )
