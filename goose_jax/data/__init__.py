@@ -10,6 +10,8 @@ from goose_jax.data.batches import (
     process_rows,
     random_batch,
 )
+from goose_jax.data.binidx import Binidx
+from goose_jax.data.binidx_writer import BinidxWriter, Written
 from goose_jax.data.documents import (
     Document,
     encode_document,
@@ -17,6 +19,13 @@ from goose_jax.data.documents import (
     split_documents,
 )
 from goose_jax.data.packing import pack_documents
+from goose_jax.data.samplers import (
+    BinidxBatches,
+    MagicPrimeWindows,
+    PackedDocuments,
+    RandomBinidxWindows,
+    magic_prime,
+)
 from goose_jax.data.sources import (
     DocumentSource,
     Position,
@@ -31,14 +40,22 @@ __all__ = [
     "NOT_COUNTED",
     "Batch",
     "BatchSource",
+    "Binidx",
+    "BinidxBatches",
+    "BinidxWriter",
     "Document",
     "DocumentSource",
+    "MagicPrimeWindows",
+    "PackedDocuments",
     "Position",
+    "RandomBinidxWindows",
     "RandomWindows",
     "TrainingText",
+    "Written",
     "encode_document",
     "encode_documents",
     "evaluation_batches",
+    "magic_prime",
     "next_token_batch",
     "open_documents",
     "open_standard_library",

@@ -151,8 +151,15 @@ def random_batch(
         raise ValueError(f"{len(tokens)} tokens do not fill a window of {sequence_length=} + 1")
     shape = (batch_size,) if microbatches == 1 else (microbatches, batch_size)
     rows = process_rows(batch_size, process_index, process_count)
-    first = np.random.default_rng((seed, step)).integers(0, starts, shape)[..., rows]
+    first = window_starts(starts, shape, step, seed=seed)[..., rows]
     return next_token_batch(tokens[first[..., None] + np.arange(sequence_length + 1)])
+
+
+def window_starts(
+    count: int, shape: tuple[int, ...], step: int, *, seed: int
+) -> Int[np.ndarray, "..."]:
+    """Draws where windows begin, from 0 to `count - 1`; a pure function of `seed` and `step`."""
+    return np.random.default_rng((seed, step)).integers(0, count, shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,4 +252,5 @@ __all__ = [
     "next_token_batch",
     "process_rows",
     "random_batch",
+    "window_starts",
 ]

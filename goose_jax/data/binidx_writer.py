@@ -1,0 +1,202 @@
+"""Writes tokens as `.bin` and `.idx`, in a stream that can be interrupted and resumed."""
+
+import dataclasses
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from goose_jax.data.binidx import DTYPES, HEADER, MAGIC, VERSION, files_of
+
+_BLOCK = 2**20  # numbers that are converted at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How much has been written.
+
+    Attributes:
+      tokens: number of tokens.
+      items: number of complete items.
+      pending: tokens of the item that is not complete.
+    """
+
+    tokens: int = 0
+    items: int = 0
+    pending: int = 0
+
+
+class BinidxWriter:
+    """Writes a binidx under temporary names, which get their own names at the end.
+
+    Nothing but the last piece is in memory. After `sync`, what has been written outlives the
+    process, and another writer goes on from there.
+
+    Args:
+      prefix: path of the files, without `.bin` and `.idx`. Its folder exists.
+      vocab_size: number of ids: up to 65,536 the tokens are uint16, else int32.
+      written: how much an earlier writer had written at its last `sync`; what it wrote afterwards
+        is removed.
+
+    Raises:
+      OSError: if a file cannot be written.
+      ValueError: if the files of the earlier writer are shorter than they were.
+
+    Example:
+      >>> with BinidxWriter(Path("geese"), 257) as writer:
+      ...     writer.write(np.array([72, 112, 0]), ends_item=True)
+      ...     writer.finish()
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int, written: Written | None = None):
+        self._prefix = prefix
+        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+        self.written = written or Written()
+        self._files: dict[str, BinaryIO] = {}
+        sizes = {
+            ".bin": self.written.tokens * self._dtype.itemsize,
+            ".counted": self.written.tokens,
+            ".sizes": self.written.items * 4,
+        }
+        try:
+            for kind, size in sizes.items():
+                self._files[kind] = _open_at(self._partial(kind), size)
+        except BaseException:
+            self.close()
+            raise
+        counted = self._partial(".counted")
+        self._all_counted = size == 0 or not _has_zero(counted)
+
+    def write(
+        self,
+        tokens: Int[np.ndarray, " N"],
+        counted: Bool[np.ndarray, " N"] | None = None,
+        *,
+        ends_item: bool,
+    ) -> None:
+        """Appends tokens.
+
+        Args:
+          tokens: ids in the range of the dtype.
+          counted: whether the loss counts a token; None counts all.
+          ends_item: whether the item is complete.
+
+        Raises:
+          OSError: if the disk is full.
+          ValueError: if an item has 2^31 tokens or more.
+        """
+        pending = self.written.pending + len(tokens)
+        if pending >= 2**31:
+            raise ValueError(
+                f"item {self.written.items} has {pending} tokens, at most 2^31 - 1 fit"
+            )
+        counted = np.ones(len(tokens), bool) if counted is None else counted
+        self._files[".bin"].write(tokens.astype(self._dtype).tobytes())
+        self._files[".counted"].write(counted.astype(np.uint8).tobytes())
+        self._all_counted &= bool(counted.all())
+        if ends_item:
+            self._files[".sizes"].write(np.int32(pending).tobytes())
+        self.written = Written(
+            self.written.tokens + len(tokens),
+            self.written.items + ends_item,
+            0 if ends_item else pending,
+        )
+
+    def sync(self) -> Written:
+        """Forces what has been written to the disk, and returns how much that is."""
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return self.written
+
+    def finish(self) -> None:
+        """Writes the index and gives the files their names, the index last.
+
+        Raises:
+          OSError: if the disk is full.
+          ValueError: if there are no tokens, or the last item is not complete.
+        """
+        if not self.written.tokens:
+            raise ValueError(f"no token to write to {self._prefix}.bin")
+        if self.written.pending:
+            raise ValueError("the last item is not complete")
+        self.sync()
+        self._write_index()
+        idx, bin_file = files_of(self._prefix)
+        self.close()
+        if self._all_counted:
+            self._partial(".counted").unlink()
+        else:
+            os.replace(self._partial(".counted"), f"{self._prefix}.counted")
+        os.replace(self._partial(".bin"), bin_file)
+        os.replace(self._partial(".idx"), idx)
+        self._partial(".sizes").unlink()
+
+    def _write_index(self) -> None:
+        items, codes = self.written.items, {np.dtype(v): k for k, v in DTYPES.items()}
+        with (
+            self._partial(".idx").open("wb") as index,
+            self._partial(".sizes").open("rb") as sizes,
+        ):
+            index.write(HEADER.pack(MAGIC, VERSION, codes[self._dtype], items, items + 1))
+            while block := sizes.read(4 * _BLOCK):
+                index.write(block)
+            sizes.seek(0)
+            end = 0
+            while block := sizes.read(4 * _BLOCK):
+                ends = end + np.cumsum(np.frombuffer(block, np.int32), dtype=np.int64)
+                begins = np.concatenate([[end], ends[:-1]])
+                index.write((begins * self._dtype.itemsize).astype(np.int64).tobytes())
+                end = int(ends[-1])
+            for start in range(0, items + 1, _BLOCK):
+                index.write(np.arange(start, min(start + _BLOCK, items + 1)).tobytes())
+            index.flush()
+            os.fsync(index.fileno())
+
+    def close(self) -> None:
+        """Closes the files; those that are not finished keep their temporary names."""
+        for stream in self._files.values():
+            stream.close()
+        self._files = {}
+
+    def discard(self) -> None:
+        """Removes the temporary files."""
+        self.close()
+        for kind in (".bin", ".counted", ".sizes", ".idx"):
+            self._partial(kind).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _partial(self, kind: str) -> Path:
+        return Path(f"{self._prefix}{kind}.partial")
+
+
+def _open_at(file: Path, size: int) -> BinaryIO:
+    """Opens a file to append to its first `size` bytes; the rest is removed."""
+    stream: Any = file.open("ab")
+    actual = stream.tell()
+    if actual < size:
+        stream.close()
+        raise ValueError(f"{file} has {actual} bytes, and {size} had been written to it")
+    stream.truncate(size)
+    return stream
+
+
+def _has_zero(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return any(b"\0" in block for block in iter(lambda: stream.read(_BLOCK), b""))
+
+
+__all__ = ["BinidxWriter", "Written"]
