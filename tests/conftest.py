@@ -11,6 +11,7 @@ os.environ.setdefault("NPROC", "8")
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import type_checks
 
@@ -54,6 +55,18 @@ def module_quick_to_compile() -> Iterator[None]:
     """The same for all tests of a module, and what they share."""
     with few_optimisations():
         yield
+
+
+@pytest.fixture(scope="module")
+def module_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The folder of compiled programs of a module whose tests, or their processes, share some."""
+    path = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield path
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

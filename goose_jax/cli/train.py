@@ -1,9 +1,12 @@
 """`goose-jax train`: from a text to a trained or fine-tuned model in a folder of its own."""
 
+import collections
+import contextlib
 import dataclasses
 import shlex
 import sys
-from typing import assert_never
+from collections.abc import Iterator
+from typing import Self, assert_never
 
 import jax
 import tqdm
@@ -15,24 +18,29 @@ from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.cli.train_setup import Prepared, name_of_run, prepare
 from goose_jax.generation import SamplingConfig, generate
 from goose_jax.training import (
+    MetricsWriter,
     NonFiniteError,
     RunDirectory,
     StepReport,
     StopRequest,
+    TensorBoardWriter,
     Trainer,
     TrainerConfig,
     TrainState,
+    WandbWriter,
     make_evaluation,
 )
 from goose_jax.training.plots import has_matplotlib, plot_loss
 from goose_jax.training.run_directory import HELD_OUT_METRIC
 from goose_jax.training.step import Parameters
+from goose_jax.training.throughput import peak_flops
 from goose_jax.training.tuning import STATE_FILE
 
 _PROGRESS = (
     "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} passed, ETA {remaining}"
     "{postfix}"
 )
+_RECENT = 20  # steps whose speed is shown
 _PROMPT_LENGTH = 40  # characters of the held-out text that the sample continues
 
 
@@ -60,18 +68,20 @@ def train(settings: TrainSettings) -> None:
         )
     prepared = prepare(settings, resumed)
     settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
-    if resumed is None:
-        run = RunDirectory.create(settings.out, name_of_run(settings), to_values(settings))
-        trainer = _make_trainer(settings, run, prepared)
-        state = trainer.start()
-    else:
-        trainer = _make_trainer(settings, resumed, prepared)
-        state = trainer.resume()
-        resumed.forget_after(int(state.step))
-        resumed.write_settings(to_values(settings))
-    _print_summary(settings, prepared, trainer, state)
-
-    state = _fit(trainer, state)
+    recorded = to_values(settings)
+    run = resumed or RunDirectory.create(settings.out, name_of_run(settings), recorded)
+    with contextlib.ExitStack() as stack:
+        writers: list[MetricsWriter] = []
+        trainer = _make_trainer(settings, run, prepared, writers)
+        state = trainer.start() if resumed is None else trainer.resume()
+        if resumed is not None:
+            run.forget_after(int(state.step))
+            run.write_settings(recorded)
+        for writer in _open_writers(settings, run, int(state.step)):
+            stack.callback(writer.close)
+            writers.append(writer)
+        _print_summary(settings, prepared, trainer, state)
+        state = _fit(trainer, state)
 
     path = trainer.run.path
     bits = [line[HELD_OUT_METRIC] for line in trainer.run.metrics() if HELD_OUT_METRIC in line]
@@ -87,7 +97,16 @@ def train(settings: TrainSettings) -> None:
     print("\n".join(f"  {line}" for line in commands), shlex.quote(f"--prompt={prompt}"))
 
 
-def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared) -> Trainer:
+def _open_writers(settings: TrainSettings, run: RunDirectory, step: int) -> Iterator[MetricsWriter]:
+    if settings.tensorboard:
+        yield TensorBoardWriter(run.path / "tensorboard", first_step=step)
+    if settings.wandb is not None:
+        yield WandbWriter(settings.wandb, run.path, to_values(settings))
+
+
+def _make_trainer(
+    settings: TrainSettings, run: RunDirectory, prepared: Prepared, writers: list[MetricsWriter]
+) -> Trainer:
     assert settings.batch_size is not None
     assert settings.sequence_length is not None
     evaluate = make_evaluation(
@@ -100,9 +119,14 @@ def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared
     )
     config = TrainerConfig(
         optimizer=optimizer_config(settings),
+        log_every=settings.log_every,
         evaluate_every=settings.evaluate_every,
         save_every=settings.save_every,
         keep=settings.keep,
+        keep_best=settings.keep_best,
+        keep_every=settings.keep_every,
+        non_finite=settings.non_finite,
+        peak_flops=_peak_flops(settings, prepared),
     )
     return Trainer(
         run,
@@ -111,7 +135,14 @@ def _make_trainer(settings: TrainSettings, run: RunDirectory, prepared: Prepared
         evaluate,
         config,
         tokenizer=prepared.tokenizer_name,
+        writers=writers,
     )
+
+
+def _peak_flops(settings: TrainSettings, prepared: Prepared) -> float | None:
+    if settings.peak_tflops is not None:
+        return settings.peak_tflops * 1e12
+    return peak_flops(jax.devices()[0], str(prepared.tuning.model.config.compute_dtype))
 
 
 def _print_summary(
@@ -157,35 +188,15 @@ def _purpose(settings: TrainSettings) -> str:
 
 
 def _fit(trainer: Trainer, state: TrainState) -> TrainState:
-    """Trains with a progress bar; exits with status 130 if Ctrl-C stops the run."""
+    """Trains with a progress bar; exits with 128 plus the signal's number if one stops the run."""
     total = trainer.config.optimizer.total_steps
-    with (
-        StopRequest(on_request=_tell_request) as stop,
-        tqdm.tqdm(
-            total=total,
-            initial=int(state.step),
-            desc="compiling",
-            bar_format=_PROGRESS,
-            smoothing=0.05,
-        ) as progress,
-    ):
-
-        def on_step(report: StepReport) -> None:
-            progress.set_description("training", refresh=False)
-            progress.set_postfix_str(
-                f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tokens/s", refresh=False
-            )
-            progress.update()
-
-        def on_evaluation(step: int, bits_per_byte: float) -> None:
-            if step > 0:
-                progress.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
-
+    with StopRequest(on_request=_tell_request) as stop, _Progress(total) as progress:
+        print("compiling ...", file=sys.stderr, flush=True)
         try:
             state = trainer.fit(
                 state,
-                on_step=on_step,
-                on_evaluation=on_evaluation,
+                on_step=progress.add,
+                on_evaluation=progress.tell_evaluation,
                 stop_requested=lambda: stop.requested,
             )
         except NonFiniteError as error:
@@ -193,8 +204,55 @@ def _fit(trainer: Trainer, state: TrainState) -> TrainState:
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)}; to go on from there:")
         print(f"  goose-jax train --resume {shlex.quote(str(trainer.run.path))}", flush=True)
-        sys.exit(130)
+        sys.exit(stop.exit_status)
     return state
+
+
+class _Progress:
+    """A progress bar, which begins at the first report, so that no time to compile is in its ETA.
+
+    Args:
+      total: number of steps of the run.
+    """
+
+    def __init__(self, total: int):
+        self._total = total
+        self._bar: tqdm.tqdm | None = None
+        self._recent: collections.deque[StepReport] = collections.deque(maxlen=_RECENT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, report: StepReport) -> None:
+        """Shows the report of the next step."""
+        if self._bar is None:
+            self._bar = tqdm.tqdm(
+                total=self._total,
+                initial=report.step,
+                desc="training",
+                bar_format=_PROGRESS,
+                smoothing=0.05,
+            )
+        else:
+            self._bar.update()
+            self._recent.append(report)  # but not the first, with the time to compile
+        recent = self._recent or [report]
+        speed = sum(step.tokens for step in recent) / sum(step.seconds for step in recent)
+        self._bar.set_postfix_str(f"loss {report.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if not report.is_finite:
+            self._bar.write(
+                f"step {report.step}: the loss is {report.loss}, the gradient's norm "
+                f"{report.gradient_norm}; the step is left out"
+            )
+
+    def tell_evaluation(self, step: int, bits_per_byte: float) -> None:
+        """Prints a measurement on held-out text above the bar."""
+        if step > 0:
+            tqdm.tqdm.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
 
 
 def _tell_request() -> None:

@@ -11,8 +11,10 @@ from goose_jax.training import RunDirectory
 from goose_jax.training.yaml_file import read_yaml
 
 _MAY_CHANGE = (
-    *("steps", "data", "from_", "compute_dtype", "remat", "implementation", "precision"),
-    *("evaluate_every", "save_every", "keep", "plot", "prompt", "sample_length"),
+    *("steps", "data", "from_", "compute_dtype", "remat", "unroll_layers", "implementation"),
+    *("precision", "log_every", "tensorboard", "wandb", "peak_tflops", "non_finite"),
+    *("evaluate_every", "save_every", "keep", "keep_best", "keep_every"),
+    *("plot", "prompt", "sample_length"),
 )
 """The settings that a run may be resumed with other values of.
 

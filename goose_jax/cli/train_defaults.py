@@ -149,6 +149,7 @@ def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
             **values,
             compute_dtype=settings.compute_dtype or default_compute_dtype(),
             remat=settings.remat,
+            unroll_layers=settings.unroll_layers,
             implementation=settings.implementation,
             precision=settings.precision,
         )

@@ -17,7 +17,7 @@ type Preset = Literal["minipile-12x768", "pile-24x1024", "pile-24x2048"]
 
 _POSITIVE = (
     *("steps", "batch_size", "microbatches", "sequence_length", "held_out_bytes"),
-    *("evaluate_every", "save_every", "keep"),
+    *("log_every", "evaluate_every", "save_every", "keep", "keep_every"),
 )
 OF_A_NEW_MODEL = (
     *("num_layers", "hidden_size", "head_size", "intermediate_size", "vocab_size"),
@@ -72,6 +72,7 @@ class TrainSettings:
         the dtype in the checkpoint.
       compute_dtype: dtype of activations; by default float32 on a CPU, bfloat16 elsewhere.
       remat: what the backward pass computes again to save memory.
+      unroll_layers: compile each layer by itself, which may run faster and takes longer to compile.
       implementation: implementation of the operators; by default the fastest that serves them.
       precision: high keeps float32's digits in the matrix products of the wkv operator; kernels
         round operands to 16 bits, but are far faster.
@@ -95,11 +96,20 @@ class TrainSettings:
       l2wrap: factor of the pull on each token's largest logit; 0 turns it off.
       held_out_bytes: bytes of text that are not trained on, but used to measure bits per byte; at
         most a tenth of the text.
+      log_every: number of steps that make one line of metrics.
+      tensorboard: write the metrics for TensorBoard, too.
+      wandb: send the metrics to this project at Weights & Biases, too (needs wandb).
+      peak_tflops: operations that the devices make per second at most, in 10^12; the metric mfu is
+        the share of it that the model needs. By default what the GPU's maker says, if it is known.
+      non_finite: what a loss or gradient does that is infinite or NaN. stop: it ends the run. skip:
+        the step is left out, but ten one after another end the run. The batch is kept in both.
       evaluate_every: number of steps between two measurements. The run also measures before the
         first step and after the last.
       save_every: number of steps between two checkpoints. The run also saves at the end and at
         Ctrl-C.
-      keep: number of checkpoints to keep; older ones are removed.
+      keep: number of newest checkpoints to keep; older ones are removed.
+      keep_best: keep the checkpoint at whose step held-out text was measured best, too.
+      keep_every: keep the checkpoints whose step is a multiple of this number, too.
       plot: draw the loss curve (needs matplotlib).
       prompt: text that the sample at the end continues; by default the beginning of the held-out
         text.
@@ -134,6 +144,7 @@ class TrainSettings:
     frozen_dtype: Dtype | None = None
     compute_dtype: Dtype | None = None
     remat: Remat = "dots"
+    unroll_layers: bool = False
     implementation: Literal["mosaic_gpu", "xla", "reference"] | None = None
     precision: Precision = None
     steps: int | None = None
@@ -151,9 +162,16 @@ class TrainSettings:
     decay_base_rate: float = 2.0
     l2wrap: float = L2WRAP
     held_out_bytes: int = 32768
+    log_every: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+    peak_tflops: float | None = None
+    non_finite: Literal["stop", "skip"] = "stop"
     evaluate_every: int = 300
     save_every: int = 300
     keep: int = 2
+    keep_best: bool = True
+    keep_every: int | None = None
     plot: bool = True
     prompt: str | None = None
     sample_length: int = 400
@@ -166,6 +184,8 @@ class TrainSettings:
         for name in ("sample_length", "seed", "l2wrap"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak-tflops must be more than 0, got {self.peak_tflops}")
         if self.sample_length and self.prompt == "":
             raise ValueError("--prompt must not be empty; --sample-length 0 turns the sample off")
         tuned = ("tune", "frozen_dtype", *_OF_LORA, "state")

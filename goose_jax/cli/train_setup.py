@@ -80,6 +80,7 @@ def _resume_model(settings: TrainSettings, run: RunDirectory) -> Prepared:
     path = run.newest_checkpoint
     overrides: dict[str, Any] = {
         "remat": settings.remat,
+        "unroll_layers": settings.unroll_layers,
         "implementation": settings.implementation,
         "precision": settings.precision,
     }
@@ -141,6 +142,7 @@ def _open_base(settings: TrainSettings, dtype: Dtype | None) -> tuple[RWKV7, str
         dtype=dtype,
         compute_dtype=settings.compute_dtype or default_compute_dtype(),
         remat=settings.remat,
+        unroll_layers=settings.unroll_layers,
         implementation=settings.implementation,
         precision=settings.precision,
     )

@@ -4,6 +4,7 @@ from goose_jax.training.evaluation import Evaluation, make_evaluation
 from goose_jax.training.initial_state import load_initial_state, starting_state
 from goose_jax.training.lora import LoraConfig, apply_lora, init_lora, lora_loss, merge_lora
 from goose_jax.training.loss import L2WRAP, mean_loss, sum_of_losses, token_losses
+from goose_jax.training.metrics import MetricsWriter, TensorBoardWriter, WandbWriter
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from goose_jax.training.run_directory import RunDirectory
 from goose_jax.training.state_tuning import init_wkv, state_loss, tuned_state, wkv_of
@@ -35,17 +36,20 @@ __all__ = [
     "LoraConfig",
     "LoraTuning",
     "Metrics",
+    "MetricsWriter",
     "NonFiniteError",
     "OptimizerConfig",
     "RunDirectory",
     "StateTuning",
     "StepReport",
     "StopRequest",
+    "TensorBoardWriter",
     "TrainState",
     "Trainer",
     "TrainerConfig",
     "Tuning",
     "TuningCheckpoint",
+    "WandbWriter",
     "apply_lora",
     "check_base",
     "full_loss",

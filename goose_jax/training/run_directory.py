@@ -4,9 +4,12 @@ settings.yaml     the settings of the run, with every default filled in
 metrics.jsonl     one JSON object per line, each with the number of its "step"
 loss.png          the loss curve
 state.pth         after state tuning: the initial state as a file of the official ecosystem
+tensorboard/      the same metrics for TensorBoard
+non_finite/       the batches of steps whose loss or gradient was not finite
 checkpoints/      one directory per checkpoint, named by the number of steps
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,9 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
+from goose_jax.data import Batch
 from goose_jax.training.yaml_file import read_yaml, write_yaml
 
 HELD_OUT_METRIC = "held_out_bits_per_byte"
@@ -158,17 +164,56 @@ class RunDirectory:
                 ) from error
             yield values
 
-    def save(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
-        """Makes a checkpoint, and then removes all but the newest `keep` checkpoints.
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        keep: int,
+        keep_best: bool = False,
+        keep_every: int | None = None,
+    ) -> None:
+        """Makes a checkpoint, and then removes the checkpoints that are not to be kept.
 
         Args:
           step: number of steps made.
           write: writes the checkpoint to the path that it is given.
-          keep: number of checkpoints to keep.
+          keep: number of newest checkpoints to keep.
+          keep_best: whether to keep `best_checkpoint`.
+          keep_every: checkpoints whose step is a multiple of this are kept; None for no others.
         """
         write(checkpoint_path(self.path, step))
-        for old in self.checkpoints[:-keep]:
-            shutil.rmtree(old)
+        kept = set(self.checkpoints[-keep:])
+        if keep_best and (best := self.best_checkpoint) is not None:
+            kept.add(best)
+        for path in self.checkpoints:
+            if path not in kept and (keep_every is None or int(path.name) % keep_every):
+                shutil.rmtree(path)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint at whose step held-out text was measured best; None without measurements.
+
+        Of equals it is the oldest.
+        """
+        lines = [line for line in self.metrics() if HELD_OUT_METRIC in line]
+        measured = {line["step"]: line[HELD_OUT_METRIC] for line in lines}
+        known = [path for path in self.checkpoints if int(path.name) in measured]
+        return min(known, key=lambda path: measured[int(path.name)], default=None)
+
+    def save_batch(self, step: int, batch: Batch) -> Path:
+        """Writes the batch of a step to "non_finite/", as an archive of NumPy.
+
+        Returns:
+          The path of the archive. Its arrays are "inputs", "targets" and, for packed rows,
+          "segment_ids".
+        """
+        arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        path = self.path / "non_finite" / f"{step:08d}.npz"
+        path.parent.mkdir(exist_ok=True)
+        with atomic_path(path) as new, new.open("wb") as stream:
+            np.savez(stream, **{name: a for name, a in arrays.items() if a is not None})
+        return path
 
     def forget_after(self, step: int) -> None:
         """Removes the metrics of the steps after this one, and a half-written last line.

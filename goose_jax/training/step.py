@@ -106,7 +106,8 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the compiled function `state, metrics = train_step(state, batch)`.
 
-    The step uses up the state that it is given: its buffers are donated to the new state.
+    The step uses up the state that it is given: its buffers are donated to the new state. If the
+    loss or the gradient is not finite, only the number of steps changes.
 
     A batch with a leading axis of microbatches is read one microbatch at a time, and makes one
     optimizer step. The step equals the step on all rows in one batch: every counted target has the
@@ -223,9 +224,24 @@ def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
             updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
             metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
             params = optax.apply_updates(state.params, updates)
+            is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient_norm)
+            params = _where(is_finite, params, state.params)
+            opt_state = _where(is_finite, opt_state, state.opt_state)
         return constrain_tree(TrainState(state.step + 1, params, opt_state), mesh), metrics
 
     return step
+
+
+def _where(changes: Scalar, new: Any, old: Any) -> Any:
+    """Returns `new` or `old`, but always the schedule's count of `new`, which counts all steps."""
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, optax.ScaleByScheduleState):
+            return new
+        return jnp.where(changes, new, old)
+
+    is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(choose, new, old, is_leaf=is_schedule)
 
 
 def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> Any:

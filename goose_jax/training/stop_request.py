@@ -1,4 +1,4 @@
-"""Turns Ctrl-C into a request to stop at the next good moment."""
+"""Turns signals into a request to stop at the next good moment."""
 
 import signal
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """A context in which the first Ctrl-C or SIGTERM only sets `requested`.
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP only sets `requested`.
 
     The second signal acts as it does outside of the context: Ctrl-C raises `KeyboardInterrupt`.
     Signal handlers can only be set in the main thread.
@@ -17,21 +17,24 @@ class StopRequest:
 
     Example:
       >>> with StopRequest() as stop:
-      ...     for state, report in train_steps(train_step, state, batches, steps=100):
+      ...     for _, state in train_steps(train_step, state, batches, steps=9, on_report=print):
       ...         if stop.requested:
       ...             break
 
     Attributes:
       requested: whether a signal has come.
+      exit_status: 128 and the number of the signal, with which a program says what ended it: 130
+        for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 0 without a signal.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None):
         self.requested = False
+        self.exit_status = 0
         self._on_request = on_request
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,6 +48,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        self.exit_status = 128 + number
         self._restore()
         self._on_request()
 

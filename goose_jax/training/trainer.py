@@ -1,8 +1,10 @@
 """A training run: steps, measurements on held-out text, checkpoints, and resuming from them."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,25 @@ import jax.numpy as jnp
 from goose_jax.checkpoints import CheckpointMetadata, load_optimizer_state
 from goose_jax.data import Batch, BatchSource
 from goose_jax.training.evaluation import Evaluation
+from goose_jax.training.metrics import MetricsWriter, summarise
 from goose_jax.training.optimizer import OptimizerConfig, make_optimizer
 from goose_jax.training.run_directory import HELD_OUT_METRIC, RunDirectory
 from goose_jax.training.step import Metrics, TrainState, init_tuning_state, make_tuning_step
-from goose_jax.training.training_loop import NonFiniteError, StepReport, train_steps
+from goose_jax.training.throughput import flops_per_token, peak_memory
+from goose_jax.training.training_loop import (
+    NonFiniteError,
+    StepReport,
+    raise_non_finite,
+    train_steps,
+)
 from goose_jax.training.tuning import Tuning
 from pallas_kernels.validation import check_positive
 
 _CHECKSUM_OF_DATA = "text"  # its name in the metadata of checkpoints
+_CHECKSUM_OF_HELD_OUT = "held_out_text"
+_MOST_SKIPPED = 10  # steps one after another
+
+type OnNonFinite = Literal["stop", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,23 +39,38 @@ class TrainerConfig:
 
     Attributes:
       optimizer: numbers of the optimizer; `optimizer.total_steps` is the length of the run.
+      log_every: number of steps that make one line of metrics.
       evaluate_every: number of steps between two measurements on held-out text. The run also
         measures before its first step and after its last.
       save_every: number of steps between two checkpoints. The run also saves after its last step.
-      keep: number of checkpoints to keep; older ones are removed.
+      keep: number of newest checkpoints to keep. Others are removed, except for the next two.
+      keep_best: whether to keep the checkpoint at whose step held-out text was measured best.
+      keep_every: checkpoints whose step is a multiple of this are kept; None keeps no others.
+      non_finite: what a loss or gradient does that is not finite. "stop" ends the run. "skip" goes
+        on without this step, but ends the run after ten such steps one after another. Both write
+        the batch of the step to the run's folder.
+      peak_flops: operations that the devices make per second at most, for the metric "mfu"; None
+        leaves it out.
 
     Raises:
       ValueError: if a number is not a positive integer.
     """
 
     optimizer: OptimizerConfig
+    log_every: int = 10
     evaluate_every: int = 300
     save_every: int = 300
     keep: int = 2
+    keep_best: bool = True
+    keep_every: int | None = None
+    non_finite: OnNonFinite = "stop"
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("evaluate_every", "save_every", "keep"):
+        for name in ("log_every", "evaluate_every", "save_every", "keep"):
             check_positive(name, getattr(self, name))
+        if self.keep_every is not None:
+            check_positive("keep_every", self.keep_every)
 
 
 class Trainer:
@@ -58,6 +86,7 @@ class Trainer:
       evaluate: measures held-out text, from `make_evaluation`.
       config: length of the run, and what it does between steps.
       tokenizer: name or path of the tokenizer, which checkpoints record.
+      writers: get the metrics, too, which the run's folder gets in any case.
 
     Example:
       >>> model = RWKV7(RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1), rngs=nnx.Rngs(0))
@@ -81,7 +110,9 @@ class Trainer:
       run: folder of the run.
       tuning: what is trained.
       batches: the data.
+      evaluate: measures held-out text.
       config: length of the run, and what it does between steps.
+      writers: get the metrics, too.
     """
 
     def __init__(
@@ -93,9 +124,10 @@ class Trainer:
         config: TrainerConfig,
         *,
         tokenizer: str,
+        writers: Sequence[MetricsWriter] = (),
     ):
         self.run, self.tuning, self.batches, self.config = run, tuning, batches, config
-        self._evaluate, self._tokenizer = evaluate, tokenizer
+        self.evaluate, self.writers, self._tokenizer = evaluate, writers, tokenizer
         self._tuning_step = make_tuning_step(tuning.loss, config.optimizer)
 
     def start(self) -> TrainState:
@@ -108,7 +140,8 @@ class Trainer:
         Raises:
           OSError: if the checkpoint cannot be read.
           CheckpointError: if it is damaged, or belongs to another model.
-          ValueError: if it was trained on other data, or no step is left.
+          ValueError: if it was trained on other data or measured on other held-out text, or no step
+            is left.
         """
         path, total = self.run.newest_checkpoint, self.config.optimizer.total_steps
         params, metadata = self.tuning.load(path)
@@ -116,6 +149,13 @@ class Trainer:
             raise ValueError(
                 f"{self.run.path} cannot be resumed: it was trained on another text than is in "
                 f"{self.batches.source} now"
+            )
+        if metadata.extra.get(_CHECKSUM_OF_HELD_OUT, self.evaluate.checksum) != (
+            self.evaluate.checksum
+        ):
+            raise ValueError(
+                f"{self.run.path} cannot be resumed: the held-out text is not the one it measured "
+                "before"
             )
         if metadata.step >= total:
             raise ValueError(f"{self.run.path} has made all of its {total} steps")
@@ -132,9 +172,12 @@ class Trainer:
     ) -> TrainState:
         """Trains to the last step, or until it is asked to stop.
 
+        Steps are dispatched before those before them are done, so reports come some steps late. The
+        device waits for the host only around measurements and checkpoints.
+
         Args:
           state: the state to start from, of `start` or `resume`. The first step uses it up.
-          on_step: called with a report after each step.
+          on_step: called with the report of each step.
           on_evaluation: called after each measurement on held-out text, with the number of steps
             made and bits per byte.
           stop_requested: asked after each step whether to save a checkpoint and stop.
@@ -144,35 +187,42 @@ class Trainer:
           `config.optimizer.total_steps`.
 
         Raises:
-          NonFiniteError: if a loss or gradient is not finite. The error names the step and the
-            newest checkpoint. Nothing is saved after that step.
+          NonFiniteError: if a loss, a gradient or a parameter is not finite. The error names the
+            step and the newest checkpoint. Nothing is saved after that step.
           OSError: if metrics or a checkpoint cannot be written.
         """
-        total = self.config.optimizer.total_steps
+        log = _Log(self, on_step or (lambda report: None), on_evaluation or (lambda *_: None))
+        config, total = self.config, self.config.optimizer.total_steps
+        stop = False
 
-        def measure(step: int, state: TrainState) -> None:
-            bits_per_byte = self._evaluate(state.params, self.tuning.frozen)
-            self.run.log({"step": step, HELD_OUT_METRIC: bits_per_byte})
-            if on_evaluation is not None:
-                on_evaluation(step, bits_per_byte)
+        def wait_after(step: int) -> bool:
+            nonlocal stop
+            stop = stop_requested is not None and stop_requested()
+            return stop or step % config.evaluate_every == 0 or step % config.save_every == 0
 
         if int(state.step) == 0:
-            measure(0, state)
-        steps = train_steps(self._step, state, self.batches, steps=total)
+            log.measure(0, state)
+        steps = train_steps(
+            self._step,
+            state,
+            self.batches,
+            steps=total,
+            on_report=log.add,
+            on_non_finite=log.non_finite,
+            wait_after=wait_after,
+        )
         try:
-            for state, report in steps:
-                self._log(report)
-                if on_step is not None:
-                    on_step(report)
-                at_end = report.step == total
-                if at_end or report.step % self.config.evaluate_every == 0:
-                    measure(report.step, state)
-                stop = stop_requested is not None and stop_requested()
-                if at_end or stop or report.step % self.config.save_every == 0:
-                    self._save(report.step, state)
+            for step, state in steps:
+                at_end = step == total
+                if at_end or step % config.evaluate_every == 0:
+                    log.measure(step, state)
+                if at_end or stop or step % config.save_every == 0:
+                    log.flush()
+                    self._save(step, state)
                 if stop and not at_end:
                     return state
         except NonFiniteError as error:
+            log.flush()
             raise NonFiniteError(f"{error}; {self._saved_so_far()}") from error
         self.tuning.export(self.run.path, state.params)
         return state
@@ -180,18 +230,25 @@ class Trainer:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self._tuning_step(state, self.tuning.frozen, batch)
 
-    def _log(self, report: StepReport) -> None:
-        speed = {"tokens_per_second": round(report.tokens_per_second)}
-        self.run.log(dataclasses.asdict(report) | speed)
-
     def _save(self, step: int, state: TrainState) -> None:
-        extra = {_CHECKSUM_OF_DATA: self.batches.checksum}
+        if names := _not_finite({"params": state.params, "optimizer": state.opt_state}):
+            raise NonFiniteError(f"step {step}: {', '.join(names[:3])} is not finite")
+        extra = {
+            _CHECKSUM_OF_DATA: self.batches.checksum,
+            _CHECKSUM_OF_HELD_OUT: self.evaluate.checksum,
+        }
         metadata = CheckpointMetadata(self._tokenizer, step, extra)
 
         def write(path: Path) -> None:
             self.tuning.save(path, state.params, metadata, opt_state=state.opt_state)
 
-        self.run.save(step, write, keep=self.config.keep)
+        self.run.save(
+            step,
+            write,
+            keep=self.config.keep,
+            keep_best=self.config.keep_best,
+            keep_every=self.config.keep_every,
+        )
 
     def _saved_so_far(self) -> str:
         if not self.run.checkpoints:
@@ -199,4 +256,84 @@ class Trainer:
         return f"{self.run.newest_checkpoint} is from before"
 
 
-__all__ = ["Trainer", "TrainerConfig"]
+class _Log:
+    """Writes what a trainer measures, and passes it on."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        on_step: Callable[[StepReport], None],
+        on_evaluation: Callable[[int, float], None],
+    ):
+        self._trainer, self._on_step, self._on_evaluation = trainer, on_step, on_evaluation
+        self._reports: list[StepReport] = []
+        self._skipped = 0  # steps one after another
+        tuning = trainer.tuning
+        self._flops_per_token = flops_per_token(tuning.model.config, all_trained=not tuning.frozen)
+
+    def add(self, report: StepReport) -> None:
+        """Takes the report of the next step."""
+        self._skipped = 0 if report.is_finite else self._skipped + 1
+        self._reports.append(report)
+        self._on_step(report)
+        if report.step % self._trainer.config.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes one line for the reports since the last line, if there are any."""
+        if not self._reports:
+            return
+        values = summarise(
+            self._reports,
+            bytes_per_token=self._trainer.evaluate.bytes_per_token,
+            flops_per_token=self._flops_per_token,
+            peak_flops=self._trainer.config.peak_flops,
+        )
+        self._reports = []
+        self._write(values | peak_memory())
+
+    def measure(self, step: int, state: TrainState) -> None:
+        """Measures held-out text, after a line for the steps before."""
+        self.flush()
+        bits_per_byte = self._trainer.evaluate(state.params, self._trainer.tuning.frozen)
+        values = {"step": step}
+        if math.isfinite(bits_per_byte):
+            self._write(values | {HELD_OUT_METRIC: bits_per_byte})
+        self._on_evaluation(step, bits_per_byte)
+
+    def non_finite(self, report: StepReport, batch: Batch) -> None:
+        """Writes the batch of a step that is not finite, and raises an error if the run must end.
+
+        Raises:
+          NonFiniteError: if such a step ends the run, or ten came one after another.
+        """
+        file = self._trainer.run.save_batch(report.step, batch)
+        if self._trainer.config.non_finite == "skip" and self._skipped + 1 < _MOST_SKIPPED:
+            return
+        try:
+            raise_non_finite(report, batch)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (its batch is in {file})") from None
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._trainer.run.log(values)
+        step = values["step"]
+        for writer in self._trainer.writers:
+            writer.write(step, {name: value for name, value in values.items() if name != "step"})
+
+
+@jax.jit
+def _are_finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+
+
+def _not_finite(tree: Any) -> list[str]:
+    """Returns the paths of the arrays that hold a value that is infinite or NaN."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, is_finite in jax.tree.leaves_with_path(jax.device_get(_are_finite(tree)))
+        if not is_finite
+    ]
+
+
+__all__ = ["OnNonFinite", "Trainer", "TrainerConfig"]

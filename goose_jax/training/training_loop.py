@@ -1,5 +1,6 @@
-"""Training steps one after another, each with a report."""
+"""Training steps one after another, dispatched ahead of their measurements."""
 
+import collections
 import dataclasses
 import math
 import time
@@ -8,11 +9,18 @@ from collections.abc import Callable, Iterator
 import jax
 
 from goose_jax.data import Batch
-from goose_jax.training.step import TrainState, TrainStep
+from goose_jax.training.step import Metrics, TrainState, TrainStep
+
+STEPS_AHEAD = 4
+"""The number of steps that wait for the device, or are on it, while the host goes on.
+
+The device never waits for the host if the host prepares a batch in less than the time of four
+steps.
+"""
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or its gradient has become infinite or NaN."""
+    """The loss, its gradient or a parameter has become infinite or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +33,8 @@ class StepReport:
       gradient_norm: global norm of the gradient before clipping.
       learning_rate: learning rate of the step.
       tokens: number of targets that the loss counts.
-      seconds: wall time of the step. The first step includes the time to compile.
+      seconds: wall time from the end of the step before to the end of this one. The first step
+        includes the time to compile.
     """
 
     step: int
@@ -40,6 +49,20 @@ class StepReport:
         """The number of counted targets per second of wall time."""
         return self.tokens / self.seconds
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are finite; if not, the step changed no parameter."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+def raise_non_finite(report: StepReport, batch: Batch) -> None:
+    """Raises `NonFiniteError` with the measurements of a step."""
+    del batch
+    raise NonFiniteError(
+        f"step {report.step}: the loss is {report.loss}, the gradient's norm "
+        f"{report.gradient_norm}, at a learning rate of {report.learning_rate:.3g}"
+    )
+
 
 def train_steps(
     train_step: TrainStep,
@@ -47,9 +70,14 @@ def train_steps(
     batches: Callable[[int], Batch],
     *,
     steps: int,
-) -> Iterator[tuple[TrainState, StepReport]]:
-    """Makes training steps, and yields the state and a report after each.
+    on_report: Callable[[StepReport], None],
+    on_non_finite: Callable[[StepReport, Batch], None] = raise_non_finite,
+    wait_after: Callable[[int], bool] = lambda step: False,
+) -> Iterator[tuple[int, TrainState]]:
+    """Makes training steps, and yields the number of steps made and the state after each.
 
+    A step is dispatched while the device still works on up to `STEPS_AHEAD` steps before it. So the
+    state that is yielded may still be computed, and the report of a step comes some steps later.
     The next step uses up the state that was yielded: its buffers are donated.
 
     Args:
@@ -57,39 +85,76 @@ def train_steps(
       state: the state to start from. Its `step` is the number of steps made before.
       batches: returns the batch of a step, counted from 0.
       steps: the number of steps to arrive at, including those made before.
+      on_report: called with the report of each step, in their order.
+      on_non_finite: called before that with the report and the batch of each step whose loss or
+        gradient is not finite. Such a step has changed no parameter. By default it raises
+        `NonFiniteError`, which ends the training.
+      wait_after: asked once after each step, with the number of steps made, whether to wait until
+        this step is done and reported. After the last step that is always so.
 
     Raises:
-      NonFiniteError: if a loss or gradient is not finite. The error names the step, and the state
-        of that step is not yielded.
+      NonFiniteError: by default, if a loss or gradient is not finite. The error names the step.
 
     Example:
-      >>> for state, report in train_steps(train_step, state, batches, steps=100):
-      ...     print(report.step, report.loss)
+      >>> steps = train_steps(train_step, state, batches, steps=100, on_report=print)
+      >>> for step, state in steps:
+      ...     pass
     """
     first = int(state.step)
     if first >= steps:
         return
+    flight = _Flight()
     batch = batches(first)
-    for step in range(first, steps):
+    for step in range(first + 1, steps + 1):
         start = time.perf_counter()
         state, metrics = train_step(state, batch)
-        if step + 1 < steps:
-            batch = batches(step + 1)  # while the device works
-        numbers = jax.device_get(metrics)
-        report = StepReport(
-            step=step + 1,
-            loss=float(numbers.loss),
-            gradient_norm=float(numbers.gradient_norm),
-            learning_rate=float(numbers.learning_rate),
-            tokens=int(numbers.tokens),
-            seconds=time.perf_counter() - start,
-        )
-        if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
-            raise NonFiniteError(
-                f"step {report.step}: the loss is {report.loss}, the gradient's norm "
-                f"{report.gradient_norm}, at a learning rate of {report.learning_rate:.3g}"
+        flight.add(_Dispatched(step, batch, metrics, start))
+        if step < steps:
+            batch = batches(step)  # while the device works
+        wait = wait_after(step) or step == steps
+        for report, of_report in flight.land(leave=0 if wait else STEPS_AHEAD):
+            if not report.is_finite:
+                on_non_finite(report, of_report)
+            on_report(report)
+        yield step, state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """A step that the device has been given, with the time of that."""
+
+    step: int
+    batch: Batch
+    metrics: Metrics
+    start: float
+
+
+class _Flight:
+    """The steps that have been dispatched and not been reported, the oldest first."""
+
+    def __init__(self) -> None:
+        self._steps: collections.deque[_Dispatched] = collections.deque()
+        self._last_end = 0.0
+
+    def add(self, step: _Dispatched) -> None:
+        self._steps.append(step)
+
+    def land(self, *, leave: int) -> Iterator[tuple[StepReport, Batch]]:
+        """Waits for all but the newest steps, and yields their reports and batches."""
+        while len(self._steps) > leave:
+            step = self._steps.popleft()
+            numbers = jax.device_get(step.metrics)  # waits for the device
+            end = time.perf_counter()
+            report = StepReport(
+                step=step.step,
+                loss=float(numbers.loss),
+                gradient_norm=float(numbers.gradient_norm),
+                learning_rate=float(numbers.learning_rate),
+                tokens=int(numbers.tokens),
+                seconds=end - max(step.start, self._last_end),
             )
-        yield state, report
+            self._last_end = end
+            yield report, step.batch
 
 
-__all__ = ["NonFiniteError", "StepReport", "train_steps"]
+__all__ = ["STEPS_AHEAD", "NonFiniteError", "StepReport", "raise_non_finite", "train_steps"]

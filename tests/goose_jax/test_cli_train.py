@@ -18,34 +18,21 @@ import numpy as np
 import pytest
 import yaml
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from goose_jax.checkpoints import load_checkpoint
 from goose_jax.cli import main as command
 from goose_jax.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 SMALL = [
     *("--num-layers=1", "--hidden-size=32", "--head-size=16", "--batch-size=4"),
     *("--sequence-length=12", "--steps=8", "--warmup-steps=2", "--learning-rate=1e-2"),
-    *("--save-every=4", "--evaluate-every=4", "--held-out-bytes=64"),
+    *("--log-every=1", "--save-every=4", "--evaluate-every=4", "--held-out-bytes=64"),
     *("--sample-length=8", "--prompt=the"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """A folder of compiled programs: many tests need the same ones, and so does a subprocess."""
-    path = str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_compilation_cache_dir", path)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield path
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +162,16 @@ def test_what_is_not_finite_stops_the_run(folder, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, compiled):
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, module_compilation_cache):
     out = folder / "interrupted"
     arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "goose_jax.cli.main", "train", *arguments, "--no-plot",
          f"--data={folder / 'fox.txt'}", f"--out={out}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compiled,
-                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        env=os.environ | {"PYTHONPATH": str(ROOT),
+                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                          "JAX_COMPILATION_CACHE_DIR": module_compilation_cache},
     )  # fmt: skip
     metrics = out / "fox-1" / "metrics.jsonl"
     deadline = time.monotonic() + 300

@@ -33,6 +33,7 @@ from goose_jax.training import (
     with_params,
 )
 from goose_jax.training.loss import num_targets
+from goose_jax.training.training_loop import STEPS_AHEAD
 from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
@@ -310,23 +311,76 @@ def batches(step):
     ],
 )
 def test_what_is_not_finite_stops_the_steps(bad, message):
-    steps = train_steps(stub_step(3, **bad), Count(0), batches, steps=9)
-    for expected in (1, 2, 3):
-        state, report = next(steps)
-        assert state.step == report.step == expected
+    reports = []
+    steps = train_steps(stub_step(3, **bad), Count(0), batches, steps=9, on_report=reports.append)
     with pytest.raises(NonFiniteError, match=message):
-        next(steps)
+        list(steps)
+    assert [report.step for report in reports] == [1, 2, 3]
+
+
+def test_steps_that_are_not_finite_can_be_passed_over():
+    reports, bad = [], []
+    steps = train_steps(
+        *(stub_step(3, loss=np.nan), Count(0), batches),
+        steps=9,
+        on_report=reports.append,
+        on_non_finite=lambda *args: bad.append(args),
+    )
+    assert [step for step, _ in steps] == [*range(1, 10)]
+    assert [report.step for report in reports if report.is_finite] == [1, 2, 3, *range(5, 10)]
+    ((report, batch),) = bad
+    assert report is reports[3]
+    np.testing.assert_array_equal(batch.inputs, batches(3).inputs)
+
+
+def test_steps_are_dispatched_ahead_of_their_reports():
+    """Only where the caller waits, and at the end, do all reports come in."""
+    reports, made = [], []
+    steps = train_steps(
+        *(stub_step(-1), Count(5), batches),
+        steps=18,
+        on_report=lambda report: reports.append(report.step),
+        wait_after=lambda step: step == 14,
+    )
+    for step, state in steps:
+        assert state.step == step
+        made.append((step, len(reports)))
+    late = [(step, max(0, step - 5 - STEPS_AHEAD)) for step in range(6, 14)]
+    assert made == [*late, (14, 9), (15, 9), (16, 9), (17, 9), (18, 13)]
+    assert reports == [*range(6, 19)]
 
 
 def test_steps_go_on_from_the_state():
-    reports = [report for _, report in train_steps(stub_step(-1), Count(5), batches, steps=8)]
-    assert [report.step for report in reports] == [6, 7, 8]
+    reports = []
+    steps = train_steps(stub_step(-1), Count(5), batches, steps=8, on_report=reports.append)
+    assert [step for step, _ in steps] == [6, 7, 8]
     assert reports[0].tokens == 8
     assert reports[0].tokens_per_second == pytest.approx(8 / reports[0].seconds)
-    assert list(train_steps(stub_step(-1), Count(8), batches, steps=8)) == []
+    none = train_steps(stub_step(-1), Count(8), batches, steps=8, on_report=reports.append)
+    assert list(none) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(model, train_step, bad):
+    """Also the schedule counts the step, so later steps have the rate that they always have."""
+    state = init_train_state(model, RECIPE)
+    batch = next_token_batch(some_tokens(2, T + 1))
+    state, _ = train_step(state, batch)
+    broken = state.params | {"head": state.params["head"].at[0, 0].set(bad)}
+    before = dataclasses.replace(state, params=broken)
+    expected = jax.tree.map(np.asarray, before)  # the step uses up its arrays
+    after, metrics = train_step(before, batch)
+    assert not np.isfinite(metrics.loss + metrics.gradient_norm)
+    assert after.step == 2
+    chex.assert_trees_all_equal(after.params, expected.params)
+    counts = [int(leaf) for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim == 0]
+    assert sorted(counts) == [1, 2]  # of Adam, and of the schedule
+    moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
+    kept = [leaf for leaf in jax.tree.leaves(expected.opt_state) if leaf.ndim]
+    chex.assert_trees_all_equal(moments, kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_request_and_the_second_is_not(number):
     seen = []
     before = signal.signal(number, lambda *_: seen.append("outer"))
@@ -335,6 +389,7 @@ def test_the_first_signal_is_a_request_and_the_second_is_not(number):
             assert not stop.requested
             os.kill(os.getpid(), number)
             assert stop.requested
+            assert stop.exit_status == 128 + number
             os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
     finally:

@@ -4,17 +4,20 @@ import dataclasses
 import hashlib
 
 import chex
+import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, load_checkpoint
-from goose_jax.data import Document, TrainingText
+from goose_jax.data import Document, RandomWindows, TrainingText
 from goose_jax.text import ByteTokenizer
 from goose_jax.training import (
     FullTuning,
     LoraConfig,
     LoraTuning,
+    NonFiniteError,
     OptimizerConfig,
     RunDirectory,
     StateTuning,
@@ -24,7 +27,7 @@ from goose_jax.training import (
     make_evaluation,
 )
 
-pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
 
 CONFIG = RWKV7Config(
     vocab_size=257, hidden_size=32, num_layers=1, head_size=16, compute_dtype="float32"
@@ -49,8 +52,9 @@ def evaluate(model):
     return make_evaluation(model, TEXT.held_out, TEXT.tokenizer, **SIZE)
 
 
-def make_trainer(run, tuning, evaluate, *, seed=0, text=TEXT, recipe=RECIPE):
-    config = TrainerConfig(optimizer=recipe, evaluate_every=2, save_every=3, keep=1)
+def make_trainer(run, tuning, evaluate, *, seed=0, text=TEXT, recipe=RECIPE, **more):
+    every = {"log_every": 1, "evaluate_every": 2, "save_every": 3, "keep": 1} | more
+    config = TrainerConfig(optimizer=recipe, **every)
     windows = text.windows(**SIZE, seed=seed)
     return Trainer(run, tuning, windows, evaluate, config, tokenizer="byte")
 
@@ -91,7 +95,7 @@ def test_a_run_reports_and_keeps_what_it_measures(finished, model):
     saved, metadata = load_checkpoint(run.path)
     assert (metadata.step, metadata.tokenizer) == (4, "byte")
     # Runs made before know their text by this value.
-    assert metadata.extra == {"text": hashlib.sha256(TEXT.tokens.tobytes()).hexdigest()}
+    assert metadata.extra["text"] == hashlib.sha256(TEXT.tokens.tobytes()).hexdigest()
     trained, start = FullTuning(model).result(state.params)
     assert_equal(nnx.state(saved), nnx.state(trained))
     assert start is None
@@ -101,10 +105,8 @@ def test_a_run_reports_and_keeps_what_it_measures(finished, model):
 def test_nothing_is_printed_and_a_stopped_run_goes_on(finished, model, evaluate, tmp_path, capsys):
     run = RunDirectory.create(tmp_path, "fox", {})
     trainer = make_trainer(run, FullTuning(model), evaluate)
-    steps = []
-    state = trainer.fit(
-        trainer.start(), on_step=steps.append, stop_requested=lambda: len(steps) == 2
-    )
+    answers = iter([False, True])
+    state = trainer.fit(trainer.start(), stop_requested=lambda: next(answers))
     assert int(state.step) == 2
     assert [path.name for path in run.checkpoints] == ["00000002"]
 
@@ -132,6 +134,126 @@ def test_a_folder_without_a_checkpoint_is_not_resumed(model, evaluate, tmp_path)
     run = RunDirectory.create(tmp_path, "fox", {})
     with pytest.raises(CheckpointError, match="fox-1 has no checkpoint to resume from"):
         make_trainer(run, FullTuning(model), evaluate).resume()
+
+
+@dataclasses.dataclass(frozen=True)
+class WithBadTokens:
+    """A source of batches, of which those of some steps hold a token that the model lacks."""
+
+    batches: RandomWindows
+    bad: tuple[int, ...]
+    source = "fox"
+    checksum = "fox"
+
+    def __call__(self, step):
+        batch = self.batches(step)
+        if step not in self.bad:
+            return batch
+        inputs = batch.inputs.copy()  # targets are a part of the same array
+        inputs[0, 3] = 99999
+        return dataclasses.replace(batch, inputs=inputs)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_or_ends_the_run(model, evaluate, tmp_path):
+    run = RunDirectory.create(tmp_path, "fox", {})
+    recipe = dataclasses.replace(RECIPE, total_steps=16)
+    more = {"recipe": recipe, "log_every": 4, "save_every": 16, "evaluate_every": 16}
+    trainer = make_trainer(run, FullTuning(model), evaluate, non_finite="skip", **more)
+    windows = trainer.batches
+    trainer.batches = WithBadTokens(windows, bad=(0, 5, 6))
+    reports = []
+    state = trainer.fit(trainer.start(), on_step=reports.append)
+    assert int(state.step) == 16
+    assert [report.step for report in reports if not report.is_finite] == [1, 6, 7]
+    assert [line.get("skipped", 0) for line in run.metrics() if "loss" in line] == [1, 2, 0, 0]
+    kept = sorted((run.path / "non_finite").iterdir())
+    assert [path.name for path in kept] == ["00000001.npz", "00000006.npz", "00000007.npz"]
+    with np.load(kept[1]) as archive:
+        assert archive["inputs"][0, 3] == 99999
+        np.testing.assert_array_equal(archive["targets"], windows(5).targets)
+    params, _ = FullTuning(model).load(run.newest_checkpoint)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+    trainer.batches = WithBadTokens(windows, bad=tuple(range(3, 13)))
+    with pytest.raises(NonFiniteError, match=r"step 13: the loss is nan.*00000013.npz"):
+        trainer.fit(trainer.start())
+    stopping = make_trainer(run, FullTuning(model), evaluate, **more)
+    stopping.batches = WithBadTokens(windows, bad=(5,))
+    with pytest.raises(NonFiniteError, match=rf"step 6: .*\(its batch is in {run.path}/non_f"):
+        stopping.fit(stopping.start())
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_finite_are_not_saved(model, evaluate, tmp_path):
+    """The gradient of the last step is finite, the parameters after it are not."""
+    run = RunDirectory.create(tmp_path, "fox", {})
+    recipe = dataclasses.replace(RECIPE, learning_rate=3e38, warmup_steps=0, weight_decay=9.0)
+    trainer = make_trainer(run, FullTuning(model), evaluate, recipe=recipe, save_every=1)
+    with pytest.raises(NonFiniteError, match=r"step 1: params\..* not finite; no checkpoint was"):
+        trainer.fit(trainer.start())
+    assert run.checkpoints == []
+
+
+class Recorder:
+    def __init__(self):
+        self.written = []
+
+    def write(self, step, values):
+        self.written.append((step, dict(values)))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.slow
+def test_lines_of_several_steps_and_other_writers(model, evaluate, finished, tmp_path):
+    """Means over the steps, of which none is left out or counted twice."""
+    run, writer = RunDirectory.create(tmp_path, "fox", {}), Recorder()
+    trainer = make_trainer(run, FullTuning(model), evaluate, log_every=3, peak_flops=1e12)
+    trainer.writers = [writer]
+    trainer.fit(trainer.start())
+    lines = [line for line in run.metrics() if "loss" in line]
+    single = losses_of(finished[0])
+    assert [line["step"] for line in lines] == [2, 3, 4]  # 2 and 4: it measures
+    expected = [(single[1] + single[2]) / 2, single[3], single[4]]
+    np.testing.assert_allclose([line["loss"] for line in lines], expected, rtol=1e-6)
+    assert [line["tokens"] for line in lines] == [48, 24, 24]
+    for line in lines:
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / np.log(2) * 46 / 45)
+        assert 0 < line["mfu"] < 1
+        assert line["host_memory_bytes"] > 1e7
+    assert writer.written == [(line.pop("step"), line) for line in run.metrics()]
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    run = RunDirectory.create(tmp_path, "fox", {})
+    for step, bits in {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: None, 12: 3.2}.items():
+        if bits is not None:
+            run.log({"step": step, "held_out_bits_per_byte": bits})
+        run.save(step, lambda path: path.mkdir(parents=True), keep=2, keep_best=True, keep_every=6)
+    assert [int(path.name) for path in run.checkpoints] == [4, 6, 10, 12]
+    assert run.best_checkpoint.name == "00000004"
+    run.save(14, lambda path: path.mkdir(), keep=1)
+    assert [int(path.name) for path in run.checkpoints] == [14]
+    assert run.best_checkpoint is None
+
+
+def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
+    run = RunDirectory.create(tmp_path, "fox", {})
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": 1.0})
+    whole = run.metrics_file.read_bytes()
+    for cut in (1, 5, 17):
+        run.metrics_file.write_bytes(whole[:-cut])
+        assert [line["step"] for line in run.metrics()] == [1, 2]
+    run.forget_after(1)
+    assert run.metrics_file.read_text() == '{"step": 1, "loss": 1.0}\n'
+    run.metrics_file.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2 is no line of metrics, remove it"):
+        run.forget_after(3)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.log({"step": 4, "loss": float("nan")})
 
 
 def test_parameters_of_few_bits_are_not_trained():
@@ -175,7 +297,9 @@ def test_a_finished_run_of_state_tuning_leaves_a_file(model, tmp_path):
     assert start.wkv.shape == (1, 1, 2, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["evaluate_every", "save_every", "keep"])
+@pytest.mark.parametrize(
+    "name", ["log_every", "evaluate_every", "save_every", "keep", "keep_every"]
+)
 def test_a_number_that_makes_no_sense(name):
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
         TrainerConfig(optimizer=RECIPE, **{name: 0})

@@ -1,0 +1,111 @@
+"""The metrics of a run, and the files that others read."""
+
+import struct
+
+import jax
+import pytest
+from flax import nnx
+
+from goose_jax import RWKV7Config
+from goose_jax.nn import abstract_model
+from goose_jax.training import StepReport, TensorBoardWriter
+from goose_jax.training.metrics import summarise
+from goose_jax.training.throughput import flops_per_token, peak_flops
+
+
+def report(step, loss, tokens, seconds, norm=2.0):
+    return StepReport(
+        step=step,
+        loss=loss,
+        gradient_norm=norm,
+        learning_rate=step / 10,
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def test_means_weigh_tokens_and_leave_out_what_is_not_finite():
+    nan = float("nan")
+    steps = [
+        *(report(4, 1.0, 10, 0.5), report(5, 4.0, 20, 1.0, norm=5.0)),
+        *(report(6, nan, 30, 0.5), report(7, 1.0, 40, 1.0, norm=float("inf"))),
+    ]
+    values = summarise(steps, bytes_per_token=2.0, flops_per_token=6e3, peak_flops=1e6)
+    assert values == pytest.approx(
+        {
+            "step": 7,
+            "loss": 3.0,  # (10 + 80) / 30
+            "bits_per_byte": 3.0 * 1.4426950408889634 / 2,
+            "gradient_norm": 3.5,
+            "learning_rate": 0.7,
+            "tokens": 100,
+            "seconds": 3.0,
+            "tokens_per_second": 33,
+            "mfu": 100 / 3 * 6e3 / 1e6,
+            "skipped": 2,
+        }
+    )
+    only = summarise(steps[2:], bytes_per_token=2.0, flops_per_token=6e3)
+    assert only.keys() == {
+        *("step", "learning_rate", "tokens", "seconds", "tokens_per_second", "skipped"),
+    }
+
+
+def test_operations_are_those_of_the_matrices():
+    """6 for each entry of a matrix that a token is multiplied with, and 27 for one of the state."""
+    config = RWKV7Config(vocab_size=65536, hidden_size=768, num_layers=12)
+    params = nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    matrices = {
+        name: leaf.size
+        for name, leaf in leaves.items()
+        if leaf.ndim == 3 and min(leaf.shape[1:]) > 16 and name != "blocks.time_mix.bonus"
+    }
+    unused = 2 * 768 * 32  # of the value residual of the first layer
+    used = sum(matrices.values()) - unused + leaves["head"].size
+    state = 12 * 12 * 64 * 64
+    assert flops_per_token(config) == 6 * used + 27 * state
+    assert flops_per_token(config, all_trained=False) == 4 * used + 27 * state
+    assert used == pytest.approx(191e6 - 50.3e6, rel=0.01)  # all parameters, less the embedding
+
+
+def test_peaks_of_devices():
+    class Device:
+        def __init__(self, device_kind):
+            self.device_kind = device_kind
+
+    assert peak_flops(Device("NVIDIA H100 80GB HBM3"), "bfloat16") == 989.4e12
+    assert peak_flops(Device("NVIDIA H100 PCIe"), "bfloat16") == 756e12
+    assert peak_flops(Device("NVIDIA H100 80GB HBM3"), "float32") is None
+    assert peak_flops(jax.devices("cpu")[0], "bfloat16") is None
+
+
+def read_events(folder):
+    """The scalars in event files: records of length, checksum, message, checksum (TFRecord)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 12 + size + 4
+            for value in event.summary.value:
+                scalars[value.tag, event.step] = value.simple_value
+    return scalars
+
+
+def test_tensorboard_gets_the_values(tmp_path):
+    writer = TensorBoardWriter(tmp_path / "tensorboard")
+    writer.write(10, {"loss": 2.5, "tokens": 80})
+    writer.write(20, {"loss": 1.25})
+    writer.close()
+    assert read_events(tmp_path / "tensorboard") == {
+        ("loss", 10): 2.5,
+        ("tokens", 10): 80.0,
+        ("loss", 20): 1.25,
+    }
