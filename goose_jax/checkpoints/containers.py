@@ -109,6 +109,7 @@ def write_tensors(
     container: Container,
     tensors: Iterable[tuple[str, np.ndarray]],
     settings: Mapping[str, Any],
+    files: Mapping[str, bytes],
     *,
     max_shard_bytes: int,
 ) -> None:
@@ -119,6 +120,7 @@ def write_tensors(
       container: what to create.
       tensors: names and arrays, which may be transposed views.
       settings: contents of a folder's `config.json`.
+      files: contents of other files in a folder, by name.
       max_shard_bytes: maximum size of each file in a folder, unless a single tensor is larger.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +133,8 @@ def write_tensors(
             return
         temporary.mkdir()
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
         write_shards(temporary, dict(tensors), max_shard_bytes)
 
 

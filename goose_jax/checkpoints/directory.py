@@ -37,7 +37,7 @@ def write_directory(
 
     Args:
       path: the directory to create, with its parents.
-      descriptions: for each JSON file its value, by file name.
+      descriptions: for each JSON file its value, by file name; bytes are written as they are.
       trees: for each folder of arrays its pytree, by folder name. A None is left out.
 
     Raises:
@@ -53,7 +53,10 @@ def write_directory(
             temporary.mkdir(parents=True)
             _reserve(temporary, trees)
             for name, value in descriptions.items():
-                _write_json(temporary / name, value)
+                if isinstance(value, bytes):
+                    (temporary / name).write_bytes(value)
+                else:
+                    _write_json(temporary / name, value)
             for name, tree in trees.items():
                 _write_arrays(temporary / name, tree)
             _write_json(temporary / CHECKSUMS, _checksums(temporary))

@@ -14,6 +14,7 @@ from goose_jax.checkpoints.directory import read_json
 from goose_jax.checkpoints.errors import CheckpointError, shorten_name
 from goose_jax.checkpoints.layouts import Layout
 from goose_jax.checkpoints.native import CheckpointMetadata
+from goose_jax.checkpoints.tokenizer_copy import locate_tokenizer
 from goose_jax.config import RWKV7Config
 
 CONFIG = "config.json"
@@ -121,7 +122,9 @@ def read_metadata(folder: Path, settings: Mapping[str, Any]) -> CheckpointMetada
     """
     if _OURS not in settings:
         return None
-    return CheckpointMetadata.from_json(settings[_OURS], f"{folder / CONFIG}: {_OURS}")
+    metadata = CheckpointMetadata.from_json(settings[_OURS], f"{folder / CONFIG}: {_OURS}")
+    tokenizer = locate_tokenizer(metadata.tokenizer, folder)
+    return dataclasses.replace(metadata, tokenizer=tokenizer)
 
 
 def default_value_rank(settings: Mapping[str, Any]) -> int | None:
@@ -138,7 +141,9 @@ def make_settings(
     Raises:
       ValueError: if the layout's code would compute with another epsilon.
     """
-    end_of_document = 0 if metadata.tokenizer == "world" else None
+    tokenizer = metadata.tokenizer or ""
+    # In files of vocabularies, too, id 0 ends a document.
+    end_of_document = 0 if tokenizer == "world" or tokenizer.startswith("rwkv_vocab") else None
     sizes = {key: getattr(config, field) for key, field in _SIZES.items()}
     tokens = {
         "bos_token_id": end_of_document,

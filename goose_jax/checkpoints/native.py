@@ -2,6 +2,7 @@
 
     config.json       fields of the `RWKV7Config`
     metadata.json     step, name of the tokenizer, and other values that the run records
+    tokenizer.json    or rwkv_vocab.txt: a copy of the tokenizer's file, if it has one
     params/           the parameters, written by Orbax
     optimizer/        the state of the optimizer, written by Orbax; only if training will be resumed
     checksums.json    size and CRC-32 of each of these files
@@ -25,6 +26,7 @@ from goose_jax.checkpoints.directory import (
     write_directory,
 )
 from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
+from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer, locate_tokenizer
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
 
@@ -44,7 +46,8 @@ class CheckpointMetadata:
 
     Attributes:
       tokenizer: name or path of the tokenizer that the model was trained with, such as "byte"; None
-        if it is unknown.
+        if it is unknown. A checkpoint keeps a copy of the tokenizer's file, and a loaded checkpoint
+        names its copy.
       step: number of optimizer steps that the model was trained for.
       extra: other values that JSON can hold.
     """
@@ -92,7 +95,9 @@ def save_checkpoint(
       FileExistsError: if `path` exists. Nothing is ever overwritten.
       OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
-    descriptions = {
+    tokenizer, files = embed_tokenizer(metadata.tokenizer)
+    metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
+    descriptions = files | {
         _CONFIG: model.config.to_dict(),
         _METADATA: {"format": _FORMAT} | dataclasses.asdict(metadata),
     }
@@ -148,7 +153,9 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / _CONFIG} is damaged: {cause(error)}") from error
     config = dataclasses.replace(config, **overrides)
-    return config, CheckpointMetadata.from_json(stored, str(path / _METADATA))
+    metadata = CheckpointMetadata.from_json(stored, str(path / _METADATA))
+    tokenizer = locate_tokenizer(metadata.tokenizer, path)
+    return config, dataclasses.replace(metadata, tokenizer=tokenizer)
 
 
 def load_optimizer_state(path: Path | str, like: Any) -> Any:

@@ -36,6 +36,7 @@ from goose_jax.checkpoints.layouts import LAYOUTS, OFFICIAL, Layout
 from goose_jax.checkpoints.native import CheckpointMetadata, load_checkpoint, save_checkpoint
 from goose_jax.checkpoints.recognition import Recognised, no_model, recognise
 from goose_jax.checkpoints.stored_tensor import StoredTensor, common_dtype
+from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.config import (
     WORLD_VOCAB_SIZE,
     RWKV7Config,
@@ -179,7 +180,8 @@ def save_pretrained(
       layout: "official" for the names of the official code, "huggingface" for FLA, "transformers",
         another name of `goose_jax.checkpoints.layouts`, or "native" for goose-jax. "pth" is the
         official file: official names in a file of torch, whatever the end of `path`.
-      metadata: metadata of the model, which only a folder can hold. None records the tokenizer
+      metadata: metadata of the model, which only a folder can hold, with a copy of the tokenizer's
+        file. None records the tokenizer
         "world" for a vocabulary of 65536, and no tokenizer for others.
       time_states: a trained initial state to write beside the weights, `[H, V, K]` for each layer.
         Only "pth", "official" and "web-rwkv" have a place for it.
@@ -219,12 +221,14 @@ def save_pretrained(
             f"{layout=} has no place for a model whose embedding holds the norm after it; "
             "write native, rwkv7, or transformers as a folder"
         )
+    tokenizer, files = embed_tokenizer(metadata.tokenizer)
+    metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
     settings = make_settings(model.config, metadata, names)
     if kind != "folder":
         read = read_epsilons(path, {}, names, model.config.head_size)
         check_epsilons(model.config, read, "the official code")
     tensors = itertools.chain(split_model(model, names), _split_states(names, time_states))
-    write_tensors(path, kind, tensors, settings, max_shard_bytes=max_shard_bytes)
+    write_tensors(path, kind, tensors, settings, files, max_shard_bytes=max_shard_bytes)
 
 
 def open_foreign(path: Path, **overrides: Any) -> ForeignCheckpoint:

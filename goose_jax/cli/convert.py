@@ -16,6 +16,7 @@ from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.checkpoints.state_files import write_time_states
 from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import Dtype
+from goose_jax.text import find_tokenizer_file
 
 
 def convert(
@@ -47,8 +48,8 @@ def convert(
         transformers itself; native: a checkpoint of goose-jax; the others are named in
         docs/checkpoints.md.
       dtype: Dtype that parameters are rounded to; by default they keep their dtype.
-      tokenizer: Name of the tokenizer that the target records (a .pth cannot record it); by default
-        the tokenizer of the source.
+      tokenizer: Name or path of the target's tokenizer; by default that of the source. Only a folder
+        can record it, and holds a copy of its file.
       state: File to write a trained initial state to that lies beside the weights of the source.
         Without it, the state goes into the target, too, if the layout has a place for it.
 
@@ -66,6 +67,8 @@ def convert(
         model, metadata = load_pretrained(source, dtype=dtype, **overrides)
         if tokenizer is not None:
             metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
+        elif source.is_dir() and (file := find_tokenizer_file(source)) is not None:
+            metadata = dataclasses.replace(metadata, tokenizer=str(file))
         time_states = _read_states(source)
         kept = None if state is not None else time_states
         if state is not None and time_states is not None:

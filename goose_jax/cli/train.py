@@ -67,9 +67,13 @@ def train(settings: TrainSettings) -> None:
             "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
         )
     prepared = prepare(settings, resumed)
-    settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
+    if resumed is None:
+        settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
     recorded = to_values(settings)
     run = resumed or RunDirectory.create(settings.out, name_of_run(settings), recorded)
+    if resumed is None:
+        kept = run.keep_tokenizer(prepared.tokenizer_name)
+        prepared = dataclasses.replace(prepared, tokenizer_name=kept)
     with contextlib.ExitStack() as stack:
         writers: list[MetricsWriter] = []
         trainer = _make_trainer(settings, run, prepared, writers)

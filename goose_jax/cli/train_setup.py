@@ -15,7 +15,13 @@ from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.config import Dtype, default_compute_dtype
 from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
-from goose_jax.text import Tokenizer, get_tokenizer, open_tokenizer, tokenizer_name
+from goose_jax.text import (
+    Tokenizer,
+    find_tokenizer_file,
+    get_tokenizer,
+    open_tokenizer,
+    tokenizer_name,
+)
 from goose_jax.training import FullTuning, LoraTuning, RunDirectory, StateTuning, Tuning
 
 
@@ -47,6 +53,8 @@ def prepare(settings: TrainSettings, run: RunDirectory | None) -> Prepared:
       OSError: if a file cannot be read.
       ValueError: if a file is damaged, the text is too short, or the tokenizer does not fit.
     """
+    if run is not None and (file := find_tokenizer_file(run.path)) is not None:
+        settings = dataclasses.replace(settings, tokenizer=str(file))
     match settings.tune:
         case None | "full" if run is not None:
             return _resume_model(settings, run)

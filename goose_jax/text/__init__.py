@@ -10,6 +10,7 @@ from goose_jax.text.tokenizer_lookup import (
     find_tokenizer_file,
     get_tokenizer,
     open_tokenizer,
+    tokenizer_files,
     tokenizer_name,
 )
 from goose_jax.text.vocabulary import VocabularyTokenizer, read_vocabulary, world_tokenizer
@@ -28,6 +29,7 @@ __all__ = [
     "get_tokenizer",
     "open_tokenizer",
     "read_vocabulary",
+    "tokenizer_files",
     "tokenizer_name",
     "world_tokenizer",
 ]

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from goose_jax.text.byte_tokenizer import ByteTokenizer
 from goose_jax.text.tokenizer import Tokenizer
@@ -47,11 +49,14 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def _open_json(file: Path) -> Tokenizer:
+    return vocabulary_tokenizer(file, _read_json(file)) or HuggingFaceTokenizer(file)
+
+
+def _read_json(file: Path) -> Any:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no tokenizer.json: {error}") from error
-    return vocabulary_tokenizer(file, fields) or HuggingFaceTokenizer(file)
 
 
 def open_tokenizer(name_or_path: str | Path, vocab_size: int) -> Tokenizer:
@@ -108,6 +113,36 @@ def find_tokenizer_file(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
+def tokenizer_files(name_or_path: str | Path) -> dict[str, Path]:
+    """Returns the files of a tokenizer, by the names with which a folder holds them.
+
+    Files with these names in a folder are the tokenizer that `find_tokenizer_file` finds there.
+
+    Args:
+      name_or_path: a name or path that `get_tokenizer` accepts.
+
+    Returns:
+      The main file first; `{}` if there is no file, as for "byte" and "world".
+
+    Raises:
+      OSError: if a file cannot be read.
+      ValueError: if a folder holds no tokenizer or several, or a file is damaged.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in _BY_NAME or not path.exists():
+        return {}
+    file = _file_in(path) if path.is_dir() else path
+    if file.suffix != ".json":
+        return {file.name if fnmatch(file.name, _IN_FOLDERS[0]) else "rwkv_vocab.txt": file}
+    fields = _read_json(file)
+    model = fields.get("model") if isinstance(fields, dict) else None
+    if not isinstance(model, dict):
+        return {file.name if fnmatch(file.name, _IN_FOLDERS[1]) else "rwkv_vocab.json": file}
+    named = model.get("vocab_file")
+    beside = {named: file.with_name(named)} if isinstance(named, str) else {}
+    return {"tokenizer.json": file} | beside
+
+
 def _hold_one_vocabulary(files: Sequence[Path]) -> bool:
     tokenizers = [get_tokenizer(file) for file in files]
     first, *others = (
@@ -129,5 +164,6 @@ __all__ = [
     "find_tokenizer_file",
     "get_tokenizer",
     "open_tokenizer",
+    "tokenizer_files",
     "tokenizer_name",
 ]

@@ -1,6 +1,7 @@
 """The folder of a training run.
 
 settings.yaml     the settings of the run, with every default filled in
+tokenizer.json    or rwkv_vocab.txt: a copy of the tokenizer's file, if it has one
 metrics.jsonl     one JSON object per line, each with the number of its "step"
 loss.png          the loss curve
 state.pth         after state tuning: the initial state as a file of the official ecosystem
@@ -23,6 +24,7 @@ import numpy as np
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
+from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.data import Batch
 from goose_jax.training.yaml_file import read_yaml, write_yaml
 
@@ -123,6 +125,24 @@ class RunDirectory:
         if not self.checkpoints:
             raise CheckpointError(f"{self.path} has no checkpoint to resume from")
         return self.checkpoints[-1]
+
+    def keep_tokenizer(self, name: str) -> str:
+        """Copies the files of a tokenizer into the folder, so that the run needs no others.
+
+        Args:
+          name: name or path of the tokenizer.
+
+        Returns:
+          The path of the copy; `name` if the tokenizer has no file.
+
+        Raises:
+          OSError: if a file cannot be read or written.
+        """
+        copy, files = embed_tokenizer(name)
+        for file, content in files.items():
+            with atomic_path(self.path / file) as new:
+                new.write_bytes(content)
+        return str((self.path / str(copy)).absolute()) if files else name
 
     @property
     def metrics_file(self) -> Path:

@@ -1,6 +1,7 @@
 """Checkpoints of parameters that are tuned beside a frozen model: LoRA adapters or initial states.
 
     adapter.json      kind of the parameters, the frozen model, number of steps, tokenizer
+    tokenizer.json    or rwkv_vocab.txt: a copy of the tokenizer's file, if it has one
     config.json       fields of the `RWKV7Config` of the frozen model
     params/           the tuned parameters, written by Orbax
     optimizer/        the optimizer's state; only if training is to be resumed
@@ -26,6 +27,7 @@ from goose_jax.checkpoints.directory import (
 from goose_jax.checkpoints.errors import cause
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
+from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer, locate_tokenizer
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.training.lora import LoraConfig, init_lora
@@ -78,14 +80,16 @@ def save_tuning_checkpoint(
       FileExistsError: if `path` exists. Nothing is ever overwritten.
       OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
+    tokenizer, files = embed_tokenizer(checkpoint.metadata.tokenizer)
+    metadata = dataclasses.replace(checkpoint.metadata, tokenizer=tokenizer)
     description = {
         "format": _FORMAT,
         "kind": checkpoint.kind,
         "lora": None if checkpoint.lora is None else dataclasses.asdict(checkpoint.lora),
         "base": {"path": checkpoint.base_path, "fingerprint": checkpoint.base_fingerprint},
-        "metadata": dataclasses.asdict(checkpoint.metadata),
+        "metadata": dataclasses.asdict(metadata),
     }
-    descriptions = {ADAPTER: description, "config.json": checkpoint.base_config.to_dict()}
+    descriptions = files | {ADAPTER: description, "config.json": checkpoint.base_config.to_dict()}
     write_directory(path, descriptions, {"params": checkpoint.params, OPTIMIZER: opt_state})
 
 
@@ -107,6 +111,8 @@ def load_tuning_checkpoint(path: Path | str) -> TuningCheckpoint:
     if stored.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {stored.get('format')}, but {_FORMAT} is read")
     metadata = CheckpointMetadata.from_json(stored.get("metadata"), str(path / ADAPTER))
+    tokenizer = locate_tokenizer(metadata.tokenizer, path)
+    metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
     try:
         config = RWKV7Config.from_dict(read_json(path / "config.json"))
         lora = None if stored["lora"] is None else LoraConfig(**stored["lora"])

@@ -131,6 +131,27 @@ def test_a_run_goes_on_as_if_nothing_had_happened(request, kind, tmp_path):
     assert yaml.safe_load((run / "settings.yaml").read_text())["tokenizer"].endswith("words.txt")
 
 
+@pytest.mark.slow
+def test_a_run_holds_its_tokenizer(folder, full, lora, tmp_path, capsys, monkeypatch):
+    """Also where another folder is the working directory and the first file is gone."""
+    words = (folder / "words.txt").read_bytes()
+    (folder / "words.txt").unlink()
+    monkeypatch.chdir(tmp_path)
+    try:
+        run = pathlib.Path(shutil.copytree(full, tmp_path / "run"))
+        for path in (run, run / "checkpoints" / "00000004"):
+            assert (path / "rwkv_vocab.txt").read_bytes() == words
+            main(["generate", str(path), "--prompt=the", "--max-new-tokens=2"])
+            assert capsys.readouterr().out.startswith("the")
+        shutil.rmtree(run / "checkpoints" / "00000004")
+        main(["train", "--resume", "run"])
+        main(["merge", str(lora), f"--base={folder / 'base.pth'}", "--out=merged"])
+        main(["generate", "merged", "--prompt=the", "--max-new-tokens=2"])
+        assert (tmp_path / "merged" / "rwkv_vocab.txt").read_bytes() == words
+    finally:
+        (folder / "words.txt").write_bytes(words)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "state"])
 def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
     opened = []

@@ -1,5 +1,8 @@
 """Loading a model together with its tokenizer."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from goose_jax.checkpoints import (
     save_checkpoint,
     save_pretrained,
 )
+from goose_jax.cli.main import main
 from goose_jax.text import VocabularyTokenizer
 from tests.goose_jax.official_weights import GOLDEN, golden_model
 from tests.goose_jax.random_parameters import make_model
@@ -76,3 +80,56 @@ def test_one_rule_of_dtypes_for_our_checkpoints(tmp_path):
     assert dtypes() == ("float32", "bfloat16")  # as recorded, on every machine
     assert dtypes(dtype=jnp.float16) == ("float16", "float16")
     assert dtypes(compute_dtype=jnp.float32) == ("float32", "float32")
+
+
+def as_vocabulary(folder, vocabulary):
+    file = folder / "words.txt"
+    lines = [f"{i} {token!r} {len(token)}\n" for i, token in vocabulary.items()]
+    file.write_text("".join(lines))
+    return file, {"rwkv_vocab.txt"}
+
+
+def as_ids(folder, vocabulary):
+    file = folder / "words.json"
+    file.write_text(json.dumps({str(i): list(token) for i, token in vocabulary.items()}))
+    return file, {"rwkv_vocab.json"}
+
+
+def as_two_files(folder, vocabulary):
+    """The tokenizer.json names the file that holds the vocabulary."""
+    ids = {token.decode("latin-1"): i for i, token in vocabulary.items()}
+    (folder / "ids.json").write_text(json.dumps(ids))
+    file = folder / "of-another-name.json"
+    model = {"type": "RWKV7LongestMatch", "vocab_file": "ids.json"}
+    file.write_text(json.dumps({"model": model}))
+    return file, {"tokenizer.json", "ids.json"}
+
+
+@pytest.mark.parametrize("write", [as_vocabulary, as_ids, as_two_files])
+def test_a_checkpoint_holds_its_tokenizer(tmp_path, write):
+    """It is found when all is in another place and the file it came from is gone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    vocabulary = {1: b"a", 2: b"ab", 3: b"\n"}
+    file, copies = write(source, vocabulary)
+    model = golden_model()
+    save_pretrained(model, tmp_path / "native", "native", CheckpointMetadata(str(file), 3))
+    save_pretrained(model, tmp_path / "fla", "huggingface", CheckpointMetadata(str(file), 3))
+    shutil.rmtree(source)
+    for name in ("native", "fla"):
+        moved = tmp_path / "moved" / name
+        shutil.move(tmp_path / name, moved)
+        assert copies <= {path.name for path in moved.iterdir()}
+        assert load_pretrained(moved)[1].step == 3
+        _, tokenizer = load_model_and_tokenizer(moved)
+        assert tokenizer.encode("aab\n") == [1, 2, 3]
+    main(["convert", str(tmp_path / "moved/fla"), str(tmp_path / "back"), "--layout=native"])
+    assert load_model_and_tokenizer(tmp_path / "back")[1].encode("aab\n") == [1, 2, 3]
+
+
+def test_a_tokenizer_without_a_file_is_recorded_by_its_name(tmp_path):
+    model = golden_model()
+    save_pretrained(model, tmp_path / "native", "native", CheckpointMetadata("byte"))
+    assert load_pretrained(tmp_path / "native")[1].tokenizer == "byte"
+    save_pretrained(model, tmp_path / "other", "native", CheckpointMetadata("of somebody"))
+    assert load_pretrained(tmp_path / "other")[1].tokenizer == "of somebody"
