@@ -1,12 +1,16 @@
 """The device that a call is traced for, as far as JAX tells it."""
 
+import contextlib
+import contextvars
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 _HOPPER_CAPABILITY = "9.0"
+_assumed = contextvars.ContextVar["Device | None"]("assumed", default=None)
 _HOPPER_NAMES = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
@@ -32,7 +36,11 @@ def device_in_context() -> Device:
 
     `jax.set_mesh`, `jax.sharding.use_abstract_mesh` and `jax.shard_map` set the mesh.
     `jax.default_device` sets the default device; otherwise it is the first of `jax.devices()`.
+    `assume_device` goes before all of these.
     """
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
     if of_mesh is not None:
         return _of_mesh(of_mesh)
@@ -40,6 +48,16 @@ def device_in_context() -> Device:
     if isinstance(default, str):
         default = jax.devices(default)[0]
     return _of_device(jax.devices()[0] if default is None else default)
+
+
+@contextlib.contextmanager
+def assume_device(device: Device) -> Iterator[None]:
+    """Traces for a device that was in context before, when JAX calls back without the context."""
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def _of_mesh(abstract: jax.sharding.AbstractDevice) -> Device:
@@ -61,4 +79,4 @@ def _of_device(device: Any) -> Device:
     )
 
 
-__all__ = ["Device", "device_in_context"]
+__all__ = ["Device", "assume_device", "device_in_context"]

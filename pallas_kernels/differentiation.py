@@ -7,7 +7,8 @@ operator has two tables, `FORWARD` and `BACKWARD`, from names to functions:
     gradients = backward(*inputs, cotangents=cotangents, **settings)
 
 Inputs are arrays, or None for those that were not given; settings are known at trace time. A
-backward returns one gradient for each input: None for those that are None or integers.
+backward returns one gradient for each input: None for those that are None or integers. It may
+return gradients in the dtype that it computes in.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Choice, dispatch
+from pallas_kernels.sharding import Layout, over_explicit_axes, vary_alike
 
 KEPT = "pallas_kernels.kept"
 """Name of results that take long to compute and that the backward needs, of kernels for example.
@@ -34,6 +36,7 @@ def run_from_inputs[R](
     operator: str,
     forward: Mapping[str, Forward[R]],
     backward: Mapping[str, Backward],
+    layout: Layout,
     implementation: Choice,
     *inputs: jax.Array | None,
     **settings: Any,
@@ -44,6 +47,7 @@ def run_from_inputs[R](
       operator: the operator's public name, for messages.
       forward: name to function, the preferred ones first.
       backward: the same for the gradients.
+      layout: of inputs and results.
       implementation: one name for both directions, a pair of names, (forward, backward), or None,
         which takes in each direction the first that serves the call. "reference" for both leaves
         the gradient to JAX, which then also knows the derivatives of it.
@@ -57,15 +61,19 @@ def run_from_inputs[R](
       ExceptionGroup: of `NotServed`, if None was given and no implementation serves this call.
     """
     names = _split(operator, forward, backward, implementation)
-    if names == ("reference", "reference"):
-        with jax.named_scope(operator):
-            return forward["reference"](*inputs, **settings)
     directions = (
         _Direction(operator, tuple(table.items()), name, tuple(settings.items()))
         for table, name in zip((forward, backward), names, strict=True)
     )
-    with jax.named_scope(operator):
-        return _run(*directions, inputs)
+
+    def run(*inputs: jax.Array | None) -> R:
+        inputs = vary_alike(*inputs)
+        with jax.named_scope(operator):
+            if names == ("reference", "reference"):
+                return forward["reference"](*inputs, **settings)
+            return _run(*directions, inputs)
+
+    return over_explicit_axes(run, layout, *inputs)
 
 
 def differentiate[R](reference: Forward[R]) -> Backward:
@@ -130,7 +138,18 @@ def _run_backward(
     forward: _Direction, backward: _Direction, inputs: tuple[Any, ...], cotangents: Any
 ) -> tuple[tuple[Any, ...]]:
     del forward
-    return (tuple(backward(*inputs, cotangents=cotangents)),)
+    gradients = backward(*inputs, cotangents=cotangents)
+    # Gradients of parameters are rounded here, when they have been summed over all devices.
+    return (
+        tuple(
+            gradient if x is None or not _is_float(x) else gradient.astype(x.dtype)
+            for gradient, x in zip(gradients, inputs, strict=True)
+        ),
+    )
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 _run.defvjp(_run_forward, _run_backward)

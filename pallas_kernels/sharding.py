@@ -1,8 +1,115 @@
-"""Operators over the mesh in context."""
+"""Operators over the mesh in context.
+
+An operator says in a `Layout` which dimensions its arrays have. Mesh axes are of three types:
+
+    Auto       Only the compiler knows how arrays are divided. It partitions XLA's own operations;
+               kernels it lets `pallas_kernels.partitioning` partition.
+    Explicit   The types of arrays say how they are divided. `over_explicit_axes` makes such axes
+               Auto within an operator, and says how results are divided.
+    Manual     Arrays are the parts of one device, as in `jax.shard_map`. `vary_alike` makes types
+               agree.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+type Axes = tuple[str, ...]
+"""Names of the mesh axes that divide one dimension, the outermost first."""
+
+type Dimensions = tuple[str, ...]
+"""Names of an array's dimensions."""
+
+ROWS = "B"
+"""The dimension that distinguishes activations and states from parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The dimensions of the arrays that a function takes and returns.
+
+    Attributes:
+      inputs: for each argument its dimensions, as in "B T C", or a pytree of those; one string may
+        stand for a whole pytree of alike arrays. "..." is any number of dimensions.
+      results: the same for the results.
+      independent: names of dimensions, as in "B H". For a part of the results along one of them,
+        the function needs only the same part of its arguments. A result that lacks the dimension,
+        like the gradient of a parameter, is the sum over all parts.
+    """
+
+    inputs: tuple[Any, ...]
+    results: Any
+    independent: str = ""
+
+    def backward(self) -> "Layout":
+        """Returns the layout of the function from inputs and cotangents to gradients."""
+        inputs = (*self.inputs, self.results)
+        return dataclasses.replace(self, inputs=inputs, results=self.inputs)
+
+
+def dimensions_of_leaves(layout: Any, arrays: Any) -> list[Dimensions]:
+    """Returns the dimensions of each array of a pytree, of which `layout` is a prefix."""
+    names = jax.tree.leaves(jax.tree.broadcast(layout, arrays))
+    return [
+        ("...",) * x.ndim if of_array == "..." else tuple(of_array.split())
+        for of_array, x in zip(names, jax.tree.leaves(arrays), strict=True)
+    ]
+
+
+def axes_at(spec: PartitionSpec, position: int) -> Axes:
+    """Returns the mesh axes that divide the dimension at a position."""
+    axes = spec[position] if position < len(spec) else None
+    if axes is None or axes is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
+def spec_of(dimensions: Dimensions, divided: Mapping[str, Axes]) -> PartitionSpec:
+    """Returns how an array is divided, given how its dimensions are."""
+    return PartitionSpec(*(divided.get(name) for name in dimensions))
+
+
+def over_explicit_axes[R](function: Callable[..., R], layout: Layout, *arguments: Any) -> R:
+    """Calls a function that knows nothing of explicit mesh axes.
+
+    Within the function these axes are Auto. Results are divided as the arguments are: each of their
+    dimensions like this dimension of the first activation or state that has it.
+
+    Args:
+      function: from the arguments to the results.
+      layout: of arguments and results.
+      *arguments: arrays, pytrees of arrays, or None.
+    """
+    leaves = jax.tree.leaves(arguments)
+    mesh = _mesh_with_explicit_axes(leaves)
+    if mesh is None:
+        return function(*arguments)
+    divided: dict[str, Axes] = {}
+    for names, x in zip(dimensions_of_leaves(layout.inputs, arguments), leaves, strict=True):
+        for position, name in enumerate(names if ROWS in names else ()):
+            divided.setdefault(name, axes_at(jax.typeof(x).sharding.spec, position))
+
+    def sharding(names: str) -> NamedSharding:
+        return NamedSharding(mesh, spec_of(tuple(names.split()), divided))
+
+    out_sharding = jax.tree.map(sharding, layout.results)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)(
+        *arguments
+    )
+
+
+def _mesh_with_explicit_axes(leaves: list[Any]) -> AbstractMesh | None:
+    """Returns the mesh of arrays whose types say how they are divided; None if there is none."""
+    for x in leaves:
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
 
 
 def vary_alike[*Arrays](*arrays: *Arrays) -> tuple[*Arrays]:
@@ -28,4 +135,14 @@ def vary_alike[*Arrays](*arrays: *Arrays) -> tuple[*Arrays]:
     return jax.tree.map(vary, arrays)
 
 
-__all__ = ["vary_alike"]
+__all__ = [
+    "ROWS",
+    "Axes",
+    "Dimensions",
+    "Layout",
+    "axes_at",
+    "dimensions_of_leaves",
+    "over_explicit_axes",
+    "spec_of",
+    "vary_alike",
+]

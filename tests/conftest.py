@@ -17,6 +17,9 @@ from tests import type_checks
 
 type_checks.install()
 
+# Tests of meshes divide arrays over some of these; all others run on the first one.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Shapes that only agree by broadcasting, and products in reduced precision, are errors here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -19,6 +19,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import NotServed
+from pallas_kernels.sharding import Layout
 from tests.pallas_kernels.operator_checks import assert_close, draw, evaluate, saved_for_backward
 
 TOKENS, HEAD = (2, 3, 2, 8), (2, 8)
@@ -132,7 +133,7 @@ def minus_one(x, *, cotangents):
 def test_none_moves_on_in_each_direction():
     def run(x, backward, implementation=None):
         forward = {"kernel": never, "reference": double}
-        return run_from_inputs("op", forward, backward, implementation, x)
+        return run_from_inputs("op", forward, backward, Layout(("",), ""), implementation, x)
 
     slope = jax.grad(lambda x: run(x, {"kernel": minus_one, "reference": differentiate(double)}))
     assert slope(1.0) == -1

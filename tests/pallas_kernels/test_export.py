@@ -1,39 +1,19 @@
 """Programs for a Hopper GPU are made on any machine, through public functions only."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import LayerWeights, decode_layers, wkv7, wkv7_recurrent
+from pallas_kernels import decode_layers, wkv7, wkv7_recurrent
+from tests.pallas_kernels.mesh_cases import decoding_arguments
 
 NAMES = ("r", "log_decay", "k", "v", "a", "b")
 
 
 def tokens(length: int) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(NAMES, jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16))
-
-
-def layers() -> dict:
-    C, H, K, F = 256, 4, 64, 512
-
-    def of(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-    shapes = {field.name: of(C) for field in dataclasses.fields(LayerWeights)}
-    shapes |= {"time_shift_mix": of(6, C), "channel_key": of(C, F), "channel_value": of(F, C)}
-    shapes |= dict.fromkeys(("receptance", "key", "value", "output"), of(C, C))
-    for name in ("decay", "alpha", "value_residual", "gate"):
-        shapes |= {f"{name}_down": of(C, 64), f"{name}_up": of(64, C)}
-    of_heads = ("removal_scale", "replacement_mix", "bonus", "head_norm_scale", "head_norm_bias")
-    shapes |= dict.fromkeys(of_heads, of(H, K))
-    states = {"time_shift": of(3, C), "wkv": of(3, H, K, K, dtype=jnp.float32)}
-    states["channel_shift"] = states["time_shift"]
-    return {"x": jax.ShapeDtypeStruct((3, C), jnp.bfloat16), "weights": LayerWeights(**shapes)} | (
-        states
-    )
 
 
 def gradient(operator):
@@ -56,7 +36,7 @@ recurrent = functools.partial(wkv7_recurrent, **on_kernels)
         (gradient(bounded), tokens(70), 3),
         (lambda x: recurrent(**x), tokens(1), 1),
         (gradient(recurrent), tokens(9), 2),
-        (lambda x: decode_layers(**x, **on_kernels), layers(), 8),
+        (lambda x: decode_layers(**x, **on_kernels), decoding_arguments(rows=3), 8),
     ],
     ids=["wkv7", "wkv7 gradient", "wkv7_recurrent", "wkv7_recurrent gradient", "decode_layers"],
 )

@@ -7,10 +7,10 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.channel_mix.reference import channel_mix_reference
+from pallas_kernels.operators.channel_mix.reference import LAYOUT, channel_mix_reference
 from pallas_kernels.operators.channel_mix.xla import channel_mix_with
 from pallas_kernels.operators.token_shift.api import check_shift
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype
 
@@ -67,5 +67,9 @@ def channel_mix(
     check_float("value_weight", value_weight, "F C", sizes)
     check_same_dtype(x=x, key_weight=key_weight, value_weight=value_weight)
     check_shift(x, state, segment_ids, sizes)
-    arrays = vary_alike(x, mix, key_weight, value_weight, state, segment_ids)
-    return dispatch("channel_mix", IMPLEMENTATIONS, implementation, *arrays)
+
+    def run(*arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return dispatch("channel_mix", IMPLEMENTATIONS, implementation, *vary_alike(*arrays))
+
+    arrays = (x, mix, key_weight, value_weight, state, segment_ids)
+    return over_explicit_axes(run, LAYOUT, *arrays)

@@ -6,7 +6,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
 from pallas_kernels.precision import accumulation_dtype, contract
+from pallas_kernels.sharding import Layout
 from pallas_kernels.types import SegmentIds
+
+LAYOUT = Layout(
+    inputs=("B T C", "C", "C F", "F C", "B C", "B T"), results=("B T C", "B C"), independent="B"
+)
 
 
 def project_keys(
@@ -36,4 +41,4 @@ def channel_mix_reference(
     return y.astype(x.dtype), new_state
 
 
-__all__ = ["channel_mix_reference", "project_keys", "square"]
+__all__ = ["LAYOUT", "channel_mix_reference", "project_keys", "square"]

@@ -95,8 +95,8 @@ def _backward(
         "token_shift_mix", BACKWARD, implementation, *shift, cotangents=((dmixed,), dnew_state)
     )
     return (
-        dx,
-        dmixes[0],
+        dx.astype(residuals.x.dtype),
+        dmixes[0].astype(residuals.mix.dtype),
         dkey_weight.astype(key_weight.dtype),
         dvalue_weight.astype(value_weight.dtype),
         dstate,

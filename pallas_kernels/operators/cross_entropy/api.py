@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.cross_entropy.reference import (
+    LAYOUT,
+    SUM_LAYOUT,
     cross_entropy_reference,
     cross_entropy_sum_reference,
 )
 from pallas_kernels.operators.cross_entropy.sum_xla import cross_entropy_sum_xla
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -71,17 +73,13 @@ def cross_entropy(
       TypeError: for wrong dtypes.
     """
     _check(hidden, weight, targets, l2wrap, chunk_size)
-    hidden, weight, targets = vary_alike(hidden, weight, targets)
-    return dispatch(
-        "cross_entropy",
-        IMPLEMENTATIONS,
-        implementation,
-        hidden,
-        weight,
-        targets,
-        float(l2wrap),
-        chunk_size,
-    )
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        settings = (float(l2wrap), chunk_size)
+        arrays = vary_alike(*arrays)
+        return dispatch("cross_entropy", IMPLEMENTATIONS, implementation, *arrays, *settings)
+
+    return over_explicit_axes(run, LAYOUT, hidden, weight, targets)
 
 
 def cross_entropy_sum(
@@ -129,10 +127,13 @@ def cross_entropy_sum(
     """
     sizes = _check(hidden, weight, targets, l2wrap, chunk_size)
     check_float("token_weights", token_weights, "B T", sizes)
-    arrays = vary_alike(hidden, weight, targets, token_weights)
-    return dispatch(
-        "cross_entropy", SUM_IMPLEMENTATIONS, implementation, *arrays, float(l2wrap), chunk_size
-    )
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        settings = (float(l2wrap), chunk_size)
+        arrays = vary_alike(*arrays)
+        return dispatch("cross_entropy", SUM_IMPLEMENTATIONS, implementation, *arrays, *settings)
+
+    return over_explicit_axes(run, SUM_LAYOUT, hidden, weight, targets, token_weights)
 
 
 def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any, chunk_size: Any) -> dict[str, int]:

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.precision import contract
+from pallas_kernels.sharding import Layout
+
+LAYOUT = Layout(inputs=("B T C", "C vocab", "B T"), results="B T", independent="B T")
+SUM_LAYOUT = Layout(inputs=("B T C", "C vocab", "B T", "B T"), results="", independent="B T")
 
 
 def token_of(logits: Float[Array, "*tokens vocab"]) -> Int[Array, "*tokens vocab"]:
@@ -85,6 +89,8 @@ def cross_entropy_sum_reference(
 
 
 __all__ = [
+    "LAYOUT",
+    "SUM_LAYOUT",
     "Losses",
     "cross_entropy_reference",
     "cross_entropy_sum_reference",

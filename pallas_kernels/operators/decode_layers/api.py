@@ -1,11 +1,13 @@
 """The public operator."""
 
 from collections.abc import Callable
+from typing import Any
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.decode_layers.mosaic_gpu import decode_layers_mosaic_gpu
 from pallas_kernels.operators.decode_layers.reference import decode_layers_reference
-from pallas_kernels.operators.decode_layers.weights import LayerWeights, check_weights
+from pallas_kernels.operators.decode_layers.weights import LAYOUT, LayerWeights, check_weights
+from pallas_kernels.sharding import over_explicit_axes
 from pallas_kernels.types import FloatArray, Mask
 from pallas_kernels.validation import check_bool, check_float, check_same_dtype
 
@@ -72,19 +74,13 @@ def decode_layers(
         raise ValueError(f"wkv must have H * K = C = {sizes['C']}, got shape={wkv.shape}")
     if active is not None:
         check_bool("active", active, "B", sizes)
-    return dispatch(
-        "decode_layers",
-        IMPLEMENTATIONS,
-        implementation,
-        x,
-        time_shift,
-        wkv,
-        channel_shift,
-        active,
-        weights,
-        norm_eps=norm_eps,
-        head_norm_eps=head_norm_eps,
-    )
+
+    def run(*arrays: Any) -> Results:
+        eps = {"norm_eps": norm_eps, "head_norm_eps": head_norm_eps}
+        return dispatch("decode_layers", IMPLEMENTATIONS, implementation, *arrays, **eps)
+
+    arrays = (x, time_shift, wkv, channel_shift, active, weights)
+    return over_explicit_axes(run, LAYOUT, *arrays)
 
 
 __all__ = ["decode_layers"]

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.sharding import Layout
 from pallas_kernels.validation import check_float
+
+STATES = ("layers B C", "layers B H K V", "layers B C")
+LAYOUT = Layout(inputs=("B C", *STATES, "B", "..."), results=("B C", *STATES), independent="B")
 
 
 @jax.tree_util.register_dataclass
@@ -166,4 +170,4 @@ def check_weights(weights: Any, sizes: dict[str, int]) -> None:
         check_float(f"weights.{name}", getattr(weights, name), axes, sizes)
 
 
-__all__ = ["MATRICES", "LayerWeights", "check_weights"]
+__all__ = ["LAYOUT", "MATRICES", "LayerWeights", "check_weights"]

@@ -8,18 +8,18 @@ from pallas_kernels.operators.key_update.mosaic_gpu import (
     key_update_backward_mosaic_gpu,
     key_update_mosaic_gpu,
 )
-from pallas_kernels.operators.key_update.reference import key_update_reference
+from pallas_kernels.operators.key_update.reference import LAYOUT, key_update_reference
 from pallas_kernels.operators.key_update.xla import key_update_backward
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.validation import check_float
 
 FORWARD = {
-    "mosaic_gpu": key_update_mosaic_gpu,
+    "mosaic_gpu": partitioned(key_update_mosaic_gpu, LAYOUT),
     "xla": key_update_reference,
     "reference": key_update_reference,
 }
 BACKWARD = {
-    "mosaic_gpu": key_update_backward_mosaic_gpu,
+    "mosaic_gpu": partitioned_backward(key_update_backward_mosaic_gpu, LAYOUT),
     "xla": key_update_backward,
     "reference": differentiate(key_update_reference),
 }
@@ -70,5 +70,5 @@ def key_update(
     check_float("alpha", alpha, "B T H K", sizes)
     check_float("removal_scale", removal_scale, "H K", sizes)
     check_float("replacement_mix", replacement_mix, "H K", sizes)
-    inputs = vary_alike(k, alpha, removal_scale, replacement_mix)
-    return run_from_inputs("key_update", FORWARD, BACKWARD, implementation, *inputs)
+    inputs = (k, alpha, removal_scale, replacement_mix)
+    return run_from_inputs("key_update", FORWARD, BACKWARD, LAYOUT, implementation, *inputs)

@@ -100,7 +100,7 @@ def key_update_backward_mosaic_gpu(
     )
     dk, dalpha, *sums = kernel(inputs, _flatten_parameters(removal_scale, replacement_mix))
     dremoval_scale, dreplacement_mix = (
-        total.sum((0, 1)).reshape(x.shape).astype(x.dtype)
+        total.sum((0, 1)).reshape(x.shape)
         for total, x in zip(sums, (removal_scale, replacement_mix), strict=True)
     )
     return dk.reshape(k.shape), dalpha.reshape(k.shape), dremoval_scale, dreplacement_mix

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.sharding import Layout
+
+LAYOUT = Layout(inputs=("B T H K", "B T H K", "H K", "H K"), results="B T H K", independent="B T H")
 
 MIN_NORM = 1e-12
 """The least divisor of a normalisation, as of `torch.nn.functional.normalize`."""
@@ -45,4 +48,11 @@ def key_update_reference(
     return new_k.astype(output_dtype), -kk.astype(output_dtype), (kk * alpha).astype(output_dtype)
 
 
-__all__ = ["MIN_NORM", "inverse_norm", "key_update_reference", "replacement_key", "square_norm"]
+__all__ = [
+    "LAYOUT",
+    "MIN_NORM",
+    "inverse_norm",
+    "key_update_reference",
+    "replacement_key",
+    "square_norm",
+]

@@ -8,18 +8,18 @@ from pallas_kernels.operators.layer_norm.mosaic_gpu import (
     layer_norm_backward_mosaic_gpu,
     layer_norm_mosaic_gpu,
 )
-from pallas_kernels.operators.layer_norm.reference import layer_norm_reference
+from pallas_kernels.operators.layer_norm.reference import LAYOUT, layer_norm_reference
 from pallas_kernels.operators.layer_norm.xla import layer_norm_backward
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.validation import check_eps, check_float
 
 FORWARD = {
-    "mosaic_gpu": layer_norm_mosaic_gpu,
+    "mosaic_gpu": partitioned(layer_norm_mosaic_gpu, LAYOUT),
     "xla": layer_norm_reference,
     "reference": layer_norm_reference,
 }
 BACKWARD = {
-    "mosaic_gpu": layer_norm_backward_mosaic_gpu,
+    "mosaic_gpu": partitioned_backward(layer_norm_backward_mosaic_gpu, LAYOUT),
     "xla": layer_norm_backward,
     "reference": differentiate(layer_norm_reference),
 }
@@ -61,5 +61,7 @@ def layer_norm(
     check_float("scale", scale, "C", sizes)
     check_float("bias", bias, "C", sizes)
     check_eps(eps)
-    inputs = vary_alike(x, scale, bias)
-    return run_from_inputs("layer_norm", FORWARD, BACKWARD, implementation, *inputs, eps=float(eps))
+    inputs = (x, scale, bias)
+    return run_from_inputs(
+        "layer_norm", FORWARD, BACKWARD, LAYOUT, implementation, *inputs, eps=float(eps)
+    )

@@ -4,6 +4,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.operators.output_correction.reference import normalize
 from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.sharding import Layout
+
+LAYOUT = Layout(inputs=("B T C", "C", "C"), results="B T C", independent="B T")
 
 
 def layer_norm_reference(
@@ -15,4 +18,4 @@ def layer_norm_reference(
     return (normed * per_token(scale, dtype) + per_token(bias, dtype)).astype(x.dtype)
 
 
-__all__ = ["layer_norm_reference"]
+__all__ = ["LAYOUT", "layer_norm_reference"]

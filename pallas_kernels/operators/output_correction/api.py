@@ -8,18 +8,18 @@ from pallas_kernels.operators.output_correction.mosaic_gpu import (
     output_correction_backward_mosaic_gpu,
     output_correction_mosaic_gpu,
 )
-from pallas_kernels.operators.output_correction.reference import output_correction_reference
+from pallas_kernels.operators.output_correction.reference import LAYOUT, output_correction_reference
 from pallas_kernels.operators.output_correction.xla import output_correction_backward
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.validation import check_eps, check_float, check_same_dtype
 
 FORWARD = {
-    "mosaic_gpu": output_correction_mosaic_gpu,
+    "mosaic_gpu": partitioned(output_correction_mosaic_gpu, LAYOUT),
     "xla": output_correction_reference,
     "reference": output_correction_reference,
 }
 BACKWARD = {
-    "mosaic_gpu": output_correction_backward_mosaic_gpu,
+    "mosaic_gpu": partitioned_backward(output_correction_backward_mosaic_gpu, LAYOUT),
     "xla": output_correction_backward,
     "reference": differentiate(output_correction_reference),
 }
@@ -80,7 +80,7 @@ def output_correction(
     check_float("norm_bias", norm_bias, "H V", sizes)
     check_same_dtype(o=o, r=r, k=k, v=v, gate=gate)
     check_eps(eps)
-    inputs = vary_alike(o, r, k, v, gate, bonus, norm_scale, norm_bias)
+    inputs = (o, r, k, v, gate, bonus, norm_scale, norm_bias)
     return run_from_inputs(
-        "output_correction", FORWARD, BACKWARD, implementation, *inputs, eps=float(eps)
+        "output_correction", FORWARD, BACKWARD, LAYOUT, implementation, *inputs, eps=float(eps)
     )

@@ -159,7 +159,7 @@ def output_correction_backward_mosaic_gpu(
     gradients = kernel(tokens, parameters, doutput)
     sums = (x.sum((0, 1)) for x in gradients[5:])
     return tuple(
-        gradient.reshape(x.shape).astype(x.dtype)
+        gradient.reshape(x.shape)
         for gradient, x in zip((*gradients[:5], *sums), inputs, strict=True)
     )
 

@@ -5,6 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.sharding import Layout
+
+LAYOUT = Layout(
+    inputs=("B T H V", "B T H K", "B T H K", "B T H V", "B T H V", "H K", "H V", "H V"),
+    results="B T H V",
+    independent="B T H",
+)
 
 
 def normalize(
@@ -38,4 +45,4 @@ def output_correction_reference(
     return (corrected * gate).astype(output_dtype)
 
 
-__all__ = ["normalize", "output_correction_reference"]
+__all__ = ["LAYOUT", "normalize", "output_correction_reference"]

@@ -7,22 +7,25 @@ from jaxtyping import Array, Float
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.token_shift.mosaic_gpu import (
+    KERNEL_UNITS,
     token_shift_mix_backward_mosaic_gpu,
     token_shift_mix_mosaic_gpu,
 )
-from pallas_kernels.operators.token_shift.reference import token_shift_mix_reference
+from pallas_kernels.operators.token_shift.reference import LAYOUT, token_shift_mix_reference
 from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype, check_segment_ids
 
 FORWARD = {
-    "mosaic_gpu": token_shift_mix_mosaic_gpu,
+    "mosaic_gpu": partitioned(token_shift_mix_mosaic_gpu, LAYOUT, units=KERNEL_UNITS),
     "xla": token_shift_mix_reference,
     "reference": token_shift_mix_reference,
 }
 BACKWARD = {
-    "mosaic_gpu": token_shift_mix_backward_mosaic_gpu,
+    "mosaic_gpu": partitioned_backward(
+        token_shift_mix_backward_mosaic_gpu, LAYOUT, units=KERNEL_UNITS
+    ),
     "xla": token_shift_mix_backward,
     "reference": differentiate(token_shift_mix_reference),
 }
@@ -69,8 +72,8 @@ def token_shift_mix(
     check_float("x", x, "B T C", sizes)
     check_float("mixes", mixes, "M C", sizes)
     check_shift(x, state, segment_ids, sizes)
-    inputs = vary_alike(x, mixes, state, segment_ids)
-    return run_from_inputs("token_shift_mix", FORWARD, BACKWARD, implementation, *inputs)
+    inputs = (x, mixes, state, segment_ids)
+    return run_from_inputs("token_shift_mix", FORWARD, BACKWARD, LAYOUT, implementation, *inputs)
 
 
 def check_shift(

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import token_tiles
-from pallas_kernels.hopper.target import target_in_context
+from pallas_kernels.hopper.target import TILE, target_in_context
 from pallas_kernels.hopper.token_tiles import BEFORE, NONE, Tiles
 from pallas_kernels.operators.token_shift.reference import last_position, take_tokens
 from pallas_kernels.operators.token_shift.xla import following_position
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import SegmentIds
+
+KERNEL_UNITS = {"C": TILE}
 
 
 class Neighbours(NamedTuple):
@@ -185,7 +187,7 @@ def token_shift_mix_backward_mosaic_gpu(
     neighbours = None if segment_ids is None else find_neighbours(segment_ids)
     dx, dmixes = kernel(x, mixes.astype(jnp.float32), state, neighbours, dmixed)
     dx, dstate = _add_of_states(dx, mixes, state, segment_ids, dmixed, dnew_state)
-    return dx, dmixes.sum((0, 2)).astype(mixes.dtype), dstate, None
+    return dx, dmixes.sum((0, 2)), dstate, None
 
 
 def _add_of_states(
@@ -218,4 +220,4 @@ def _add_of_states(
     return dx, dstate.astype(state.dtype)
 
 
-__all__ = ["token_shift_mix_backward_mosaic_gpu", "token_shift_mix_mosaic_gpu"]
+__all__ = ["KERNEL_UNITS", "token_shift_mix_backward_mosaic_gpu", "token_shift_mix_mosaic_gpu"]

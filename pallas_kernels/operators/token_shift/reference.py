@@ -5,7 +5,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import find_segments
 from pallas_kernels.precision import accumulation_dtype, per_token
+from pallas_kernels.sharding import Layout
 from pallas_kernels.types import SegmentIds
+
+LAYOUT = Layout(inputs=("B T C", "M C", "B C", "B T"), results=("B T C", "B C"), independent="B C")
 
 
 def mask_padding(x: Float[Array, "B T C"], segment_ids: SegmentIds | None) -> Float[Array, "B T C"]:
@@ -57,4 +60,11 @@ def token_shift_mix_reference(
     return mixed, new_state
 
 
-__all__ = ["last_position", "mask_padding", "shift", "take_tokens", "token_shift_mix_reference"]
+__all__ = [
+    "LAYOUT",
+    "last_position",
+    "mask_padding",
+    "shift",
+    "take_tokens",
+    "token_shift_mix_reference",
+]

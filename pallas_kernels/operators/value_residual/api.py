@@ -4,9 +4,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
-from pallas_kernels.operators.value_residual.reference import value_residual_reference
+from pallas_kernels.operators.value_residual.reference import LAYOUT, value_residual_reference
 from pallas_kernels.operators.value_residual.xla import value_residual_backward
-from pallas_kernels.sharding import vary_alike
 from pallas_kernels.validation import check_float, check_same_dtype
 
 FORWARD = {"xla": value_residual_reference, "reference": value_residual_reference}
@@ -46,5 +45,5 @@ def value_residual(
     check_float("v_first", v_first, "B T H V", sizes)
     check_float("logits", logits, "B T H V", sizes)
     check_same_dtype(v=v, v_first=v_first)
-    inputs = vary_alike(v, v_first, logits)
-    return run_from_inputs("value_residual", FORWARD, BACKWARD, implementation, *inputs)
+    inputs = (v, v_first, logits)
+    return run_from_inputs("value_residual", FORWARD, BACKWARD, LAYOUT, implementation, *inputs)

@@ -4,6 +4,9 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import accumulation_dtype
+from pallas_kernels.sharding import Layout
+
+LAYOUT = Layout(inputs=("B T H V",) * 3, results="B T H V", independent="B T H")
 
 
 def move_to_first(v: jax.Array, v_first: jax.Array, logits: jax.Array) -> jax.Array:
@@ -23,4 +26,4 @@ def value_residual_reference(
     return move_to_first(v, v_first, logits).astype(output_dtype)
 
 
-__all__ = ["move_to_first", "value_residual_reference"]
+__all__ = ["LAYOUT", "move_to_first", "value_residual_reference"]

@@ -7,10 +7,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.wkv7.call import Implementation, WKVCall, WKVInputs
+from pallas_kernels.operators.wkv7.call import Implementation, Results, WKVCall, WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.operators.wkv7.reference import wkv7_reference
 from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
+from pallas_kernels.sharding import over_explicit_axes
 from pallas_kernels.types import Precision, SegmentIds
 from pallas_kernels.validation import (
     check_float,
@@ -125,7 +126,12 @@ def wkv7(
     if min_log_decay is not None and not min_log_decay <= 0:
         raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
     check_precision("precision", precision)
-    return dispatch("wkv7", IMPLEMENTATIONS, implementation, inputs, call)
+
+    def run(inputs: tuple[Any, ...], *arrays: Any) -> Results:
+        arguments = WKVInputs(*inputs), call.with_arrays(*arrays)
+        return dispatch("wkv7", IMPLEMENTATIONS, implementation, *arguments)
+
+    return over_explicit_axes(run, call.layout(), tuple(inputs), initial_state, segment_ids)
 
 
 __all__ = ["check_inputs", "wkv7"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import accumulation_dtype
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.sharding import Layout, vary_alike
 from pallas_kernels.types import FloatArray, Precision, SegmentIds
 
 
@@ -53,6 +53,19 @@ class WKVCall:
     num_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
     min_log_decay: float | None = dataclasses.field(default=None, metadata={"static": True})
     precision: Precision = dataclasses.field(default=None, metadata={"static": True})
+
+    def with_arrays(
+        self, initial_state: FloatArray | None, segment_ids: SegmentIds | None
+    ) -> "WKVCall":
+        """Returns a call with other arrays."""
+        return dataclasses.replace(self, initial_state=initial_state, segment_ids=segment_ids)
+
+    def layout(self) -> Layout:
+        """Returns the layout of `inputs, initial_state, segment_ids` and of the results."""
+        states = "B H K V" if self.num_segments is None else "B N H K V"
+        keys, values = "B T H K", "B T H V"
+        inputs = (keys, keys, keys, values, keys, keys)  # of WKVInputs and RecurrentInputs
+        return Layout((inputs, states, "B T"), (values, states), independent="B H")
 
 
 type Results = tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]

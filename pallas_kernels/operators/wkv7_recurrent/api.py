@@ -12,6 +12,7 @@ from pallas_kernels.operators.wkv7_recurrent.call import RecurrentInputs
 from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu import wkv7_recurrent_mosaic_gpu
 from pallas_kernels.operators.wkv7_recurrent.reference import wkv7_recurrent_reference
 from pallas_kernels.operators.wkv7_recurrent.xla import wkv7_recurrent_xla
+from pallas_kernels.sharding import over_explicit_axes
 from pallas_kernels.types import SegmentIds
 
 IMPLEMENTATIONS: dict[str, Callable[..., Results]] = {
@@ -96,15 +97,20 @@ def wkv7_recurrent(
         num_segments=num_segments,
     )
     check_inputs(inputs, call)
-    return dispatch(
-        "wkv7_recurrent",
-        IMPLEMENTATIONS,
-        implementation,
-        RecurrentInputs(*inputs.values()),
-        call,
-        fused="kk" in given,
-        reverse=reverse,
-    )
+
+    def run(inputs: tuple[Any, ...], *arrays: Any) -> Results:
+        return dispatch(
+            "wkv7_recurrent",
+            IMPLEMENTATIONS,
+            implementation,
+            RecurrentInputs(*inputs),
+            call.with_arrays(*arrays),
+            fused="kk" in given,
+            reverse=reverse,
+        )
+
+    arrays = (tuple(inputs.values()), initial_state, segment_ids)
+    return over_explicit_axes(run, call.layout(), *arrays)
 
 
 __all__ = ["wkv7_recurrent"]

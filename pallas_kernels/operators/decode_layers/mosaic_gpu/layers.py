@@ -29,7 +29,8 @@ from pallas_kernels.operators.decode_layers.mosaic_gpu.projections import (
     projections,
     split_projection,
 )
-from pallas_kernels.operators.decode_layers.weights import MATRICES, LayerWeights
+from pallas_kernels.operators.decode_layers.weights import LAYOUT, MATRICES, LayerWeights
+from pallas_kernels.partitioning import partitioned
 from pallas_kernels.types import FloatArray, Mask
 
 type States = tuple[jax.Array, jax.Array, jax.Array]
@@ -51,15 +52,18 @@ def decode_layers_mosaic_gpu(
     Raises:
       NotServed: for other dtypes and sizes than the kernels are for.
     """
-    target = target_in_context()
     check_served(x, wkv, weights)
-
-    # One call after the other, because several could be given one state to write over.
-    @jax.custom_batching.sequential_vmap
-    def run(x, states, active, weights):
-        return run_layers(target, x, states, active, weights, norm_eps, head_norm_eps)
-
-    return run(x, (time_shift, wkv, channel_shift), active, weights)
+    return _run(
+        x,
+        time_shift,
+        wkv,
+        channel_shift,
+        active,
+        weights,
+        target=target_in_context(),
+        norm_eps=norm_eps,
+        head_norm_eps=head_norm_eps,
+    )
 
 
 def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
@@ -83,6 +87,29 @@ def check_served(x: FloatArray, wkv: FloatArray, weights: LayerWeights) -> None:
             raise NotServed(
                 f"mosaic_gpu needs matrices in {x.dtype=}, got weights.{name} in {dtype}"
             )
+
+
+def _run_layers(
+    x: jax.Array,
+    time_shift: jax.Array,
+    wkv: jax.Array,
+    channel_shift: jax.Array,
+    active: jax.Array | None,
+    weights: LayerWeights,
+    *,
+    target: Target,
+    norm_eps: float,
+    head_norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    # One call after the other, because several could be given one state to write over.
+    @jax.custom_batching.sequential_vmap
+    def run(x, states, active, weights):
+        return run_layers(target, x, states, active, weights, norm_eps, head_norm_eps)
+
+    return run(x, (time_shift, wkv, channel_shift), active, weights)
+
+
+_run = partitioned(_run_layers, LAYOUT)
 
 
 def run_layers(

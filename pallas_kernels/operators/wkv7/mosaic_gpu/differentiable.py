@@ -26,11 +26,14 @@ from pallas_kernels.operators.wkv7.chunk_alignment import (
     aligned_length,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import number_of_chunks
+from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import Results
 from pallas_kernels.operators.wkv7.mosaic_gpu.input_gradients import input_gradients
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
 from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
 from pallas_kernels.packing import find_segments
+from pallas_kernels.partitioning import partitioned
+from pallas_kernels.sharding import Layout
 from pallas_kernels.types import FloatArray, Precision, SegmentIds
 
 LOWEST_LOG_DECAY_SERVED = -1.0
@@ -66,6 +69,52 @@ class Residuals:
     from_zero: bool = dataclasses.field(metadata={"static": True})
 
 
+_INPUTS = WKVInputs(*("B T H K",) * 3, "B T H V", *("B T H K",) * 2)
+_SEGMENTS = ("B T", "B chunks")  # bounds, transfers
+_STATES = "B N H V K"
+_KEPT = Results(
+    final=_STATES,
+    o="B T H V",
+    entries="B H chunks V K",
+    U="B H chunks token V",
+    X="B H chunks token token",
+)
+_outputs = partitioned(
+    outputs_in_pieces, Layout((_INPUTS, _STATES, *_SEGMENTS), _KEPT, independent="B H")
+)
+
+
+def _gradients(
+    inputs: WKVInputs,
+    X: jax.Array,
+    entries: jax.Array,
+    U: jax.Array,
+    bounds: SegmentBounds | None,
+    transfers: Transfers | None,
+    do: jax.Array,
+    d_final: jax.Array,
+    *,
+    target: Target,
+    scale: float,
+) -> tuple[WKVInputs, jax.Array]:
+    """Returns the gradients of the inputs and of the initial states."""
+    found = state_gradients(target, inputs, X, do, d_final, bounds, transfers, scale=scale)
+    d_inputs = input_gradients(
+        target, inputs, do, entries, U, found.exits, found.dW, bounds, scale=scale
+    )
+    return d_inputs, found.d_initial
+
+
+_partitioned_gradients = partitioned(
+    _gradients,
+    Layout(
+        (_INPUTS, _KEPT.X, _KEPT.entries, _KEPT.U, *_SEGMENTS, _KEPT.o, _STATES),
+        (_INPUTS, _STATES),
+        independent="B H",
+    ),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
     target: Target,
@@ -76,12 +125,12 @@ def _chunked(
     transfers: Transfers | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns outputs `[B, T, H, V]` and final states `[B, N, H, V, K]`, like `initial`."""
-    results = outputs_in_pieces(target, inputs, initial, bounds, transfers, scale=scale, save=False)
+    results = _outputs(inputs, initial, bounds, transfers, target=target, scale=scale, save=False)
     return results.o, results.final
 
 
 def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
-    results = outputs_in_pieces(target, inputs, initial, bounds, transfers, scale=scale, save=True)
+    results = _outputs(inputs, initial, bounds, transfers, target=target, scale=scale, save=True)
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
     # into the stacks of all layers. If o went there too, it would call the kernel again for the
     # o that the rest of the layer reads.
@@ -101,21 +150,18 @@ def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
 def _chunked_backward(target, scale, residuals, gradients):
     do, d_final = gradients
     inputs, bounds, transfers = residuals.inputs, residuals.bounds, residuals.transfers
-    found = state_gradients(
-        target, inputs, residuals.X, do, d_final, bounds, transfers, scale=scale
-    )
-    d_inputs = input_gradients(
-        target,
+    d_inputs, d_initial = _partitioned_gradients(
         inputs,
-        do,
+        residuals.X,
         residuals.entries,
         residuals.U,
-        found.exits,
-        found.dW,
         bounds,
+        transfers,
+        do,
+        d_final,
+        target=target,
         scale=scale,
     )
-    d_initial = found.d_initial
     if transfers is not None:  # the kernel did not write gradients of states that no chunk loaded
         segments = jnp.arange(d_final.shape[1])
         loaded = (transfers.load[:, :, None] == segments[None, None]).any(axis=1)

@@ -52,24 +52,24 @@ def number_of_pieces(target: Target, rows: int, K: int, V: int, chunks: int) -> 
 
 
 def outputs_in_pieces(
-    target: Target,
     inputs: WKVInputs,
     initial_state: jax.Array | None,
     bounds: SegmentBounds | None,
     transfers: Transfers | None,
     *,
+    target: Target,
     scale: float,
     save: bool,
 ) -> Results:
     """Computes what `outputs` does, for rows of any number and length.
 
     Args:
-      target: what the kernels are compiled for.
       inputs: `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       initial_state: `[B, N, H, V, K]` float32; None for zeros, if N is 1.
       bounds: of segments that begin within chunks, or None.
       transfers: which of the N states a chunk starts from and which one it ends, `[B, chunks]`
         int32; None if N is 1.
+      target: what the kernels are compiled for.
       scale: factor on the outputs.
       save: whether to return what the backward needs: `entries`, `U` and `X`.
     """

@@ -29,7 +29,8 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.recurrence import (
     Form,
 )
 from pallas_kernels.packing import find_segments
-from pallas_kernels.sharding import vary_alike
+from pallas_kernels.partitioning import partitioned
+from pallas_kernels.sharding import Layout, vary_alike
 from pallas_kernels.types import FloatArray, SegmentIds
 
 MAX_K = 128
@@ -54,6 +55,26 @@ class Residuals:
     entries: jax.Array
 
 
+_INPUTS = RecurrentInputs(*("B T H K",) * 3, "B T H V", *("B T H K",) * 2)
+_ARGUMENTS = (_INPUTS, "B N H K V", "B T")
+_RESULTS = ("B T H V", "B N H K V", "B entry H K V")
+
+
+def _outputs_of_form(*arguments, form, save):
+    return recurrent_outputs(form, *arguments, save=save)
+
+
+def _gradients_of_form(*arguments, form):
+    return recurrent_gradients(form, *arguments)
+
+
+_outputs = partitioned(_outputs_of_form, Layout(_ARGUMENTS, _RESULTS, independent="B H"))
+_gradients = partitioned(
+    _gradients_of_form,
+    Layout((*_ARGUMENTS, _RESULTS[2], *_RESULTS[:2]), (_INPUTS, "B N H K V"), independent="B H"),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
     form: Form, inputs: RecurrentInputs, initial: jax.Array | None, codes: Codes
@@ -62,8 +83,16 @@ def _recur(
     if initial is None or codes.leave is not None or jax.typeof(initial).mat.varying:
         return _outputs_and_states(form, inputs, initial, codes)
 
+    return _partitioned_in_place(inputs, initial, codes, form=form)
+
+
+def _in_place(
+    inputs: RecurrentInputs, initial: jax.Array, codes: Codes, *, form: Form
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `_recur` does; writes the final states over the initial ones."""
+
     @jax.custom_batching.custom_vmap
-    def in_place(inputs, initial, codes):
+    def run(inputs, initial, codes):
         # Where a loop takes operands of the kernel from a stack, XLA (of jax 0.11.2) lets the
         # kernel read them there, and forgets that it overwrites the state. Barriers prevent this.
         inputs, initial, codes = jax.lax.optimization_barrier((inputs, initial, codes))
@@ -71,33 +100,34 @@ def _recur(
         o, _, _ = recurrent_outputs(form, inputs, reference, codes, save=False)
         return jax.lax.optimization_barrier((o, jax.freeze(reference)))
 
-    @in_place.def_vmap
+    @run.def_vmap
     def _(axis_size, is_mapped, *arguments):
         axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(is_mapped))
         function = functools.partial(_outputs_and_states, form)
         results = jax.vmap(function, axes, axis_size=axis_size)(*arguments)
         return results, jax.tree.map(lambda _: True, results)
 
-    return in_place(inputs, initial, codes)
+    return run(inputs, initial, codes)
+
+
+_partitioned_in_place = partitioned(_in_place, Layout(_ARGUMENTS, _RESULTS[:2], independent="B H"))
 
 
 def _outputs_and_states(
     form: Form, inputs: RecurrentInputs, initial: jax.Array | None, codes: Codes
 ) -> tuple[jax.Array, jax.Array]:
-    o, final, _ = recurrent_outputs(form, inputs, initial, codes, save=False)
+    o, final, _ = _outputs(inputs, initial, codes, form=form, save=False)
     return o, final
 
 
 def _recur_forward(form, inputs, initial, codes):
-    o, final, entries = recurrent_outputs(form, inputs, initial, codes, save=True)
+    o, final, entries = _outputs(inputs, initial, codes, form=form, save=True)
     return (o, final), Residuals(inputs, initial, codes, entries)
 
 
 def _recur_backward(form, residuals, gradients):
     inputs, initial, codes = residuals.inputs, residuals.initial, residuals.codes
-    dinputs, dinitial = recurrent_gradients(
-        form, inputs, initial, codes, residuals.entries, *gradients
-    )
+    dinputs, dinitial = _gradients(inputs, initial, codes, residuals.entries, *gradients, form=form)
     if initial is None:
         return dinputs, None, None
     if codes.leave is not None:  # gradients of states that no step entered were not written
