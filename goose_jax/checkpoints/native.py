@@ -35,6 +35,9 @@ _PARAMS = "params"
 OPTIMIZER = "optimizer"
 """The folder of the state of the optimizer, which only training reads."""
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in the folder of a training run."""
+
 ADAPTER = "adapter.json"
 """This file marks a directory that holds adapters or an initial state instead of a model."""
 _FORMAT = 1
@@ -180,12 +183,12 @@ def load_optimizer_state(path: Path | str, like: Any) -> Any:
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """Returns the path of a training run's checkpoint after a step."""
-    return Path(run) / "checkpoints" / f"{step:08d}"
+    return Path(run) / CHECKPOINTS / f"{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Returns the paths of the checkpoints of a training run, the oldest first."""
-    return sorted(path for path in Path(run).glob("checkpoints/[0-9]*") if path.is_dir())
+    return sorted(path for path in Path(run).glob(f"{CHECKPOINTS}/[0-9]*") if path.is_dir())
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -207,6 +210,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
 __all__ = [
     "ADAPTER",
+    "CHECKPOINTS",
     "OPTIMIZER",
     "CheckpointMetadata",
     "checkpoint_path",

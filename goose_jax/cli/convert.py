@@ -48,8 +48,8 @@ def convert(
         transformers itself; native: a checkpoint of goose-jax; the others are named in
         docs/checkpoints.md.
       dtype: Dtype that parameters are rounded to; by default they keep their dtype.
-      tokenizer: Name or path of the target's tokenizer; by default that of the source. Only a folder
-        can record it, and holds a copy of its file.
+      tokenizer: Name or path of the target's tokenizer; by default that of the source. Only a
+        folder can record it, and holds a copy of its file.
       state: File to write a trained initial state to that lies beside the weights of the source.
         Without it, the state goes into the target, too, if the layout has a place for it.
 

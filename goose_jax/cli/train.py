@@ -6,11 +6,14 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Self, assert_never
 
 import jax
 import tqdm
 
+from goose_jax.checkpoints import CheckpointError
+from goose_jax.checkpoints.directory import verify_directory
 from goose_jax.cli.settings_file import to_values
 from goose_jax.cli.train_arguments import check_changes
 from goose_jax.cli.train_defaults import optimizer_config, with_defaults
@@ -41,7 +44,8 @@ _PROGRESS = (
     "{postfix}"
 )
 _RECENT = 20  # steps whose speed is shown
-_PROMPT_LENGTH = 40  # characters of the held-out text that the sample continues
+_PROMPT_WORDS = 3  # words of a line at least, and
+_PROMPT_LENGTH = 40  # characters at most, of the held-out text that the sample continues
 
 
 def train(settings: TrainSettings) -> None:
@@ -59,45 +63,70 @@ def train(settings: TrainSettings) -> None:
       goose-jax train --resume runs/my-texts-1 --steps 4000
     """
     settings = with_defaults(settings)
-    resumed = None if settings.resume is None else RunDirectory.open(settings.resume)
-    if resumed is not None:
-        check_changes(settings, resumed)
     if settings.plot and not has_matplotlib():
         raise ValueError(
             "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
         )
-    prepared = prepare(settings, resumed)
-    if resumed is None:
+    if settings.resume is None:
+        prepared = prepare(settings, None)
         settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
-    recorded = to_values(settings)
-    run = resumed or RunDirectory.create(settings.out, name_of_run(settings), recorded)
-    if resumed is None:
-        kept = run.keep_tokenizer(prepared.tokenizer_name)
-        prepared = dataclasses.replace(prepared, tokenizer_name=kept)
+        run = RunDirectory.create(settings.out, name_of_run(settings), to_values(settings))
+        with run.lock():
+            kept = run.keep_tokenizer(prepared.tokenizer_name)
+            prepared = dataclasses.replace(prepared, tokenizer_name=kept)
+            _train_in(run, settings, prepared, None)
+        return
+    run = RunDirectory.open(settings.resume)
+    check_changes(settings, run)
+    with run.lock():
+        checkpoint = _checkpoint_to_resume(settings.resume, run)
+        _train_in(run, settings, prepare(settings, checkpoint), checkpoint)
+
+
+def _checkpoint_to_resume(path: Path, run: RunDirectory) -> Path:
+    """Returns the checkpoint that the user named, or the newest one of the run that is intact."""
+    if path.resolve() != run.path.resolve():
+        verify_directory(path)
+        return path.absolute()
+    damaged: list[CheckpointError] = []
+    checkpoint = run.intact_checkpoint(damaged.append)
+    for error in damaged:
+        print(f"goose-jax: warning: {error}; going on from {checkpoint}", file=sys.stderr)
+    return checkpoint
+
+
+def _train_in(
+    run: RunDirectory, settings: TrainSettings, prepared: Prepared, checkpoint: Path | None
+) -> None:
+    """Trains in the folder of a run, from its beginning or from a checkpoint."""
     with contextlib.ExitStack() as stack:
         writers: list[MetricsWriter] = []
         trainer = _make_trainer(settings, run, prepared, writers)
-        state = trainer.start() if resumed is None else trainer.resume()
-        if resumed is not None:
-            run.forget_after(int(state.step))
-            run.write_settings(recorded)
+        if checkpoint is None:
+            state = trainer.start()
+        else:
+            state = trainer.resume(checkpoint)
+            if (folder := run.rewind(int(state.step))) is not None:
+                print(f"later checkpoints and a copy of the metrics are in {folder}")
+            run.write_settings(to_values(settings))
         for writer in _open_writers(settings, run, int(state.step)):
             stack.callback(writer.close)
             writers.append(writer)
         _print_summary(settings, prepared, trainer, state)
         state = _fit(trainer, state)
 
-    path = trainer.run.path
-    bits = [line[HELD_OUT_METRIC] for line in trainer.run.metrics() if HELD_OUT_METRIC in line]
+    path = run.path
+    bits = [line[HELD_OUT_METRIC] for line in run.metrics() if HELD_OUT_METRIC in line]
     print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
     if settings.plot:
-        plot_loss(trainer.run.metrics(), path / "loss.png", title=path.name)
+        plot_loss(run.metrics(), path / "loss.png", title=path.name)
     prompt = _prompt(settings, prepared)
     if settings.sample_length:
         print(f"\n{_sample(settings, prepared, state, prompt)}\n")
-    print(f"saved in {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
+    left = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+    print(f"saved in {path}: {', '.join(left)}")
     print("to let the model continue a text:")
-    commands = _how_to_use(settings, trainer.run, prepared.tokenizer_name)
+    commands = _how_to_use(settings, run, prepared.tokenizer_name)
     print("\n".join(f"  {line}" for line in commands), shlex.quote(f"--prompt={prompt}"))
 
 
@@ -266,15 +295,14 @@ def _tell_request() -> None:
 def _prompt(settings: TrainSettings, prepared: Prepared) -> str:
     """Returns the text that the sample continues: the user's, or the beginning of a held-out text.
 
-    The latter is a first line or a part of one.
+    The latter is the beginning of the first line with some words, or else of the text.
     """
     if settings.prompt is not None:
         return settings.prompt
-    for document in prepared.text.held_out:
-        for line in document.text.splitlines():
-            if line.strip():
-                return line[:_PROMPT_LENGTH].rstrip()
-    return prepared.text.held_out[0].text[:_PROMPT_LENGTH]
+    texts = [document.text for document in prepared.text.held_out]
+    lines = (line for text in texts for line in text.splitlines())
+    chosen = next((line for line in lines if len(line.split()) >= _PROMPT_WORDS), texts[0])
+    return chosen[:_PROMPT_LENGTH].rstrip() or texts[0][:_PROMPT_LENGTH]
 
 
 def _sample(settings: TrainSettings, prepared: Prepared, state: TrainState, prompt: str) -> str:

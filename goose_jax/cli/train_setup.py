@@ -22,7 +22,7 @@ from goose_jax.text import (
     open_tokenizer,
     tokenizer_name,
 )
-from goose_jax.training import FullTuning, LoraTuning, RunDirectory, StateTuning, Tuning
+from goose_jax.training import FullTuning, LoraTuning, StateTuning, Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +42,22 @@ class Prepared:
     tokenizer_name: str
 
 
-def prepare(settings: TrainSettings, run: RunDirectory | None) -> Prepared:
+def prepare(settings: TrainSettings, checkpoint: Path | None) -> Prepared:
     """Opens the model, the tokenizer and the text. Each is opened once.
 
     Args:
       settings: settings of the run, which `with_defaults` filled in.
-      run: the run to resume; None for a new run.
+      checkpoint: the checkpoint to go on from; None for a new run.
 
     Raises:
       OSError: if a file cannot be read.
       ValueError: if a file is damaged, the text is too short, or the tokenizer does not fit.
     """
-    if run is not None and (file := find_tokenizer_file(run.path)) is not None:
+    if checkpoint is not None and (file := find_tokenizer_file(checkpoint)) is not None:
         settings = dataclasses.replace(settings, tokenizer=str(file))
     match settings.tune:
-        case None | "full" if run is not None:
-            return _resume_model(settings, run)
+        case None | "full" if checkpoint is not None:
+            return _resume_model(settings, checkpoint)
         case None:
             return _new_model(settings)
         case "full":
@@ -65,7 +65,7 @@ def prepare(settings: TrainSettings, run: RunDirectory | None) -> Prepared:
         case "lora":
             return _adapters(settings)
         case "state":
-            return _initial_state(settings, resumed=run is not None)
+            return _initial_state(settings, resumed=checkpoint is not None)
         case _:
             assert_never(settings.tune)
 
@@ -84,8 +84,7 @@ def _new_model(settings: TrainSettings) -> Prepared:
     return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name)
 
 
-def _resume_model(settings: TrainSettings, run: RunDirectory) -> Prepared:
-    path = run.newest_checkpoint
+def _resume_model(settings: TrainSettings, path: Path) -> Prepared:
     overrides: dict[str, Any] = {
         "remat": settings.remat,
         "unroll_layers": settings.unroll_layers,

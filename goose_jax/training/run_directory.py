@@ -6,14 +6,19 @@ metrics.jsonl     one JSON object per line, each with the number of its "step"
 loss.png          the loss curve
 state.pth         after state tuning: the initial state as a file of the official ecosystem
 tensorboard/      the same metrics for TensorBoard
+set_aside/        checkpoints after the one that the run was resumed from, with the metrics
 non_finite/       the batches of steps whose loss or gradient was not finite
 checkpoints/      one directory per checkpoint, named by the number of steps
 """
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
+import itertools
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,13 +28,18 @@ import numpy as np
 
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.atomic_write import atomic_path
-from goose_jax.checkpoints.native import checkpoint_path, list_checkpoints
+from goose_jax.checkpoints.directory import verify_directory
+from goose_jax.checkpoints.native import CHECKPOINTS, checkpoint_path, list_checkpoints
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.data import Batch
 from goose_jax.training.yaml_file import read_yaml, write_yaml
 
 HELD_OUT_METRIC = "held_out_bits_per_byte"
 """The name of the measurements on held-out text in the metrics."""
+
+
+class RunInUseError(OSError):
+    """Another process trains in the folder of a run."""
 
 
 class RunDirectory:
@@ -44,6 +54,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self._is_locked = False
 
     @classmethod
     def create(cls, parent: Path | str, name: str, settings: Mapping[str, Any]) -> "RunDirectory":
@@ -75,15 +86,102 @@ class RunDirectory:
     def open(cls, path: Path | str) -> "RunDirectory":
         """Opens the folder of a run, which does not change.
 
+        Args:
+          path: the folder, or one of the checkpoints in it.
+
         Raises:
           FileNotFoundError: if there is no run at `path`.
         """
         run = cls(path)
         if not run.settings_file.is_file():
+            if run.path.absolute().parent.name == CHECKPOINTS and run.path.is_dir():
+                return cls.open(run.path.absolute().parent.parent)
             raise FileNotFoundError(
                 f"there is no training run at {path} ({run.settings_file.name} is missing)"
             )
         return run
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training in this folder while the context lasts.
+
+        The lock ends with the process, also if that is killed. A context within a context of the
+        same object changes nothing.
+
+        Raises:
+          RunInUseError: if another process trains in this folder, or another object of this one.
+          OSError: if the folder cannot be written to.
+        """
+        if self._is_locked:
+            yield
+            return
+        with (self.path / ".lock").open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise RunInUseError(
+                    f"{self.path} is in use by process {stream.read().strip() or 'unknown'}: "
+                    "only one can train in a folder at a time"
+                ) from None
+            stream.truncate(0)
+            stream.write(f"{os.getpid()} on {platform.node()}\n")
+            stream.flush()
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
+
+    def intact_checkpoint(self, on_damaged: Callable[[CheckpointError], None]) -> Path:
+        """Returns the newest checkpoint whose files are all as they were written.
+
+        Args:
+          on_damaged: called with an error that names the damage, for each newer checkpoint.
+
+        Raises:
+          CheckpointError: if there is no checkpoint, or all are damaged.
+        """
+        for path in reversed(self.checkpoints):
+            try:
+                verify_directory(path)
+            except CheckpointError as error:
+                on_damaged(error)
+            else:
+                return path
+        damaged = "; all of its checkpoints are damaged" if self.checkpoints else ""
+        raise CheckpointError(f"{self.path} has no checkpoint to resume from{damaged}")
+
+    def rewind(self, step: int) -> Path | None:
+        """Makes the run what it was after a step, so that it can be trained on from there.
+
+        Checkpoints of later steps, and then a copy of the metrics, are moved to a folder of their
+        own in "set_aside/". A half-written last line of the metrics is removed.
+
+        Returns:
+          That folder; None if there was no later checkpoint.
+
+        Raises:
+          OSError: if a file cannot be written or moved.
+          CheckpointError: if a line of the metrics is damaged; the message names it.
+        """
+        later = [path for path in self.checkpoints if int(path.name) > step]
+        folder = self._new_folder("set_aside") if later else None
+        if folder is not None:
+            if self.metrics_file.exists():
+                shutil.copy(self.metrics_file, folder)
+            for path in later:
+                path.rename(folder / path.name)
+        self.forget_after(step)
+        return folder
+
+    def _new_folder(self, parent: str) -> Path:
+        for number in itertools.count(1):
+            folder = self.path / parent / str(number)
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                return folder
+        raise AssertionError
 
     @property
     def settings_file(self) -> Path:
@@ -247,4 +345,4 @@ class RunDirectory:
             new.write_text("".join(kept))
 
 
-__all__ = ["HELD_OUT_METRIC", "RunDirectory"]
+__all__ = ["HELD_OUT_METRIC", "RunDirectory", "RunInUseError"]

@@ -134,8 +134,12 @@ class Trainer:
         """Returns the state before the first step."""
         return init_tuning_state(self.tuning.init(), self.config.optimizer)
 
-    def resume(self) -> TrainState:
-        """Loads the state of the run's newest checkpoint.
+    def resume(self, checkpoint: Path | None = None) -> TrainState:
+        """Loads the state of a checkpoint of the run.
+
+        Args:
+          checkpoint: the checkpoint; None takes the newest. Call `run.rewind` before training on
+            from another one.
 
         Raises:
           OSError: if the checkpoint cannot be read.
@@ -143,7 +147,7 @@ class Trainer:
           ValueError: if it was trained on other data or measured on other held-out text, or no step
             is left.
         """
-        path, total = self.run.newest_checkpoint, self.config.optimizer.total_steps
+        path, total = checkpoint or self.run.newest_checkpoint, self.config.optimizer.total_steps
         params, metadata = self.tuning.load(path)
         if metadata.extra.get(_CHECKSUM_OF_DATA) != self.batches.checksum:
             raise ValueError(
@@ -158,7 +162,9 @@ class Trainer:
                 "before"
             )
         if metadata.step >= total:
-            raise ValueError(f"{self.run.path} has made all of its {total} steps")
+            raise ValueError(
+                f"{self.run.path} has made all of its {total} steps; more steps train it longer"
+            )
         like = jax.eval_shape(make_optimizer(self.config.optimizer).init, params)
         return TrainState(jnp.int32(metadata.step), params, load_optimizer_state(path, like))
 
@@ -187,6 +193,7 @@ class Trainer:
           `config.optimizer.total_steps`.
 
         Raises:
+          RunInUseError: if another process trains in the run's folder.
           NonFiniteError: if a loss, a gradient or a parameter is not finite. The error names the
             step and the newest checkpoint. Nothing is saved after that step.
           OSError: if metrics or a checkpoint cannot be written.
@@ -200,31 +207,32 @@ class Trainer:
             stop = stop_requested is not None and stop_requested()
             return stop or step % config.evaluate_every == 0 or step % config.save_every == 0
 
-        if int(state.step) == 0:
-            log.measure(0, state)
-        steps = train_steps(
-            self._step,
-            state,
-            self.batches,
-            steps=total,
-            on_report=log.add,
-            on_non_finite=log.non_finite,
-            wait_after=wait_after,
-        )
-        try:
-            for step, state in steps:
-                at_end = step == total
-                if at_end or step % config.evaluate_every == 0:
-                    log.measure(step, state)
-                if at_end or stop or step % config.save_every == 0:
-                    log.flush()
-                    self._save(step, state)
-                if stop and not at_end:
-                    return state
-        except NonFiniteError as error:
-            log.flush()
-            raise NonFiniteError(f"{error}; {self._saved_so_far()}") from error
-        self.tuning.export(self.run.path, state.params)
+        with self.run.lock():
+            if int(state.step) == 0:
+                log.measure(0, state)
+            steps = train_steps(
+                self._step,
+                state,
+                self.batches,
+                steps=total,
+                on_report=log.add,
+                on_non_finite=log.non_finite,
+                wait_after=wait_after,
+            )
+            try:
+                for step, state in steps:
+                    at_end = step == total
+                    if at_end or step % config.evaluate_every == 0:
+                        log.measure(step, state)
+                    if at_end or stop or step % config.save_every == 0:
+                        log.flush()
+                        self._save(step, state)
+                    if stop and not at_end:
+                        return state
+            except NonFiniteError as error:
+                log.flush()
+                raise NonFiniteError(f"{error}; {self._saved_so_far()}") from error
+            self.tuning.export(self.run.path, state.params)
         return state
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import chex
 import jax
@@ -22,6 +23,7 @@ from flax import nnx
 from goose_jax.checkpoints import load_checkpoint
 from goose_jax.cli import main as command
 from goose_jax.cli.main import main
+from goose_jax.training import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
 
@@ -294,6 +296,75 @@ def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
     other.write_text(TEXT + "more")
     err = fails(capsys, "train", f"--resume={run}", f"--data={other}")
     assert f"was trained on another text than is in {other} now" in err
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over(run, finished, capsys):
+    """It is kept apart, and training arrives at the same parameters from the one before."""
+    newest = run / "checkpoints" / "00000008"
+    file = next(path for path in (newest / "optimizer").rglob("*") if path.is_file())
+    file.write_bytes(file.read_bytes()[:-1])
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "lo')  # a disk was full
+    main(["train", f"--resume={run}"])
+    printed = capsys.readouterr()
+    assert f"warning: {newest} is damaged" in printed.err
+    assert f"going on from {run / 'checkpoints' / '00000004'}" in printed.err
+    assert f"later checkpoints and a copy of the metrics are in {run / 'set_aside' / '1'}" in (
+        printed.out
+    )
+    assert {path.name for path in (run / "set_aside" / "1").iterdir()} == {
+        *("00000008", "metrics.jsonl"),
+    }
+    assert losses_of(run) == losses_of(finished[0])
+    chex.assert_trees_all_equal(params_of(run), params_of(finished[0]))
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_longer_and_from_any_checkpoint(run, finished, capsys):
+    """From step 4 on it follows the schedule of the longer run."""
+    older = run / "checkpoints" / "00000004"
+    main(["train", f"--resume={older}", "--steps=10", "--save-every=1", "--keep=9"])
+    rates = {line["step"]: line["learning_rate"] for line in lines_of(run) if "loss" in line}
+    progress = (np.arange(4, 10) - 2) / (10 - 2)
+    cosine = 2e-4 + (1e-2 - 2e-4) * (1 + np.cos(np.pi * progress)) / 2
+    np.testing.assert_allclose([rates[step] for step in range(5, 11)], cosine, rtol=1e-5)
+    assert list(rates) == list(range(1, 11))
+    assert [rates[step] for step in range(1, 5)] == [
+        line["learning_rate"] for line in lines_of(finished[0]) if "loss" in line
+    ][:4]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == [f"{step:08d}" for step in range(4, 11)]
+    assert (run / "set_aside" / "1" / "00000008").is_dir()
+    assert yaml.safe_load((run / "settings.yaml").read_text())["steps"] == 10
+    capsys.readouterr()
+    assert f"{run} has made all of its 10 steps" in fails(capsys, "train", f"--resume={run}")
+    shutil.rmtree(older / "params")
+    assert f"{older} is damaged" in fails(capsys, "train", f"--resume={older}")
+
+
+def test_two_processes_do_not_train_in_one_folder(run, capsys):
+    with RunDirectory(run).lock():
+        assert f"{run} is in use by process {os.getpid()} on" in fails(
+            capsys, "train", f"--resume={run}", "--steps=9"
+        )
+    with RunDirectory(run).lock():
+        pass
+
+
+def test_other_held_out_text_is_noticed(run, capsys):
+    """Its bytes are given by the settings, so only a change of the text or the code can do it."""
+    file = run / "checkpoints" / "00000008" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["extra"]["held_out_text"] = "0" * 64
+    file.write_text(json.dumps(metadata))
+    checksums = file.with_name("checksums.json")
+    sums = json.loads(checksums.read_text())
+    data = file.read_bytes()
+    sums["metadata.json"] = [len(data), zlib.crc32(data)]
+    checksums.write_text(json.dumps(sums))
+    err = fails(capsys, "train", f"--resume={run}", "--steps=9")
+    assert f"{run} cannot be resumed: the held-out text is not the one it measured before" in err
 
 
 def raise_bug(arguments):
