@@ -1,10 +1,12 @@
 """Saves and loads models and states, in our own format and in the formats of others."""
 
 from goose_jax.checkpoints.contents import CheckpointContents, read_contents
+from goose_jax.checkpoints.directory_writer import Saving
 from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.model_and_tokenizer import load_model_and_tokenizer
 from goose_jax.checkpoints.native import (
     CheckpointMetadata,
+    begin_checkpoint,
     load_checkpoint,
     load_optimizer_state,
     save_checkpoint,
@@ -16,6 +18,8 @@ __all__ = [
     "CheckpointContents",
     "CheckpointError",
     "CheckpointMetadata",
+    "Saving",
+    "begin_checkpoint",
     "load_checkpoint",
     "load_merged_state",
     "load_model_and_tokenizer",

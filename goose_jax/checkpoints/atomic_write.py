@@ -16,7 +16,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Args:
       path: path of the file or directory to create. An existing file is replaced.
     """
-    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary = temporary_path(path)
     _remove(temporary)  # left behind by a process that was killed
     try:
         yield temporary
@@ -26,6 +26,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def temporary_path(path: Path) -> Path:
+    """Returns the path that `atomic_path` yields."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -33,4 +38,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "temporary_path"]

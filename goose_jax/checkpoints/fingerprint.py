@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from goose_jax.nn import RWKV7
+from goose_jax.parallel.placement import to_host
 
 _UNUSED_IN_FIRST_LAYER = "value_residual_"  # absent from most files
 
@@ -19,7 +20,8 @@ def fingerprint(model: RWKV7) -> str:
     the model does not use it, and most files do not hold it.
 
     Args:
-      model: the model; its parameters are copied to the host.
+      model: the model; its parameters are copied to the host, one at a time. If they are divided
+        over several processes, all of these must call this.
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     named = {
@@ -28,7 +30,7 @@ def fingerprint(model: RWKV7) -> str:
     }
     value = 0
     for path, leaf in sorted(named.items()):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(to_host(leaf))
         array = array[1:] if path.rpartition(".")[2].startswith(_UNUSED_IN_FIRST_LAYER) else array
         value = zlib.crc32(f"{path} {array.dtype.name} {array.shape}".encode(), value)
         value = zlib.crc32(array.reshape(-1).view(np.uint8), value)

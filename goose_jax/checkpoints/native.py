@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from goose_jax.checkpoints.directory import (
     CHECKSUMS,
     read_arrays,
     read_json,
     verify_directory,
-    write_directory,
 )
+from goose_jax.checkpoints.directory_writer import Saving, begin_directory
 from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, shorten_name
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer, locate_tokenizer
 from goose_jax.config import RWKV7Config
@@ -98,6 +99,28 @@ def save_checkpoint(
       FileExistsError: if `path` exists. Nothing is ever overwritten.
       OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
+    begin_checkpoint(path, model, metadata, opt_state=opt_state).wait()
+
+
+def begin_checkpoint(
+    path: Path | str,
+    model: RWKV7,
+    metadata: CheckpointMetadata,
+    *,
+    opt_state: Any = None,
+) -> Saving:
+    """Begins to save a checkpoint, as `save_checkpoint` does, and writes while training goes on.
+
+    The arrays may be divided over the devices of several processes, all of which must call this.
+    Returns when the arrays have been copied to the host, so that their buffers may be donated.
+
+    Returns:
+      What to wait for, before another checkpoint or the end; errors of writing are raised there.
+
+    Raises:
+      FileExistsError: if `path` exists. Nothing is ever overwritten.
+      OSError: if the disk has no space for the checkpoint.
+    """
     tokenizer, files = embed_tokenizer(metadata.tokenizer)
     metadata = dataclasses.replace(metadata, tokenizer=tokenizer)
     descriptions = files | {
@@ -105,14 +128,19 @@ def save_checkpoint(
         _METADATA: {"format": _FORMAT} | dataclasses.asdict(metadata),
     }
     trees = {_PARAMS: nnx.to_pure_dict(nnx.state(model, nnx.Param)), OPTIMIZER: opt_state}
-    write_directory(path, descriptions, trees)
+    return begin_directory(path, descriptions, trees)
 
 
-def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, CheckpointMetadata]:
+def load_checkpoint(
+    path: Path | str, *, mesh: Mesh | None = None, **overrides: Any
+) -> tuple[RWKV7, CheckpointMetadata]:
     """Loads the model of a checkpoint. The state of the optimizer is not read.
 
     Args:
       path: directory of a checkpoint, or of a training run, whose newest checkpoint is loaded.
+      mesh: the mesh that the parameters are divided over, which may be another one than that of the
+        run that saved them; no process then reads more than its devices need. None loads to the
+        default device.
       **overrides: fields of `RWKV7Config` to replace, such as `compute_dtype="bfloat16"`. Fields
         that determine the shapes or dtypes of parameters cannot be replaced.
 
@@ -126,7 +154,7 @@ def load_checkpoint(path: Path | str, **overrides: Any) -> tuple[RWKV7, Checkpoi
     verify_directory(path, leave_out=OPTIMIZER)
     config, metadata = read_description(path, **overrides)
     graphdef, state = nnx.split(abstract_model(config))
-    params = read_arrays(path / _PARAMS, nnx.to_pure_dict(state))
+    params = read_arrays(path / _PARAMS, nnx.to_pure_dict(state), mesh)
     return nnx.merge(graphdef, params), metadata
 
 
@@ -161,13 +189,14 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
     return config, dataclasses.replace(metadata, tokenizer=tokenizer)
 
 
-def load_optimizer_state(path: Path | str, like: Any) -> Any:
+def load_optimizer_state(path: Path | str, like: Any, *, mesh: Mesh | None = None) -> Any:
     """Loads the state of the optimizer from a checkpoint.
 
     Args:
       path: directory of a checkpoint, or of a training run, whose newest checkpoint is read.
       like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes of
         the state.
+      mesh: the mesh that the state is divided over; None loads to the default device.
 
     Raises:
       FileNotFoundError: if `path` does not exist.
@@ -178,7 +207,7 @@ def load_optimizer_state(path: Path | str, like: Any) -> Any:
     verify_directory(path)
     if not (path / OPTIMIZER).is_dir():
         raise CheckpointError(f"{path} holds a model without the state of an optimizer")
-    return read_arrays(path / OPTIMIZER, like)
+    return read_arrays(path / OPTIMIZER, like, mesh)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -213,6 +242,7 @@ __all__ = [
     "CHECKPOINTS",
     "OPTIMIZER",
     "CheckpointMetadata",
+    "begin_checkpoint",
     "checkpoint_path",
     "find_checkpoint",
     "list_checkpoints",

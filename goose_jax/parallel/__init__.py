@@ -10,7 +10,9 @@ from goose_jax.parallel.mesh import (
 from goose_jax.parallel.placement import (
     create_sharded,
     place_batch,
+    place_rows,
     place_tree,
+    process_share,
     replicated,
 )
 from goose_jax.parallel.rules import PARTITION_RULES, batch_spec, partition_spec, tree_shardings
@@ -26,7 +28,9 @@ __all__ = [
     "parse_mesh",
     "partition_spec",
     "place_batch",
+    "place_rows",
     "place_tree",
+    "process_share",
     "replicated",
     "tree_shardings",
 ]

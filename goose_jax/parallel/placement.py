@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,6 +58,73 @@ def place_batch[Tree](batch: Tree, mesh: Mesh) -> Tree:
     )
 
 
+def process_share(mesh: Mesh | None) -> tuple[int, int]:
+    """Returns which part of the rows of each batch this process needs, for `for_process`.
+
+    Processes need the same rows if they divide tokens or heads among them.
+
+    Args:
+      mesh: the mesh; None for one device.
+
+    Returns:
+      index: number of the part, from 0.
+      count: number of parts.
+
+    Raises:
+      ValueError: if the rows that this process needs are no such part.
+    """
+    if mesh is None:
+        return 0, 1
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    divided = NamedSharding(mesh, batch_spec(2))
+    parts = divided.addressable_devices_indices_map((blocks, mesh.shape["context"]))
+    needed = sorted({part[0].indices(blocks)[0] for part in parts.values() if part})
+    size = len(needed)
+    if needed != list(range(needed[0], needed[0] + size)) or blocks % size or needed[0] % size:
+        raise ValueError(
+            f"the devices of process {jax.process_index()} read the parts {needed} of {blocks} "
+            "parts of a batch, which do not follow each other; give make_mesh the devices in the "
+            "order of jax.devices()"
+        )
+    return needed[0] // size, blocks // size
+
+
+def place_rows[Tree](batch: Tree, mesh: Mesh | None) -> Tree:
+    """Puts a batch on the devices of a mesh, given the rows of `process_share` only.
+
+    Args:
+      batch: a pytree of arrays `[(A,) rows, T]`.
+      mesh: the mesh; None returns the batch as it is.
+    """
+    if mesh is None:
+        return batch
+    index, count = process_share(mesh)
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        *before, rows, length = array.shape
+        first = index * rows
+
+        def part(of: Any) -> np.ndarray:
+            start, stop, _ = of[-2].indices(rows * count)
+            return array[(*of[:-2], slice(start - first, stop - first), of[-1])]
+
+        sharding = NamedSharding(mesh, batch_spec(array.ndim))
+        return jax.make_array_from_callback((*before, rows * count, length), sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array, as NumPy's.
+
+    If parts of it are on devices of other processes, all processes must call this.
+    """
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def constrain_tree[Tree](tree: Tree, mesh: Mesh | None) -> Tree:
     """Tells the compiler that parameters are divided by the rules; None changes nothing."""
     if mesh is None:
@@ -82,6 +150,9 @@ __all__ = [
     "constrain_tree",
     "create_sharded",
     "place_batch",
+    "place_rows",
     "place_tree",
+    "process_share",
     "replicated",
+    "to_host",
 ]

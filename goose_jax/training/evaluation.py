@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from goose_jax.data import Batch, Document, encode_documents, evaluation_batches
 from goose_jax.nn import RWKV7
+from goose_jax.parallel import place_batch
+from goose_jax.parallel.in_model import on_mesh, sum_over_mesh
 from goose_jax.text import Tokenizer
 from goose_jax.training.step import Loss, Parameters, full_loss
+from pallas_kernels.types import Scalar
 
 
 class Evaluation:
@@ -21,14 +25,17 @@ class Evaluation:
       num_bytes: length of the text in UTF-8.
       loss: returns the sum of the losses of a batch, in nats, from trained parameters and frozen
         ones; a compiled function.
+      mesh: the mesh that batches are divided over; None for one device.
 
     Attributes:
       checksum: SHA-256 of the text's tokens and its length, in hexadecimal digits.
       bytes_per_token: bytes of the text per token that is predicted.
     """
 
-    def __init__(self, batches: Sequence[Batch], num_bytes: int, loss: Loss):
-        self._batches, self._num_bytes, self._loss = batches, num_bytes, loss
+    def __init__(
+        self, batches: Sequence[Batch], num_bytes: int, loss: Loss, mesh: Mesh | None = None
+    ):
+        self._batches, self._num_bytes, self._loss, self._mesh = batches, num_bytes, loss, mesh
         num_tokens = sum(int(np.sum(np.asarray(batch.targets) >= 0)) for batch in batches)
         self.bytes_per_token = num_bytes / num_tokens
         digest = hashlib.sha256(str(num_bytes).encode())
@@ -40,7 +47,12 @@ class Evaluation:
     def __call__(self, trained: Parameters, frozen: Parameters | None = None) -> float:
         """Returns bits per byte of the model that these parameters make; None is `{}`."""
         frozen = {} if frozen is None else frozen
-        sums = [self._loss(trained, frozen, batch) for batch in self._batches]
+        sums = [
+            self._loss(
+                trained, frozen, batch if self._mesh is None else place_batch(batch, self._mesh)
+            )
+            for batch in self._batches
+        ]
         return sum(map(float, sums)) / math.log(2) / self._num_bytes
 
 
@@ -52,6 +64,7 @@ def make_evaluation(
     batch_size: int,
     sequence_length: int,
     loss: Loss | None = None,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Returns an `Evaluation`, which measures bits per byte of held-out text.
 
@@ -69,6 +82,7 @@ def make_evaluation(
       sequence_length: tokens of a window.
       loss: the loss of a model that is fine-tuned, such as `lora_loss(model, config)`; None takes
         `full_loss(model)`.
+      mesh: the mesh that the parameters are divided over; None for one device.
 
     Returns:
       `evaluate(trained, frozen=None)`, which returns bits per byte as a float. `trained` and
@@ -78,7 +92,12 @@ def make_evaluation(
       ValueError: if the tokenizer gives ids outside of its vocabulary, or a size is not a positive
         integer.
     """
-    loss = jax.jit(full_loss(model) if loss is None else loss)
+    of_device = full_loss(model) if loss is None else loss
+
+    def total(trained: Parameters, frozen: Parameters, batch: Batch) -> Scalar:
+        return sum_over_mesh(of_device(trained, frozen, batch))
+
+    compiled = jax.jit(on_mesh(total, mesh, gradient=False))
     num_bytes = sum(document.num_bytes for document in documents)
     batches = list(
         evaluation_batches(
@@ -87,7 +106,7 @@ def make_evaluation(
             sequence_length=sequence_length,
         )
     )
-    return Evaluation(batches, num_bytes, loss)
+    return Evaluation(batches, num_bytes, compiled, mesh)
 
 
 __all__ = ["Evaluation", "make_evaluation"]

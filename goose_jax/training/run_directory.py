@@ -20,16 +20,17 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.atomic_write import atomic_path
 from goose_jax.checkpoints.directory import verify_directory
-from goose_jax.checkpoints.native import CHECKPOINTS, checkpoint_path, list_checkpoints
+from goose_jax.checkpoints.native import CHECKPOINTS, list_checkpoints
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.data import Batch
 from goose_jax.training.yaml_file import read_yaml, write_yaml
@@ -282,25 +283,16 @@ class RunDirectory:
                 ) from error
             yield values
 
-    def save(
-        self,
-        step: int,
-        write: Callable[[Path], None],
-        *,
-        keep: int,
-        keep_best: bool = False,
-        keep_every: int | None = None,
+    def remove_old(
+        self, *, keep: int, keep_best: bool = False, keep_every: int | None = None
     ) -> None:
-        """Makes a checkpoint, and then removes the checkpoints that are not to be kept.
+        """Removes the checkpoints that are not to be kept.
 
         Args:
-          step: number of steps made.
-          write: writes the checkpoint to the path that it is given.
           keep: number of newest checkpoints to keep.
           keep_best: whether to keep `best_checkpoint`.
           keep_every: checkpoints whose step is a multiple of this are kept; None for no others.
         """
-        write(checkpoint_path(self.path, step))
         kept = set(self.checkpoints[-keep:])
         if keep_best and (best := self.best_checkpoint) is not None:
             kept.add(best)
@@ -322,12 +314,15 @@ class RunDirectory:
     def save_batch(self, step: int, batch: Batch) -> Path:
         """Writes the batch of a step to "non_finite/", as an archive of NumPy.
 
+        In a run of several processes each writes its rows to a file of its own.
+
         Returns:
           The path of the archive. Its arrays are "inputs", "targets" and, for packed rows,
           "segment_ids".
         """
         arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        path = self.path / "non_finite" / f"{step:08d}.npz"
+        process = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.path / "non_finite" / f"{step:08d}{process}.npz"
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path) as new, new.open("wb") as stream:
             np.savez(stream, **{name: a for name, a in arrays.items() if a is not None})

@@ -1,5 +1,6 @@
 """A training run: steps, measurements on held-out text, checkpoints, and resuming from them."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -8,9 +9,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from goose_jax.checkpoints import CheckpointMetadata, load_optimizer_state
+from goose_jax.checkpoints import CheckpointMetadata, Saving, load_optimizer_state
 from goose_jax.data import Batch, BatchSource
+from goose_jax.parallel import check_mesh, place_rows, place_tree, process_share
+from goose_jax.training.checkpoint_saver import CheckpointSaver
 from goose_jax.training.evaluation import Evaluation
 from goose_jax.training.metrics import MetricsWriter, summarise
 from goose_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -79,6 +83,9 @@ class Trainer:
     A run that is resumed makes the same steps as one that was never interrupted. Nothing is
     printed: `fit` reports to functions that it is given.
 
+    On a mesh of several processes, each process has a trainer and calls the same methods. The first
+    process writes the metrics.
+
     Args:
       run: folder of the run.
       tuning: what is trained.
@@ -87,6 +94,11 @@ class Trainer:
       config: length of the run, and what it does between steps.
       tokenizer: name or path of the tokenizer, which checkpoints record.
       writers: get the metrics, too, which the run's folder gets in any case.
+      mesh: the mesh to train on, from `goose_jax.parallel.make_mesh`; None for one device. A
+        resumed run may have another mesh. `evaluate` must have been made for the same mesh.
+
+    Raises:
+      ValueError: if the mesh does not divide the model.
 
     Example:
       >>> model = RWKV7(RWKV7Config(vocab_size=257, hidden_size=64, num_layers=1), rngs=nnx.Rngs(0))
@@ -113,6 +125,7 @@ class Trainer:
       evaluate: measures held-out text.
       config: length of the run, and what it does between steps.
       writers: get the metrics, too.
+      mesh: the mesh to train on, or None.
     """
 
     def __init__(
@@ -125,14 +138,22 @@ class Trainer:
         *,
         tokenizer: str,
         writers: Sequence[MetricsWriter] = (),
+        mesh: Mesh | None = None,
     ):
         self.run, self.tuning, self.batches, self.config = run, tuning, batches, config
         self.evaluate, self.writers, self._tokenizer = evaluate, writers, tokenizer
-        self._tuning_step = make_tuning_step(tuning.loss, config.optimizer)
+        self.mesh = mesh
+        if mesh is not None:
+            check_mesh(mesh, tuning.model.config)
+        self._frozen = tuning.frozen if mesh is None else place_tree(tuning.frozen, mesh)
+        self._tuning_step = make_tuning_step(tuning.loss, config.optimizer, mesh=mesh)
+        self._saver = CheckpointSaver(
+            run, keep=config.keep, keep_best=config.keep_best, keep_every=config.keep_every
+        )
 
     def start(self) -> TrainState:
         """Returns the state before the first step."""
-        return init_tuning_state(self.tuning.init(), self.config.optimizer)
+        return init_tuning_state(self.tuning.init(), self.config.optimizer, mesh=self.mesh)
 
     def resume(self, checkpoint: Path | None = None) -> TrainState:
         """Loads the state of a checkpoint of the run.
@@ -148,7 +169,7 @@ class Trainer:
             is left.
         """
         path, total = checkpoint or self.run.newest_checkpoint, self.config.optimizer.total_steps
-        params, metadata = self.tuning.load(path)
+        params, metadata = self.tuning.load(path, mesh=self.mesh)
         if metadata.extra.get(_CHECKSUM_OF_DATA) != self.batches.checksum:
             raise ValueError(
                 f"{self.run.path} cannot be resumed: it was trained on another text than is in "
@@ -166,7 +187,10 @@ class Trainer:
                 f"{self.run.path} has made all of its {total} steps; more steps train it longer"
             )
         like = jax.eval_shape(make_optimizer(self.config.optimizer).init, params)
-        return TrainState(jnp.int32(metadata.step), params, load_optimizer_state(path, like))
+        opt_state = load_optimizer_state(path, like, mesh=self.mesh)
+        step = jnp.int32(metadata.step)
+        step = step if self.mesh is None else place_tree(step, self.mesh)
+        return TrainState(step, params, opt_state)
 
     def fit(
         self,
@@ -177,6 +201,8 @@ class Trainer:
         stop_requested: Callable[[], bool] | None = None,
     ) -> TrainState:
         """Trains to the last step, or until it is asked to stop.
+
+        Checkpoints are written while training goes on; the last one is complete at the end.
 
         Steps are dispatched before those before them are done, so reports come some steps late. The
         device waits for the host only around measurements and checkpoints.
@@ -207,13 +233,15 @@ class Trainer:
             stop = stop_requested is not None and stop_requested()
             return stop or step % config.evaluate_every == 0 or step % config.save_every == 0
 
-        with self.run.lock():
+        # One process holds the lock of the run for all.
+        lock = self.run.lock() if jax.process_index() == 0 else contextlib.nullcontext()
+        with lock:
             if int(state.step) == 0:
                 log.measure(0, state)
             steps = train_steps(
                 self._step,
                 state,
-                self.batches,
+                self.batches.for_process(*process_share(self.mesh)),
                 steps=total,
                 on_report=log.add,
                 on_non_finite=log.non_finite,
@@ -228,15 +256,23 @@ class Trainer:
                         log.flush()
                         self._save(step, state)
                     if stop and not at_end:
-                        return state
+                        break
+                self._saver.finish()
             except NonFiniteError as error:
                 log.flush()
+                self._saver.finish()
                 raise NonFiniteError(f"{error}; {self._saved_so_far()}") from error
+            if int(state.step) < total:
+                return state
             self.tuning.export(self.run.path, state.params)
         return state
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return self._tuning_step(state, self.tuning.frozen, batch)
+        return self._tuning_step(state, self._frozen, place_rows(batch, self.mesh))
+
+    def evaluate_state(self, state: TrainState) -> float:
+        """Returns bits per byte of held-out text."""
+        return self.evaluate(state.params, self._frozen)
 
     def _save(self, step: int, state: TrainState) -> None:
         if names := _not_finite({"params": state.params, "optimizer": state.opt_state}):
@@ -247,16 +283,10 @@ class Trainer:
         }
         metadata = CheckpointMetadata(self._tokenizer, step, extra)
 
-        def write(path: Path) -> None:
-            self.tuning.save(path, state.params, metadata, opt_state=state.opt_state)
+        def begin(path: Path) -> Saving:
+            return self.tuning.begin_save(path, state.params, metadata, opt_state=state.opt_state)
 
-        self.run.save(
-            step,
-            write,
-            keep=self.config.keep,
-            keep_best=self.config.keep_best,
-            keep_every=self.config.keep_every,
-        )
+        self._saver.begin(step, begin)
 
     def _saved_so_far(self) -> str:
         if not self.run.checkpoints:
@@ -303,7 +333,7 @@ class _Log:
     def measure(self, step: int, state: TrainState) -> None:
         """Measures held-out text, after a line for the steps before."""
         self.flush()
-        bits_per_byte = self._trainer.evaluate(state.params, self._trainer.tuning.frozen)
+        bits_per_byte = self._trainer.evaluate_state(state)
         values = {"step": step}
         if math.isfinite(bits_per_byte):
             self._write(values | {HELD_OUT_METRIC: bits_per_byte})
@@ -324,6 +354,8 @@ class _Log:
             raise NonFiniteError(f"{error} (its batch is in {file})") from None
 
     def _write(self, values: dict[str, Any]) -> None:
+        if jax.process_index() > 0:
+            return
         self._trainer.run.log(values)
         step = values["step"]
         for writer in self._trainer.writers:

@@ -5,17 +5,20 @@ from typing import Any, Protocol
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from goose_jax.checkpoints import (
     CheckpointError,
     CheckpointMetadata,
+    Saving,
+    begin_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     save_state,
 )
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import find_checkpoint, read_description
 from goose_jax.nn import RWKV7, abstract_model
+from goose_jax.parallel.placement import to_host
 from goose_jax.state import RWKV7State
 from goose_jax.training.lora import LoraConfig, init_lora, lora_loss, merge_lora
 from goose_jax.training.loss import L2WRAP
@@ -29,9 +32,9 @@ from goose_jax.training.step import (
 )
 from goose_jax.training.tuning_checkpoint import (
     TuningCheckpoint,
+    begin_tuning_checkpoint,
     check_base,
     load_tuning_checkpoint,
-    save_tuning_checkpoint,
 )
 
 STATE_FILE = "state.pth"
@@ -60,8 +63,14 @@ class Tuning(Protocol):
         """Returns the trained parameters before the first step."""
         ...
 
-    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
-        """Loads the trained parameters and the metadata from a checkpoint that `save` wrote.
+    def load(
+        self, path: Path, *, mesh: Mesh | None = None
+    ) -> tuple[Parameters, CheckpointMetadata]:
+        """Loads the trained parameters and the metadata from a checkpoint that `begin_save` wrote.
+
+        Args:
+          path: directory of the checkpoint.
+          mesh: the mesh that the parameters are divided over; None for one device.
 
         Raises:
           FileNotFoundError: if `path` does not exist.
@@ -69,24 +78,27 @@ class Tuning(Protocol):
         """
         ...
 
-    def save(
+    def begin_save(
         self,
         path: Path,
         trained: Parameters,
         metadata: CheckpointMetadata,
         *,
         opt_state: Any = None,
-    ) -> None:
-        """Writes a checkpoint to a new directory.
+    ) -> Saving:
+        """Begins to write a checkpoint to a new directory, as `begin_checkpoint` does.
 
         Raises:
           FileExistsError: if `path` exists.
-          OSError: if writing fails. Incomplete files are removed.
+          OSError: if the disk has no space for the checkpoint.
         """
         ...
 
     def export(self, folder: Path, trained: Parameters) -> None:
-        """Writes files that a finished run leaves in its folder beside checkpoints, if any."""
+        """Writes files that a finished run leaves in its folder beside checkpoints, if any.
+
+        In a run of several processes all call this, and the first one writes.
+        """
         ...
 
     def result(self, trained: Parameters) -> tuple[RWKV7, RWKV7State | None]:
@@ -142,34 +154,38 @@ class FullTuning:
         """Returns the parameters of the model."""
         return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
 
-    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
+    def load(
+        self, path: Path, *, mesh: Mesh | None = None
+    ) -> tuple[Parameters, CheckpointMetadata]:
         """Loads the parameters of the model in a checkpoint, and the checkpoint's metadata.
 
         Args:
           path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+          mesh: the mesh that the parameters are divided over; None for one device.
 
         Raises:
           FileNotFoundError: if `path` does not exist.
           CheckpointError: if it holds no model, or is damaged.
         """
-        model, metadata = load_checkpoint(path)
+        model, metadata = load_checkpoint(path, mesh=mesh)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param)), metadata
 
-    def save(
+    def begin_save(
         self,
         path: Path,
         trained: Parameters,
         metadata: CheckpointMetadata,
         *,
         opt_state: Any = None,
-    ) -> None:
-        """Writes a checkpoint of the model to a new directory.
+    ) -> Saving:
+        """Begins to write a checkpoint of the model to a new directory.
 
         Raises:
           FileExistsError: if `path` exists.
-          OSError: if writing fails. Incomplete files are removed.
+          OSError: if the disk has no space for the checkpoint.
         """
-        save_checkpoint(path, with_params(self.model, trained), metadata, opt_state=opt_state)
+        model = with_params(self.model, trained)
+        return begin_checkpoint(path, model, metadata, opt_state=opt_state)
 
     def export(self, folder: Path, trained: Parameters) -> None:
         """Writes nothing: the checkpoint is the model."""
@@ -188,36 +204,39 @@ class _TuningBesideModel:
         self._base_path, self._lora = Path(base_path), lora
         self._fingerprint = fingerprint(model)
 
-    def load(self, path: Path) -> tuple[Parameters, CheckpointMetadata]:
+    def load(
+        self, path: Path, *, mesh: Mesh | None = None
+    ) -> tuple[Parameters, CheckpointMetadata]:
         """Loads the trained parameters in a checkpoint, and the checkpoint's metadata.
 
         Args:
           path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+          mesh: the mesh that the parameters are divided over; None for one device.
 
         Raises:
           FileNotFoundError: if `path` does not exist.
           CheckpointError: if it is damaged, belongs to another model, or holds something else than
             what is trained here.
         """
-        checkpoint = load_tuning_checkpoint(path)
+        checkpoint = load_tuning_checkpoint(path, mesh=mesh)
         check_base(checkpoint, self.model, self._base_path)
         if checkpoint.lora != self._lora:
             raise CheckpointError(f"{path} has {checkpoint.lora}, but {self._lora} is trained here")
         return checkpoint.params, checkpoint.metadata
 
-    def save(
+    def begin_save(
         self,
         path: Path,
         trained: Parameters,
         metadata: CheckpointMetadata,
         *,
         opt_state: Any = None,
-    ) -> None:
-        """Writes a checkpoint of the trained parameters to a new directory.
+    ) -> Saving:
+        """Begins to write a checkpoint of the trained parameters to a new directory.
 
         Raises:
           FileExistsError: if `path` exists.
-          OSError: if writing fails. Incomplete files are removed.
+          OSError: if the disk has no space for the checkpoint.
         """
         checkpoint = TuningCheckpoint(
             params=trained,
@@ -227,7 +246,7 @@ class _TuningBesideModel:
             base_path=str(self._base_path.absolute()),
             metadata=metadata,
         )
-        save_tuning_checkpoint(path, checkpoint, opt_state=opt_state)
+        return begin_tuning_checkpoint(path, checkpoint, opt_state=opt_state)
 
 
 class LoraTuning(_TuningBesideModel):
@@ -308,7 +327,9 @@ class StateTuning(_TuningBesideModel):
 
     def export(self, folder: Path, trained: Parameters) -> None:
         """Writes the state to `STATE_FILE`, in the layout of the official ecosystem."""
-        config = self.model.config
+        config, trained = self.model.config, jax.tree.map(to_host, trained)
+        if jax.process_index() > 0:
+            return
         new = folder / f".{STATE_FILE}.new"
         new.unlink(missing_ok=True)  # left behind if an earlier process was killed
         save_state(new, tuned_state(trained, config), config, "time_state")

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata
 from goose_jax.checkpoints.directory import (
     read_arrays,
     read_json,
     verify_directory,
-    write_directory,
 )
+from goose_jax.checkpoints.directory_writer import Saving, begin_directory
 from goose_jax.checkpoints.errors import cause
 from goose_jax.checkpoints.fingerprint import fingerprint
 from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
@@ -80,6 +81,13 @@ def save_tuning_checkpoint(
       FileExistsError: if `path` exists. Nothing is ever overwritten.
       OSError: if writing fails, for example on a full disk. Incomplete files are removed.
     """
+    begin_tuning_checkpoint(path, checkpoint, opt_state=opt_state).wait()
+
+
+def begin_tuning_checkpoint(
+    path: Path | str, checkpoint: TuningCheckpoint, *, opt_state: Any = None
+) -> Saving:
+    """Begins to save tuned parameters, as `begin_checkpoint` begins to save a model."""
     tokenizer, files = embed_tokenizer(checkpoint.metadata.tokenizer)
     metadata = dataclasses.replace(checkpoint.metadata, tokenizer=tokenizer)
     description = {
@@ -90,14 +98,16 @@ def save_tuning_checkpoint(
         "metadata": dataclasses.asdict(metadata),
     }
     descriptions = files | {ADAPTER: description, "config.json": checkpoint.base_config.to_dict()}
-    write_directory(path, descriptions, {"params": checkpoint.params, OPTIMIZER: opt_state})
+    trees = {"params": checkpoint.params, OPTIMIZER: opt_state}
+    return begin_directory(path, descriptions, trees)
 
 
-def load_tuning_checkpoint(path: Path | str) -> TuningCheckpoint:
+def load_tuning_checkpoint(path: Path | str, *, mesh: Mesh | None = None) -> TuningCheckpoint:
     """Loads what `save_tuning_checkpoint` saved. The optimizer's state is not read.
 
     Args:
       path: directory of a checkpoint, or of a training run, whose newest checkpoint is loaded.
+      mesh: the mesh that the parameters are divided over; None loads to the default device.
 
     Raises:
       FileNotFoundError: if `path` does not exist.
@@ -120,7 +130,7 @@ def load_tuning_checkpoint(path: Path | str) -> TuningCheckpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {cause(error)}") from error
     return TuningCheckpoint(
-        params=read_arrays(path / "params", _shapes(config, lora)),
+        params=read_arrays(path / "params", _shapes(config, lora), mesh),
         lora=lora,
         base_config=config,
         base_fingerprint=base["fingerprint"],
@@ -166,6 +176,7 @@ def _shapes(config: RWKV7Config, lora: LoraConfig | None) -> Parameters:
 __all__ = [
     "TuningCheckpoint",
     "TuningKind",
+    "begin_tuning_checkpoint",
     "check_base",
     "load_tuning_checkpoint",
     "save_tuning_checkpoint",

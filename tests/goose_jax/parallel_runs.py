@@ -6,6 +6,7 @@ JAX fixes the number of devices when it starts, so `test_parallel.py` runs this 
 own. The file receives losses, and the parameters and moments after 5 steps, for each mesh.
 """
 
+import pathlib
 import sys
 
 import jax
@@ -13,6 +14,12 @@ import numpy as np
 from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
+from goose_jax.checkpoints import (
+    CheckpointMetadata,
+    begin_checkpoint,
+    load_checkpoint,
+    load_optimizer_state,
+)
 from goose_jax.data import next_token_batch
 from goose_jax.parallel import create_sharded, make_mesh, place_tree
 from goose_jax.training import (
@@ -26,6 +33,7 @@ from goose_jax.training import (
     make_train_step,
     make_tuning_step,
     state_loss,
+    with_params,
 )
 
 CONFIG = RWKV7Config(
@@ -82,6 +90,26 @@ def add(results, name, losses, state):
             results[f"{name}/{kind}/{path}"] = jax.device_get(leaf)
 
 
+def save_and_load(results, folder, step, state, model):
+    """Saves a state that is divided, trains on while that is written, and loads the checkpoint."""
+    saved = jax.device_get((state.params, state.opt_state))
+    path = folder / "checkpoint"
+    model = with_params(model, state.params)
+    saving = begin_checkpoint(path, model, CheckpointMetadata("byte"), opt_state=state.opt_state)
+    step(state, batch(STEPS))  # its buffers are donated
+    saving.wait()
+    for name, sizes in {"one": None, "mesh": TUNING_MESH}.items():
+        mesh = None if sizes is None else make_mesh(**sizes)
+        loaded, _ = load_checkpoint(path, mesh=mesh)
+        params = nnx.to_pure_dict(nnx.state(loaded, nnx.Param))
+        found = (params, load_optimizer_state(path, saved[1], mesh=mesh))
+        for kind, tree in {"saved": saved, "loaded": found}.items():
+            for key, leaf in jax.tree.leaves_with_path(tree):
+                key = jax.tree_util.keystr(key, simple=True, separator=".")
+                results[f"{kind} {name}/{key}"] = jax.device_get(leaf)
+        results[f"division {name}"] = str(params["head"].sharding)
+
+
 def main(file):
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -91,8 +119,11 @@ def main(file):
         mesh = None if sizes is None else make_mesh(**sizes)
         model = make_model() if mesh is None else place_tree(make_model(), mesh)
         state = init_train_state(model, RECIPE, mesh=mesh)
-        add(results, name, *train(make_train_step(model, RECIPE, mesh=mesh), state))
-        print(name, flush=True)
+        step = make_train_step(model, RECIPE, mesh=mesh)
+        losses, state = train(step, state)
+        add(results, name, losses, state)
+        if name == "fsdp":
+            save_and_load(results, pathlib.Path(file).parent, step, state, model)
 
     for name, mesh in {"one": None, "mesh": make_mesh(**TUNING_MESH)}.items():
         model = make_model()
@@ -108,7 +139,6 @@ def main(file):
             step = make_tuning_step(loss, RECIPE, mesh=mesh)
             state = init_tuning_state(trained, RECIPE, mesh=mesh)
             add(results, f"{kind} {name}", *train(step, state, frozen))
-            print(kind, name, flush=True)
 
     made = create_sharded(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)), make_mesh(fsdp=4, tensor=2))
     expected = RWKV7(CONFIG, rngs=nnx.Rngs(0))

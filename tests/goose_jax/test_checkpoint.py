@@ -176,7 +176,7 @@ def test_a_disk_that_becomes_full_while_writing(run, model, monkeypatch):
         (path / "half").write_bytes(b"half of an array")
         raise ValueError('Error writing "a/0.0": Failed to write 9 bytes: No space left on device')
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save)
     later = checkpoint_path(run, 8)
     with pytest.raises(OSError, match=f"the checkpoint {later}: No space left on device"):
         save_checkpoint(later, model, METADATA)
@@ -188,7 +188,7 @@ def test_an_interrupted_save_leaves_nothing(run, model, monkeypatch):
         path.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(checkpoint_path(run, 8), model, METADATA)
     assert_untouched(run, model)

@@ -94,6 +94,18 @@ def test_parameters_created_on_a_mesh_are_those_of_one_device_and_divided(runs):
     assert shares["blocks.time_mix_norm.scale"] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["one", "mesh"])
+def test_a_divided_checkpoint_is_loaded_bit_by_bit_on_other_devices(runs, where):
+    saved = under(runs, f"saved {where}")
+    assert len(saved) > 80
+    for key, value in saved.items():
+        found = runs[key.replace("saved", "loaded")]
+        assert (found.dtype, found.tobytes()) == (value.dtype, value.tobytes()), key
+    divided = "spec=P('fsdp', 'tensor')" in str(runs[f"division {where}"])
+    assert divided == (where == "mesh")
+
+
 def test_each_large_parameter_and_adapter_has_a_rule_that_divides_it():
     mesh = abstract_mesh(fsdp=2, tensor=2)
     params = nnx.to_pure_dict(nnx.state(abstract_model(CONFIG), nnx.Param))

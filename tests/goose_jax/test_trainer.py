@@ -11,6 +11,7 @@ from flax import nnx
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata, load_checkpoint
+from goose_jax.checkpoints.native import checkpoint_path
 from goose_jax.data import Document, RandomWindows, TrainingText
 from goose_jax.text import ByteTokenizer
 from goose_jax.training import (
@@ -231,10 +232,12 @@ def test_which_checkpoints_are_kept(tmp_path):
     for step, bits in {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: None, 12: 3.2}.items():
         if bits is not None:
             run.log({"step": step, "held_out_bits_per_byte": bits})
-        run.save(step, lambda path: path.mkdir(parents=True), keep=2, keep_best=True, keep_every=6)
+        checkpoint_path(run.path, step).mkdir(parents=True)
+        run.remove_old(keep=2, keep_best=True, keep_every=6)
     assert [int(path.name) for path in run.checkpoints] == [4, 6, 10, 12]
     assert run.best_checkpoint.name == "00000004"
-    run.save(14, lambda path: path.mkdir(), keep=1)
+    checkpoint_path(run.path, 14).mkdir()
+    run.remove_old(keep=1)
     assert [int(path.name) for path in run.checkpoints] == [14]
     assert run.best_checkpoint is None
 
@@ -271,7 +274,7 @@ def test_what_is_tuned_beside_a_model_is_known_again(model, tmp_path):
     for tuning, name in ((lora, "lora"), (state, "state")):
         path = tmp_path / name
         initial = tuning.init()
-        tuning.save(path, initial, metadata)
+        tuning.begin_save(path, initial, metadata).wait()
         params, loaded = tuning.load(path)
         assert_equal(params, initial)
         assert loaded == metadata
