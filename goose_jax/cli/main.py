@@ -13,6 +13,7 @@ from goose_jax.cli.convert import convert
 from goose_jax.cli.generate import generate
 from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.merge import merge
+from goose_jax.cli.tokenize import tokenize
 from goose_jax.cli.train import train
 from goose_jax.cli.train_arguments import settings_before_flags
 from goose_jax.cli.train_settings import TrainSettings
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "train": _train_command(arguments),
+                "tokenize": tokenize,
                 "generate": generate,
                 "chat": chat,
                 "convert": convert,

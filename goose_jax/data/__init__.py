@@ -34,6 +34,7 @@ from goose_jax.data.sources import (
     read_documents,
     standard_library,
 )
+from goose_jax.data.tokenization import TokenizeProgress, tokenize
 from goose_jax.data.training_text import TrainingText
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Position",
     "RandomBinidxWindows",
     "RandomWindows",
+    "TokenizeProgress",
     "TrainingText",
     "Written",
     "encode_document",
@@ -65,4 +67,5 @@ __all__ = [
     "read_documents",
     "split_documents",
     "standard_library",
+    "tokenize",
 ]

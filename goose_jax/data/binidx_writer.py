@@ -1,6 +1,7 @@
 """Writes tokens as `.bin` and `.idx`, in a stream that can be interrupted and resumed."""
 
 import dataclasses
+import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ class BinidxWriter:
         is removed.
 
     Raises:
-      OSError: if a file cannot be written.
+      OSError: if a file cannot be written, or another process is writing it.
       ValueError: if the files of the earlier writer are shorter than they were.
 
     Example:
@@ -67,8 +68,6 @@ class BinidxWriter:
         except BaseException:
             self.close()
             raise
-        counted = self._partial(".counted")
-        self._all_counted = size == 0 or not _has_zero(counted)
 
     def write(
         self,
@@ -96,7 +95,6 @@ class BinidxWriter:
         counted = np.ones(len(tokens), bool) if counted is None else counted
         self._files[".bin"].write(tokens.astype(self._dtype).tobytes())
         self._files[".counted"].write(counted.astype(np.uint8).tobytes())
-        self._all_counted &= bool(counted.all())
         if ends_item:
             self._files[".sizes"].write(np.int32(pending).tobytes())
         self.written = Written(
@@ -125,15 +123,28 @@ class BinidxWriter:
             raise ValueError("the last item is not complete")
         self.sync()
         self._write_index()
-        idx, bin_file = files_of(self._prefix)
         self.close()
-        if self._all_counted:
-            self._partial(".counted").unlink()
-        else:
-            os.replace(self._partial(".counted"), f"{self._prefix}.counted")
-        os.replace(self._partial(".bin"), bin_file)
-        os.replace(self._partial(".idx"), idx)
-        self._partial(".sizes").unlink()
+        os.replace(self._partial(".bin"), f"{self._prefix}.bin")
+        self.complete(self._prefix)
+
+    @classmethod
+    def complete(cls, prefix: Path) -> bool:
+        """Goes on where a process was killed in `finish`, after the tokens had got their name.
+
+        Returns:
+          Whether it was so, and the files are complete now.
+        """
+        idx, bin_file = files_of(prefix)
+        if not bin_file.exists() or _partial(prefix, ".bin").exists():
+            return False
+        counted = _partial(prefix, ".counted")
+        if counted.exists() and _has_zero(counted):
+            os.replace(counted, f"{prefix}.counted")
+        counted.unlink(missing_ok=True)
+        if _partial(prefix, ".idx").exists():
+            os.replace(_partial(prefix, ".idx"), idx)
+        _partial(prefix, ".sizes").unlink(missing_ok=True)
+        return idx.exists()
 
     def _write_index(self) -> None:
         items, codes = self.written.items, {np.dtype(v): k for k, v in DTYPES.items()}
@@ -180,12 +191,21 @@ class BinidxWriter:
         self.close()
 
     def _partial(self, kind: str) -> Path:
-        return Path(f"{self._prefix}{kind}.partial")
+        return _partial(self._prefix, kind)
+
+
+def _partial(prefix: Path, kind: str) -> Path:
+    return Path(f"{prefix}{kind}.partial")
 
 
 def _open_at(file: Path, size: int) -> BinaryIO:
     """Opens a file to append to its first `size` bytes; the rest is removed."""
     stream: Any = file.open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise BlockingIOError(f"{file} is being written by another process") from error
     actual = stream.tell()
     if actual < size:
         stream.close()

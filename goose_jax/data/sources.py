@@ -1,6 +1,7 @@
 """Sources of documents: files, folders and data sets, which are read one document after another."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sysconfig
@@ -10,7 +11,7 @@ from typing import Literal
 
 from goose_jax.data.documents import Document
 from goose_jax.data.json_lines import RenderConversation, document_of_record, read_json_lines
-from goose_jax.data.saved_dataset import is_saved_dataset, read_rows
+from goose_jax.data.saved_dataset import is_saved_dataset, open_saved_dataset, read_rows
 from goose_jax.data.text_files import list_files, read_pieces, text_problem
 
 type Kind = Literal["text", "jsonl", "dataset"]
@@ -139,7 +140,32 @@ class DocumentSource:
     @property
     def num_bytes(self) -> int:
         """The size of all files on disk."""
-        return sum(file.stat().st_size for file in self._files())
+        return sum(self._sizes)
+
+    def bytes_before(self, position: Position) -> int:
+        """Returns how much of `num_bytes` lies before a position, as far as that is known.
+
+        Of an item that is packed nothing counts until its end.
+        """
+        whole = sum(self._sizes[: position.item])
+        if position.item == len(self.items) or position.offset == 0:
+            return whole
+        item, size = self.items[position.item], self._sizes[position.item]
+        if item.kind == "dataset":
+            return whole + size * position.offset // self._num_rows[position.item]
+        return whole + (0 if item.path.suffix == ".gz" else position.offset)
+
+    @functools.cached_property
+    def _num_rows(self) -> dict[int, int]:
+        return {
+            i: max(1, len(open_saved_dataset(item.path)))
+            for i, item in enumerate(self.items)
+            if item.kind == "dataset"
+        }
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [sum(file.stat().st_size for file in self._files(item)) for item in self.items]
 
     @property
     def fingerprint(self) -> str:
@@ -148,17 +174,15 @@ class DocumentSource:
         Raises:
           OSError: if a file has vanished.
         """
-        files = [(str(file.absolute()), file.stat()) for file in self._files()]
+        of_items = [file for item in self.items for file in self._files(item)]
+        files = [(str(file.absolute()), file.stat()) for file in of_items]
         facts = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
         settings = [self.field, self.strict, self.render is not None]
         return hashlib.sha256(json.dumps([facts, settings]).encode()).hexdigest()
 
-    def _files(self) -> Iterator[Path]:
-        for item in self.items:
-            if item.kind == "dataset":
-                yield from list_files(item.path, ["*"])
-            else:
-                yield item.path
+    @staticmethod
+    def _files(item: Item) -> list[Path]:
+        return list_files(item.path, ["*"]) if item.kind == "dataset" else [item.path]
 
 
 def open_documents(

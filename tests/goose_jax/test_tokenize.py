@@ -1,0 +1,390 @@
+"""From documents to `.bin` and `.idx`, also where it is interrupted."""
+
+import functools
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from goose_jax.chat import render_conversation
+from goose_jax.cli.main import main
+from goose_jax.data import Binidx, encoding, open_documents, text_files, tokenization, tokenize
+from goose_jax.text import ByteTokenizer, world_tokenizer
+from tests.goose_jax.binidx_by_hand import write_by_hand
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"Goose {i} said: «{'Honk! ' * (i % 7)}»\n\n鹅 🦢 {i * 37}" for i in range(40)] + [""]
+
+
+def by_bytes(text):
+    """The ids of the byte tokenizer, and the end of a document."""
+    return [byte + 1 for byte in text.encode()] + [0]
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def contents(prefix):
+    return [Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx")]
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(encoding, "_TASK_DOCUMENTS", 3)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 64)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of JSONL and text, and the documents that it holds."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", TEXTS[:20])
+    long = "Line of a long text\nand another line\n" * 20
+    (folder / "b.txt").write_text(long)
+    (folder / "c.bin").write_bytes(b"\0\1")
+    write_lines(folder / "d.jsonl", TEXTS[20:])
+    (folder / "e.bin").write_bytes(b"\0\1")
+    return folder, [*TEXTS[:20], long, *TEXTS[20:]]
+
+
+def test_the_files_equal_those_of_an_independent_tool(tmp_path):
+    source = open_documents(write_lines(tmp_path / "a.jsonl", TEXTS))
+    data = tokenize(source, ByteTokenizer(), tmp_path / "a")
+    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in TEXTS])
+    assert contents(tmp_path / "a") == contents(expected)
+    assert data.tokens.tolist() == [token for text in TEXTS for token in by_bytes(text)]
+    assert not list(tmp_path.glob("a.*.partial"))
+    assert not (tmp_path / "a.progress.json").exists()
+
+
+@pytest.mark.slow
+def test_with_the_world_vocabulary_they_are_those_of_the_official_tokenizer(tmp_path):
+    package = Path(importlib.util.find_spec("rwkv").origin).parent
+    spec = importlib.util.spec_from_file_location("official", package / "rwkv_tokenizer.py")
+    official = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(official)
+    encode = official.TRIE_TOKENIZER(str(package / "rwkv_vocab_v20230424.txt")).encode
+    texts = [*TEXTS, (ROOT / "README.md").read_text(), Path(__file__).read_text()]
+    source = open_documents(write_lines(tmp_path / "a.jsonl", texts))
+    tokenize(source, world_tokenizer(), tmp_path / "a")
+    expected = write_by_hand(tmp_path / "expected", [[*encode(text), 0] for text in texts])
+    assert contents(tmp_path / "a") == contents(expected)
+
+
+@pytest.mark.slow
+def test_a_long_file_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 4000)
+    tokenizer = world_tokenizer()
+    for number, file in enumerate([ROOT / "README.md", Path(__file__)]):
+        data = tokenize(open_documents(file), tokenizer, tmp_path / str(number))
+        assert len(data) == 1
+        assert data.tokens.tolist() == [*tokenizer.encode(file.read_text()), 0]
+
+
+def test_a_folder_of_everything(mixed, tmp_path, small_tasks):
+    folder, documents = mixed
+    skipped, seen = [], []
+    data = tokenize(
+        open_documents(folder),
+        ByteTokenizer(),
+        tmp_path / "new" / "a",
+        on_progress=seen.append,
+        on_skipped=lambda file, why: skipped.append(file.name),
+    )
+    assert [data[i].tolist() for i in range(len(data))] == [by_bytes(text) for text in documents]
+    assert skipped == ["c.bin", "e.bin"]
+    assert len(seen) > 10
+    assert seen[0].tokens == 0
+    last = seen[-1]
+    assert (last.documents, last.tokens, last.skipped) == (42, len(data.tokens), 2)
+    assert last.num_bytes == sum(len(text.encode()) for text in documents)
+    done = [open_documents(folder).bytes_before(progress.position) for progress in seen]
+    assert done == sorted(done)
+    assert done[-1] <= open_documents(folder).num_bytes
+
+
+def test_conversations_say_what_is_counted(tmp_path):
+    chat = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    lines = [{"conversations": chat}, {"text": "all"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    data = tokenize(
+        open_documents(file, render=render_conversation), ByteTokenizer(), tmp_path / "a"
+    )
+    assert ByteTokenizer().decode(data[0]) == "User: a?\n\nAssistant: b"
+    counted = np.array(data.counted)
+    assert ByteTokenizer().decode(data.tokens[counted]) == " ball"
+    assert counted.sum() == len(" b") + 1 + len("all") + 1
+    write_lines(tmp_path / "b.jsonl", ["all"])
+    assert (
+        tokenize(open_documents(tmp_path / "b.jsonl"), ByteTokenizer(), tmp_path / "b").counted
+        is None
+    )
+
+
+class Killed(BaseException):
+    """Ends a call as a signal would that cannot be caught."""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["saved always", "saved never"])
+def test_it_goes_on_from_any_moment(mixed, tmp_path, small_tasks, monkeypatch, seconds):
+    folder, documents = mixed
+    monkeypatch.setattr(tokenization, "_SAVE_SECONDS", seconds)
+    source = open_documents(folder)
+    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in documents])
+    out = tmp_path / "a"
+    positions, last = [], []
+    for moment in (1, 2, 3, 4, 6, 1000) if seconds == 0.0 else (1, 5, 9, 12, 1000):
+        calls = iter(range(moment))
+
+        def on_progress(progress, calls=calls):
+            last.append(progress)
+            if next(calls, None) is None:
+                raise Killed
+
+        try:
+            tokenize(source, ByteTokenizer(), out, on_progress=on_progress)
+        except Killed:
+            positions.append(last[-1].position)
+            assert not Path(f"{out}.idx").exists()
+    assert contents(out) == contents(expected)
+    assert last[-1].skipped == 2
+    if seconds == 0.0:
+        assert len(set(positions)) == 5
+
+
+def test_ctrl_c_saves_what_is_done(mixed, tmp_path, small_tasks):
+    folder, documents = mixed
+    out = tmp_path / "a"
+
+    def interrupt(progress):
+        if progress.documents > 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(open_documents(folder), ByteTokenizer(), out, on_progress=interrupt)
+    seen = []
+    data = tokenize(open_documents(folder), ByteTokenizer(), out, on_progress=seen.append)
+    assert seen[0].documents == 15
+    assert [data[i].tolist() for i in range(len(data))] == [by_bytes(text) for text in documents]
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_it_goes_on_where_the_files_got_their_names(tmp_path, monkeypatch, renames):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": chat}))
+    source = open_documents(file, render=render_conversation)
+    left = iter(range(renames - 1))
+    replace = os.replace
+
+    def killed(old, new):
+        if Path(new).suffix in (".bin", ".idx", ".counted") and next(left, None) is None:
+            raise Killed
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        tokenize(source, ByteTokenizer(), tmp_path / "a")
+    monkeypatch.setattr(os, "replace", replace)
+    data = tokenize(source, ByteTokenizer(), tmp_path / "a")
+    assert ByteTokenizer().decode(data.tokens) == "User: a\n\nAssistant: b"
+    assert ByteTokenizer().decode(data.tokens[np.array(data.counted)]) == " b"
+    assert sorted(file.name for file in tmp_path.glob("a.*")) == [
+        "a.bin",
+        "a.counted",
+        "a.idx",
+        "a.jsonl",
+    ]
+
+
+def interrupted(source, out):
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(source, ByteTokenizer(), out, on_progress=interrupt)
+
+
+def test_a_source_that_changed_or_vanished_is_named(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    interrupted(open_documents(file), tmp_path / "a")
+    write_lines(file, TEXTS[1:])
+    with pytest.raises(ValueError, match=r"a\.progress\.json is of another .* has changed since"):
+        tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a\.progress\.json is of another tokenization"):
+        tokenize(open_documents(file), NoEnd(), tmp_path / "a")
+    source = open_documents(file)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
+        tokenize(source, ByteTokenizer(), tmp_path / "a")
+    (tmp_path / "a.progress.json").unlink()  # as the message says
+    write_lines(file, TEXTS[1:])
+    assert len(tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")) == len(TEXTS) - 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"of": 1}', b"\0", b'{"position": {"item": 0, "x": 1}}']
+)
+def test_a_damaged_record_is_named(tmp_path, content):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.progress.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.progress\.json is damaged: .*; remove it"):
+        tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx"])
+def test_nothing_is_written_over(tmp_path, end):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / f"a{end}").write_text("precious")
+    with pytest.raises(FileExistsError, match=rf"a\{end} exists already"):
+        tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")
+    assert (tmp_path / f"a{end}").read_text() == "precious"
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    source = open_documents(write_lines(tmp_path / "a.jsonl", TEXTS))
+
+    def again(progress):
+        with pytest.raises(BlockingIOError, match=r"a\.bin\.partial is being written by another"):
+            tokenize(source, ByteTokenizer(), tmp_path / "a")
+
+    data = tokenize(source, ByteTokenizer(), tmp_path / "a", on_progress=again)
+    assert len(data) == len(TEXTS)
+
+
+def test_nothing_stays_of_a_source_without_text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"does not hold any text; 2 files were left out: .*a is"):
+        tokenize(open_documents(folder), NoEnd(), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+class NoEnd(ByteTokenizer):
+    end_of_document = None
+
+
+def test_a_text_that_cannot_be_encoded_is_named(tmp_path):
+    class Wrong(ByteTokenizer):
+        vocab_size = 60
+
+    file = write_lines(tmp_path / "a.jsonl", ["!", "A"])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: the tokenizer gave id 66, outside"):
+        tokenize(open_documents(file), Wrong(), tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_TASK_CHARACTERS", 2**15)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 2**15)
+
+    def peak(megabytes):
+        folder = tmp_path / str(megabytes)
+        folder.mkdir()
+        line = json.dumps({"text": "The quick brown fox. " * 100}) + "\n"
+        (folder / "a.jsonl").write_text(line * (megabytes * 240))
+        (folder / "b.txt").write_text("The quick brown fox\n" * (megabytes * 25_000))
+        source = open_documents(folder)
+        tracemalloc.start()
+        tokenize(source, ByteTokenizer(), tmp_path / f"out{megabytes}")
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    assert peak(4) < 1.2 * peak(1)
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_files(tmp_path, mixed, small_tasks):
+    folder, documents = mixed
+    tokenize(open_documents(folder), ByteTokenizer(), tmp_path / "a", workers=2)
+    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in documents])
+    assert contents(tmp_path / "a") == contents(expected)
+
+
+def test_the_command(tmp_path, capsys):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    command = ["tokenize", f"--data={file}", "--tokenizer=byte", "--workers=0"]
+    main([*command, f"--out={tmp_path / 'a.bin'}"])
+    printed = capsys.readouterr()
+    assert f"{len(TEXTS)} documents, " in printed.out
+    assert "tokens/s" in printed.err
+    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in TEXTS])
+    assert contents(tmp_path / "a") == contents(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=nowhere"], "there is no file or folder at nowhere"),
+        (["--workers=-1"], "--workers must be at least 0, got -1"),
+        (["--tokenizer=geese"], "tokenizer 'geese' is unknown"),
+        (["--data=a.bin"], "--data a.bin holds tokens already"),
+    ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["tokenize", f"--out={tmp_path / 'a'}", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_counts_what_it_leaves_out(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(7):
+        (folder / f"{i}.png").write_bytes(b"\x89PNG\0")
+    (folder / "a.txt").write_text("text")
+    command = ["tokenize", f"--data={folder}", "--tokenizer=byte", "--workers=0"]
+    main([*command, f"--out={tmp_path / 'a'}"])
+    printed = capsys.readouterr().err
+    assert printed.count("left out: ") == 5
+    assert "7 files were left out, which are not text" in printed
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--strict", f"--out={tmp_path / 'b'}"])
+    assert "0.png is not a text file: byte 4 is zero" in capsys.readouterr().err
+    main([*command, "--strict", "--pattern", "*.txt", "*.md", f"--out={tmp_path / 'c'}"])
+    assert Binidx(tmp_path / "c").tokens.tolist() == by_bytes("text")
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(tmp_path):
+    """SIGKILL with processes that encode, and Ctrl-C."""
+    file = tmp_path / "a.jsonl"
+    texts = ["The quick brown fox jumps over the lazy dog. " * 1000 + str(i) for i in range(400)]
+    write_lines(file, texts)
+    command = [sys.executable, "-m", "goose_jax.cli.main", "tokenize", f"--data={file}"]
+    command += ["--tokenizer=byte", "--workers=2", f"--out={tmp_path / 'a'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    start = functools.partial(
+        subprocess.Popen, command, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    partial = tmp_path / "a.bin.partial"
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        process = start()
+        size = partial.stat().st_size if partial.exists() else 0
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size > size):
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert "Traceback" not in process.communicate()[1]
+        assert process.returncode == code
+    process = start()
+    process.communicate()
+    assert process.returncode == 0
+    data = Binidx(tmp_path / "a")
+    assert len(data) == 400
+    assert data[399].tolist() == by_bytes(texts[399])
+    assert len(data.tokens) == sum(len(text) + 1 for text in texts)
