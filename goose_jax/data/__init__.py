@@ -19,6 +19,7 @@ from goose_jax.data.documents import (
     split_documents,
 )
 from goose_jax.data.packing import pack_documents
+from goose_jax.data.prefetch import PrefetchedBatches
 from goose_jax.data.samplers import (
     BinidxBatches,
     MagicPrimeWindows,
@@ -49,6 +50,7 @@ __all__ = [
     "MagicPrimeWindows",
     "PackedDocuments",
     "Position",
+    "PrefetchedBatches",
     "RandomBinidxWindows",
     "RandomWindows",
     "TokenizeProgress",

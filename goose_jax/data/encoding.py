@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from goose_jax.data.documents import Document, encode_document
+from goose_jax.data.prefetch import exit_with_parent
 from goose_jax.data.sources import Position
 from goose_jax.text import Tokenizer
 
@@ -137,15 +137,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer_of_worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this
     _tokenizer_of_worker = tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _encode_in_worker(documents: list[Document], follows: bool) -> list[EncodedDocument]:
