@@ -28,6 +28,8 @@ type Dimensions = tuple[str, ...]
 ROWS = "B"
 """The dimension that distinguishes activations and states from parameters."""
 
+TOKENS = "T"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -74,7 +76,9 @@ def spec_of(dimensions: Dimensions, divided: Mapping[str, Axes]) -> PartitionSpe
     return PartitionSpec(*(divided.get(name) for name in dimensions))
 
 
-def over_explicit_axes[R](function: Callable[..., R], layout: Layout, *arguments: Any) -> R:
+def over_explicit_axes[R](
+    function: Callable[..., R], layout: Layout, *arguments: Any, over_context: bool = False
+) -> R:
     """Calls a function that knows nothing of explicit mesh axes.
 
     Within the function these axes are Auto. Results are divided as the arguments are: each of their
@@ -84,6 +88,8 @@ def over_explicit_axes[R](function: Callable[..., R], layout: Layout, *arguments
       function: from the arguments to the results.
       layout: of arguments and results.
       *arguments: arrays, pytrees of arrays, or None.
+      over_context: whether the function has a keyword argument `context_axis`. It then gets the
+        axes that divide tokens, and pieces of the rows: these axes are Manual in the function.
     """
     leaves = jax.tree.leaves(arguments)
     mesh = _mesh_with_explicit_axes(leaves)
@@ -97,10 +103,37 @@ def over_explicit_axes[R](function: Callable[..., R], layout: Layout, *arguments
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, spec_of(tuple(names.split()), divided))
 
+    run = function
+    if over_context and divided[TOKENS]:
+        run = _over_context(function, layout, divided[TOKENS])
     out_sharding = jax.tree.map(sharding, layout.results)
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)(
-        *arguments
-    )
+    in_auto = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=out_sharding)
+    return in_auto(*arguments)
+
+
+def _over_context[R](
+    function: Callable[..., R], layout: Layout, context_axis: Axes
+) -> Callable[..., R]:
+    """Returns the function of whole rows, given that of pieces."""
+
+    def run(*arguments: Any) -> R:
+        leaves, structure = jax.tree.flatten(arguments)
+
+        def of_piece(*leaves: jax.Array) -> R:
+            pieces = jax.tree.unflatten(structure, leaves)
+            return function(*pieces, context_axis=context_axis)
+
+        def spec(names: Dimensions) -> PartitionSpec:
+            return spec_of(names, {TOKENS: context_axis})
+
+        return jax.shard_map(
+            of_piece,
+            in_specs=tuple(map(spec, dimensions_of_leaves(layout.inputs, arguments))),
+            out_specs=jax.tree.map(lambda names: spec(tuple(names.split())), layout.results),
+            axis_names=set(context_axis),
+        )(*leaves)
+
+    return run
 
 
 def _mesh_with_explicit_axes(leaves: list[Any]) -> AbstractMesh | None:
@@ -137,6 +170,7 @@ def vary_alike[*Arrays](*arrays: *Arrays) -> tuple[*Arrays]:
 
 __all__ = [
     "ROWS",
+    "TOKENS",
     "Axes",
     "Dimensions",
     "Layout",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from goose_jax import RWKV7, RWKV7Config, init_state
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-CONVERSION, LAYER, DECODING, SHARDED = BLOCKS
+CONVERSION, LAYER, DECODING, SHARDED, PIECES = BLOCKS
 INPUTS = ("r", "log_decay", "k", "v", "a", "b")
 
 
@@ -64,13 +65,16 @@ def test_layer_runs():
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_sharded_runs():
-    drawn = draw(0, **dict.fromkeys(INPUTS, (2, 5, 4, 4)))
+@pytest.mark.parametrize(
+    ("code", "spec"), [(SHARDED, ("rows", None, "heads", None)), (PIECES, (None, "context"))]
+)
+def test_sharded_runs(code, spec):
+    drawn = draw(0, **dict.fromkeys(INPUTS, (2, 8, 4, 4)))
     names = {name: jnp.asarray(x, jnp.float32) for name, x in drawn.items()}
     names["log_decay"] = -0.5 * jax.nn.sigmoid(names["log_decay"])
     direct = pallas_kernels.wkv7(*(names[name] for name in INPUTS))
-    exec(SHARDED, names)
-    assert names["o"].sharding.spec == jax.P("rows", None, "heads", None)
+    exec(code, names)
+    assert names["o"].sharding.spec == PartitionSpec(*spec)
     assert relative_rms(names["o"], direct[0]) < 1e-6
     assert relative_rms(names["final_state"], direct[1]) < 1e-6
 

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.context import ContextAxis, check_context_axis, token_before
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.channel_mix.reference import LAYOUT, channel_mix_reference
 from pallas_kernels.operators.channel_mix.xla import channel_mix_with
@@ -29,6 +31,7 @@ def channel_mix(
     *,
     state: Float[Array, "B C"] | None = None,
     segment_ids: SegmentIds | None = None,
+    context_axis: ContextAxis | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
     """The feed-forward network of RWKV-7:
@@ -48,6 +51,10 @@ def channel_mix(
         zeros.
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
         and consecutive equal ids are one segment (see `pallas_kernels.packing`).
+      context_axis: in `jax.shard_map`, the mesh axis over which the tokens of each row are divided
+        into equal pieces, in order. All arrays with tokens are this device's pieces; `state` and
+        `new_state` are those of the whole row, the same on all devices. Tokens that an explicit
+        axis divides need no `context_axis`.
       implementation: "mosaic_gpu", whose token shift runs in kernels, for bfloat16 on Hopper GPUs,
         with C a multiple of 64; "xla"; "reference", the definition; or None, which chooses. The
         first two keep the inputs and `relu(mixed @ key_weight)` for the backward.
@@ -68,8 +75,17 @@ def channel_mix(
     check_same_dtype(x=x, key_weight=key_weight, value_weight=value_weight)
     check_shift(x, state, segment_ids, sizes)
 
-    def run(*arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        return dispatch("channel_mix", IMPLEMENTATIONS, implementation, *vary_alike(*arrays))
+    def run(
+        *arrays: Any, context_axis: ContextAxis | None = context_axis
+    ) -> tuple[jax.Array, jax.Array]:
+        x, *parameters, state, segment_ids = arrays
+        new_state = None
+        if context_axis is not None:
+            check_context_axis("channel_mix", context_axis)
+            state, new_state = token_before(x, state, segment_ids, context_axis)
+        varying = vary_alike(x, *parameters, state, segment_ids)
+        y, last = dispatch("channel_mix", IMPLEMENTATIONS, implementation, *varying)
+        return y, last if new_state is None else new_state
 
     arrays = (x, mix, key_weight, value_weight, state, segment_ids)
-    return over_explicit_axes(run, LAYOUT, *arrays)
+    return over_explicit_axes(run, LAYOUT, *arrays, over_context=True)

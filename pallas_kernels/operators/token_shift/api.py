@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.context import ContextAxis, check_context_axis, token_before
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.operators.token_shift.mosaic_gpu import (
@@ -14,6 +15,7 @@ from pallas_kernels.operators.token_shift.mosaic_gpu import (
 from pallas_kernels.operators.token_shift.reference import LAYOUT, token_shift_mix_reference
 from pallas_kernels.operators.token_shift.xla import token_shift_mix_backward
 from pallas_kernels.partitioning import partitioned, partitioned_backward
+from pallas_kernels.sharding import over_explicit_axes
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype, check_segment_ids
 
@@ -37,6 +39,7 @@ def token_shift_mix(
     *,
     state: Float[Array, "B C"] | None = None,
     segment_ids: SegmentIds | None = None,
+    context_axis: ContextAxis | None = None,
     implementation: Choice = None,
 ) -> tuple[tuple[Float[Array, "B T C"], ...], Float[Array, "B C"]]:
     """Mixes every token with the one before it, M times, with a weight for each channel:
@@ -56,6 +59,10 @@ def token_shift_mix(
       segment_ids: `[B, T]` integers, several sequences in a row: 0 is padding, which is skipped,
         and consecutive equal ids are one segment (see `pallas_kernels.packing`). `state` comes
         before the row's first segment, zeros before the later ones.
+      context_axis: in `jax.shard_map`, the mesh axis over which the tokens of each row are divided
+        into equal pieces, in order. All arrays with tokens are this device's pieces; `state` and
+        `new_state` are those of the whole row, the same on all devices. Tokens that an explicit
+        axis divides need no `context_axis`.
       implementation: "mosaic_gpu", kernels for bfloat16 on Hopper GPUs, with C a multiple of 64;
         "xla", whose backward needs only the inputs; "reference", the definition, which JAX
         differentiates; a pair of names, (forward, backward); or None, which chooses.
@@ -72,8 +79,21 @@ def token_shift_mix(
     check_float("x", x, "B T C", sizes)
     check_float("mixes", mixes, "M C", sizes)
     check_shift(x, state, segment_ids, sizes)
-    inputs = (x, mixes, state, segment_ids)
-    return run_from_inputs("token_shift_mix", FORWARD, BACKWARD, LAYOUT, implementation, *inputs)
+
+    def run(
+        x: Any, mixes: Any, state: Any, segment_ids: Any, context_axis: Any = context_axis
+    ) -> Any:
+        new_state = None
+        if context_axis is not None:
+            check_context_axis("token_shift_mix", context_axis)
+            state, new_state = token_before(x, state, segment_ids, context_axis)
+        inputs = (x, mixes, state, segment_ids)
+        mixed, last = run_from_inputs(
+            "token_shift_mix", FORWARD, BACKWARD, LAYOUT, implementation, *inputs
+        )
+        return mixed, last if new_state is None else new_state
+
+    return over_explicit_axes(run, LAYOUT, x, mixes, state, segment_ids, over_context=True)
 
 
 def check_shift(

@@ -6,8 +6,10 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.context import ContextAxis, check_context_axis
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.wkv7.call import Implementation, Results, WKVCall, WKVInputs
+from pallas_kernels.operators.wkv7.context import wkv7_over_context
 from pallas_kernels.operators.wkv7.mosaic_gpu import wkv7_mosaic_gpu
 from pallas_kernels.operators.wkv7.reference import wkv7_reference
 from pallas_kernels.operators.wkv7.xla_chunked import wkv7_xla
@@ -62,6 +64,7 @@ def wkv7(
     num_segments: int | None = None,
     min_log_decay: float | None = None,
     precision: Precision = None,
+    context_axis: ContextAxis | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B *N H K V"]]:
     """The WKV operator of RWKV-7, for training and for reading long inputs.
@@ -99,6 +102,11 @@ def wkv7(
         but where keys are nearly parallel, or tokens take turns, errors grow to a few percent.
         "high" asks for products of float32: errors are those of rounding the results. The kernels
         do not offer it, and XLA takes more than ten times as long.
+      context_axis: in `jax.shard_map`, the mesh axis over which the tokens of each row are divided
+        into equal pieces, in order. All arrays with tokens are this device's pieces; the initial
+        state is the same on all devices, and the final state is that after the whole row. It costs
+        a second pass over the piece in each direction, and `[B, H, K, K + V]` float32 from each
+        device to all. Tokens that an explicit axis divides need no `context_axis`.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: inputs of 16 bits, K of 64 or 128, V
         a multiple of 64, min_log_decay of at least -1), "xla" (chunked matrix products),
         "reference" (a scan over tokens), or None, which takes the first of these that can.
@@ -127,11 +135,22 @@ def wkv7(
         raise ValueError(f"min_log_decay must be None or a number <= 0, got {min_log_decay}")
     check_precision("precision", precision)
 
-    def run(inputs: tuple[Any, ...], *arrays: Any) -> Results:
-        arguments = WKVInputs(*inputs), call.with_arrays(*arrays)
-        return dispatch("wkv7", IMPLEMENTATIONS, implementation, *arguments)
+    def of_rows(inputs: WKVInputs, call: WKVCall) -> Results:
+        return dispatch("wkv7", IMPLEMENTATIONS, implementation, inputs, call)
 
-    return over_explicit_axes(run, call.layout(), tuple(inputs), initial_state, segment_ids)
+    def run(
+        inputs: tuple[Any, ...], *arrays: Any, context_axis: ContextAxis | None = context_axis
+    ) -> Results:
+        arguments = WKVInputs(*inputs), call.with_arrays(*arrays)
+        if context_axis is None:
+            return of_rows(*arguments)
+        check_context_axis("wkv7", context_axis)
+        if num_segments is not None:
+            raise ValueError(f"wkv7: {num_segments=} needs rows that are not divided over devices")
+        return wkv7_over_context(of_rows, *arguments, context_axis)
+
+    arrays = (tuple(inputs), initial_state, segment_ids)
+    return over_explicit_axes(run, call.layout(), *arrays, over_context=True)
 
 
 __all__ = ["check_inputs", "wkv7"]
