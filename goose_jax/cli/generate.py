@@ -8,6 +8,7 @@ import numpy as np
 import tyro
 
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.prompts import read_prompt
 from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
@@ -20,6 +21,7 @@ def generate(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     *,
     prompt: str = "",
+    prompt_file: Path | None = None,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
     precision: Precision = None,
@@ -35,6 +37,7 @@ def generate(
     In use:
       goose-jax generate runs/stdlib-1 --prompt "def "
       goose-jax generate rwkv7.pth --prompt "The goose" --temperature 0.8
+      goose-jax generate rwkv7.pth --prompt-file - < beginning.txt
       goose-jax generate my-model/ --tokenizer my-vocabulary.txt --stop "User:"
       goose-jax generate rwkv7.pth --state runs/poems-1/state.pth
 
@@ -42,6 +45,7 @@ def generate(
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
         or the folder of a training run (then its newest checkpoint).
       prompt: Text to continue; without one, a new document begins.
+      prompt_file: File with the text to continue, in UTF-8; - for stdin.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
@@ -61,6 +65,7 @@ def generate(
       NonFiniteLogitsError: if the logits are NaN or infinite.
     """
     stop_texts = TextStop(stop)
+    prompt = read_prompt(prompt, prompt_file)
     model, found = load_model_and_tokenizer(
         checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
     )

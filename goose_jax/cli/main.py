@@ -1,36 +1,60 @@
 """The command `goose-jax`."""
 
+import contextlib
 import io
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Annotated
 
+import jax
 import tyro
 
 from goose_jax.cli.chat import chat
+from goose_jax.cli.compilation_cache import use_compilation_cache
 from goose_jax.cli.convert import convert
+from goose_jax.cli.evaluate import evaluate
 from goose_jax.cli.generate import generate
 from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.merge import merge
+from goose_jax.cli.prompts import join_texts
 from goose_jax.cli.tokenize import tokenize
 from goose_jax.cli.train import train
 from goose_jax.cli.train_arguments import settings_before_flags
 from goose_jax.cli.train_settings import TrainSettings
+from pallas_kernels import __version__
 
 _OURS = ("goose_jax", "pallas_kernels")
+_MORE_MEMORY = {
+    "train": "a smaller --batch-size with more --microbatches makes the same step with less; "
+    "--remat full needs less, too",
+    "evaluate": "a smaller --batch-size or --sequence-length needs less",
+}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\.? ?([KMGTP]i?B|bytes)\b")
+
+
+def run() -> None:
+    """Runs the program `goose-jax`: `main`, with compiled programs kept for the next time."""
+    use_compilation_cache()
+    main()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand.
 
     An error of the user or of the machine (a wrong value, a missing file, a full disk) prints one
-    line on stderr and exits with status 2. A bug shows its traceback.
+    line on stderr and exits with status 2. A bug shows its traceback. A reader that closes the pipe
+    ends the program silently, with status 141.
 
     Args:
       arguments: the command's arguments, without the name of the program; None takes `sys.argv`.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = join_texts(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"goose-jax {__version__}")
+        return
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters
             stream.reconfigure(errors="replace")
@@ -39,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {
                 "train": _train_command(arguments),
                 "tokenize": tokenize,
+                "evaluate": evaluate,
                 "generate": generate,
                 "chat": chat,
                 "convert": convert,
@@ -46,12 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "inspect": inspect,
             },
             prog="goose-jax",
-            description="RWKV-7 for JAX: train or tune a model, let it write, talk with it.",
+            description="RWKV-7 for JAX: train or tune a model, let it write, talk with it. "
+            "--version prints the version.",
             args=arguments,
         )
     except KeyboardInterrupt:
         print("goose-jax: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        with contextlib.suppress(io.UnsupportedOperation):  # so that the end of Python can flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 and SIGPIPE
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = _SIZE.search(str(error))
+        needed = f"{size[1]} {size[2]} could not be had" if size else "there is not enough"
+        advice = _MORE_MEMORY.get(arguments[0], "a smaller --dtype needs less")
+        print(f"goose-jax: error: out of memory: {needed}; {advice}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_by_us(error.__traceback__):
             raise

@@ -3,7 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,7 +226,8 @@ def _purpose(settings: TrainSettings) -> str:
 def _fit(trainer: Trainer, state: TrainState) -> TrainState:
     """Trains with a progress bar; exits with 128 plus the signal's number if one stops the run."""
     total = trainer.config.optimizer.total_steps
-    with StopRequest(on_request=_tell_request) as stop, _Progress(total) as progress:
+    tell_request = functools.partial(_tell_request, terminals=_terminals())
+    with StopRequest(tell_request) as stop, _Progress(total) as progress:
         print("compiling ...", file=sys.stderr, flush=True)
         try:
             state = trainer.fit(
@@ -288,7 +292,15 @@ class _Progress:
             tqdm.tqdm.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
 
 
-def _tell_request() -> None:
+def _terminals() -> list[int]:
+    """Returns the file descriptors of stdout and stderr that are terminals."""
+    return [number for number in (1, 2) if os.isatty(number)]
+
+
+def _tell_request(number: int, terminals: list[int]) -> None:
+    if number == signal.SIGHUP:  # the terminals are gone, and writing to them is an error
+        for terminal in terminals:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
     tqdm.tqdm.write("saving after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 

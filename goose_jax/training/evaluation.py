@@ -29,6 +29,7 @@ class Evaluation:
 
     Attributes:
       checksum: SHA-256 of the text's tokens and its length, in hexadecimal digits.
+      num_tokens: number of tokens that are predicted.
       bytes_per_token: bytes of the text per token that is predicted.
     """
 
@@ -36,8 +37,8 @@ class Evaluation:
         self, batches: Sequence[Batch], num_bytes: int, loss: Loss, mesh: Mesh | None = None
     ):
         self._batches, self._num_bytes, self._loss, self._mesh = batches, num_bytes, loss, mesh
-        num_tokens = sum(int(np.sum(np.asarray(batch.targets) >= 0)) for batch in batches)
-        self.bytes_per_token = num_bytes / num_tokens
+        self.num_tokens = sum(int(np.sum(np.asarray(batch.targets) >= 0)) for batch in batches)
+        self.bytes_per_token = num_bytes / self.num_tokens
         digest = hashlib.sha256(str(num_bytes).encode())
         for batch in batches:
             targets = np.asarray(batch.targets, np.int32)

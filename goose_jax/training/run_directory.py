@@ -177,12 +177,10 @@ class RunDirectory:
         return folder
 
     def _new_folder(self, parent: str) -> Path:
-        for number in itertools.count(1):
-            folder = self.path / parent / str(number)
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                return folder
-        raise AssertionError
+        folders = (self.path / parent / str(number) for number in itertools.count(1))
+        folder = next(folder for folder in folders if not folder.exists())
+        folder.mkdir(parents=True)
+        return folder
 
     @property
     def settings_file(self) -> Path:

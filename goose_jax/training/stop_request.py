@@ -13,7 +13,7 @@ class StopRequest:
     Signal handlers can only be set in the main thread.
 
     Args:
-      on_request: called once by the signal handler, when the first signal comes.
+      on_request: called once by the signal handler, with the number of the first signal.
 
     Example:
       >>> with StopRequest() as stop:
@@ -27,7 +27,7 @@ class StopRequest:
         for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 0 without a signal.
     """
 
-    def __init__(self, on_request: Callable[[], None] = lambda: None):
+    def __init__(self, on_request: Callable[[int], None] = lambda number: None):
         self.requested = False
         self.exit_status = 0
         self._on_request = on_request
@@ -50,7 +50,7 @@ class StopRequest:
         self.requested = True
         self.exit_status = 128 + number
         self._restore()
-        self._on_request()
+        self._on_request(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -385,7 +385,7 @@ def test_the_first_signal_is_a_request_and_the_second_is_not(number):
     seen = []
     before = signal.signal(number, lambda *_: seen.append("outer"))
     try:
-        with StopRequest(on_request=lambda: seen.append("request")) as stop:
+        with StopRequest(on_request=lambda _: seen.append("request")) as stop:
             assert not stop.requested
             os.kill(os.getpid(), number)
             assert stop.requested

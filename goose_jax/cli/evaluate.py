@@ -1,0 +1,77 @@
+"""`goose-jax evaluate`: measures bits per byte of a text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from flax import nnx
+
+from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.config import Dtype
+from goose_jax.data import read_documents
+from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
+from pallas_kernels.validation import check_positive
+
+
+def evaluate(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    text: Annotated[Path, tyro.conf.Positional],
+    *,
+    pattern: tuple[str, ...] = ("*",),
+    tokenizer: str | None = None,
+    dtype: Dtype | None = None,
+    state: Path | None = None,
+    batch_size: int = 8,
+    sequence_length: int = 1024,
+) -> None:
+    """Measures how well a model predicts a text, in bits per byte.
+
+    Bits per byte can be compared between models with different tokenizers. The text is read in
+    windows, each without memory of the window before it; so longer windows give a smaller number.
+
+    In use:
+      goose-jax evaluate runs/stdlib-1 book.txt
+      goose-jax evaluate rwkv7.pth my-texts/ --pattern "*.md" --sequence-length 4096
+
+    Args:
+      checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
+        or the folder of a training run (then its newest checkpoint).
+      text: A file or a folder of texts, as goose-jax train reads them.
+      pattern: Which files of a folder are read, as in "*.txt".
+      tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
+        tokenizer that the checkpoint names.
+      dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      state: State that each window begins with, as for goose-jax generate. By default a trained
+        initial state that lies beside the weights, or zeros.
+      batch_size: Number of windows that are read at once.
+      sequence_length: Tokens of a window.
+
+    Raises:
+      ValueError: if an argument is out of range, or a file is damaged.
+      OSError: if a file does not exist or cannot be read.
+    """
+    check_positive("--batch-size", batch_size)
+    check_positive("--sequence-length", sequence_length)
+    documents = read_documents(text, patterns=pattern)
+    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    start = starting_state(checkpoint, state, model)
+    measure = make_evaluation(
+        model,
+        documents,
+        found,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        loss=None if start is None else state_loss(model),
+    )
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    bits = measure(params) if start is None else measure(wkv_of(start), params)
+    num_bytes = sum(document.num_bytes for document in documents)
+    print(
+        f"{bits:.4f} bits per byte: {len(documents):,} documents, {num_bytes:,} bytes, "
+        f"{measure.num_tokens:,} tokens in windows of {sequence_length}, "
+        f"on {jax.devices()[0].device_kind} in {model.config.compute_dtype}"
+    )
+
+
+__all__ = ["evaluate"]

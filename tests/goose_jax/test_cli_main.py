@@ -1,0 +1,157 @@
+"""What all commands have in common, and `goose-jax evaluate`."""
+
+import io
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import goose_jax
+from goose_jax import RWKV7, RWKV7Config, save_pretrained
+from goose_jax.checkpoints import CheckpointMetadata
+from goose_jax.cli import main as command
+from goose_jax.cli.main import main
+from goose_jax.cli.prompts import join_texts, read_prompt
+
+pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = RWKV7Config(
+        vocab_size=257, hidden_size=32, num_layers=1, head_size=16, compute_dtype="float32"
+    )
+    model = nnx.jit(lambda: RWKV7(config, rngs=nnx.Rngs(0)))()
+    model.head[...] += jax.random.normal(jax.random.key(0), model.head.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "checkpoint"
+    save_pretrained(model, path, "native", CheckpointMetadata(tokenizer="byte"))
+    return path
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"goose-jax {goose_jax.__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_the_program_silently(checkpoint, tmp_path):
+    """Also: `python -m goose_jax` is the program, and it keeps compiled programs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "goose_jax", "inspect", str(checkpoint)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+    assert (tmp_path / "goose-jax" / "compiled").is_dir()
+
+
+def out_of_device_memory(_):
+    jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
+
+
+def out_of_host_memory(_):
+    np.ones(1 << 50, np.uint8)
+
+
+@pytest.mark.parametrize("function", [out_of_device_memory, out_of_host_memory])
+def test_memory_that_cannot_be_had_is_one_line(function, monkeypatch, capsys):
+    monkeypatch.setattr(command, "train", function)
+    err = fails(capsys, "train")
+    assert err.startswith("goose-jax: error: out of memory: ")
+    assert err.count("\n") == 1
+    assert "B could not be had" in err or "bytes could not be had" in err
+    for flag in ("--batch-size", "--microbatches", "--remat"):
+        assert flag in err
+
+
+def test_other_errors_of_the_device_keep_their_traceback(monkeypatch):
+    def broken(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(command, "train", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["train"])
+
+
+def test_prompts_that_begin_with_a_dash(checkpoint, capsys):
+    assert join_texts(["generate", "x", "--prompt", "-- a", "--seed", "3"]) == [
+        *("generate", "x", "--prompt=-- a", "--seed", "3"),
+    ]
+    assert join_texts(["--prompt"]) == ["--prompt"]
+    assert join_texts(["--prompt", "a", "-b"]) == ["--prompt", "a", "-b"]
+
+
+@pytest.mark.slow
+def test_prompts_from_a_file_and_from_stdin(checkpoint, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_text("- two\nlines ä")
+    main(["generate", str(checkpoint), f"--prompt-file={file}", "--max-new-tokens=1"])
+    assert capsys.readouterr().out.startswith("- two\nlines ä")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ö\n".encode())))
+    assert read_prompt("", pathlib.Path("-")) == "ö\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    generate = ("generate", checkpoint)
+    assert "stdin is not UTF-8 text: byte 1 is 0xff" in fails(capsys, *generate, "--prompt-file=-")
+    assert "give either --prompt or --prompt-file" in fails(
+        capsys, *generate, "--prompt", "-x", f"--prompt-file={file}"
+    )
+    assert "nothing.txt" in fails(capsys, *generate, f"--prompt-file={tmp_path / 'nothing.txt'}")
+
+
+@pytest.mark.slow
+def test_bits_per_byte_of_a_text(model, checkpoint, tmp_path, capsys):
+    """They are those of the logits, window by window, with both ends of the document."""
+    (tmp_path / "a.txt").write_text("the quick brown fö")
+    (tmp_path / "b.md").write_text("left out")
+    main([
+        *("evaluate", str(checkpoint), str(tmp_path), "--pattern", "*.txt"),
+        *("--sequence-length=8", "--batch-size=2"),
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    # A token is a byte and 1; 0 ends a document.
+    tokens = np.array([0, *(byte + 1 for byte in "the quick brown fö".encode()), 0])
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 8):
+        window = tokens[start : start + 9]
+        logits, _ = model(jnp.asarray(window[None, :-1]))
+        logits = np.asarray(logits[0], np.float64)
+        chosen = np.take_along_axis(logits, window[1:, None], -1)[:, 0]
+        nats += np.sum(np.log(np.sum(np.exp(logits), -1)) - chosen)
+    expected = nats / np.log(2) / 19
+    assert float(out.split()[0]) == pytest.approx(expected, abs=2e-4)
+    assert "1 documents, 19 bytes, 20 tokens" in out
+
+
+def test_what_evaluate_cannot_do(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text"
+    assert f"{text}" in fails(capsys, "evaluate", checkpoint, text)
+    text.write_text("x")
+    for flag in ("--batch-size", "--sequence-length"):
+        assert f"{flag} must be an integer >= 1, got 0" in fails(
+            capsys, "evaluate", checkpoint, text, f"{flag}=0"
+        )
+    assert f"{text}" in fails(capsys, "evaluate", text, text)
