@@ -26,8 +26,8 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
     *("--num-layers=1", "--hidden-size=32", "--head-size=16", "--batch-size=4"),
-    *("--sequence-length=12", "--steps=60", "--warmup-steps=2", "--learning-rate=1e-2"),
-    *("--log-every=1", "--save-every=3", "--evaluate-every=30", "--held-out-bytes=64"),
+    *("--sequence-length=12", "--steps=48", "--warmup-steps=2", "--learning-rate=1e-2"),
+    *("--log-every=1", "--save-every=3", "--evaluate-every=24", "--held-out-bytes=64"),
     *("--sample-length=0", "--no-plot", "--no-tensorboard", "--keep=3"),
 ]
 
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_ten_times(finished, text, tmp_path, module_compila
             cache=module_compilation_cache,
         )
         # Most are killed after some steps, at any moment then; some while they start.
-        later = 8 if is_new else moments.randrange(1, 7) if len(ended_at) % 4 else 0
+        later = 8 if is_new else moments.randrange(1, 5) if len(ended_at) % 4 else 0
         while process.is_alive() and later and steps_made(run) < before + later:
             time.sleep(0.002)
         process.join(timeout=moments.uniform(0, 0.2 if later else 1.0))
@@ -118,7 +118,7 @@ def test_a_full_disk(finished, tmp_path, module_compilation_cache):
     before = saved(run)
     output = tmp_path / "output"
     process = child_process.start(
-        ["train", f"--resume={run}", "--steps=64"],
+        ["train", f"--resume={run}", "--steps=52"],
         output=output,
         cache=module_compilation_cache,
         file_limit=100_000,
@@ -131,7 +131,7 @@ def test_a_full_disk(finished, tmp_path, module_compilation_cache):
     assert f"goose-jax: error: could not save the checkpoint {failed}" in printed
     assert [path.name for path in (run / "checkpoints").iterdir()] == [kept.name]
     chex.assert_trees_all_equal(saved(run)[0], before[0])
-    main(["train", f"--resume={run}", "--steps=60"])
+    main(["train", f"--resume={run}", "--steps=48"])
     chex.assert_trees_all_equal(saved(run)[0], saved(finished)[0])
 
 
