@@ -6,6 +6,7 @@
 import contextlib
 import json
 import logging
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -84,19 +85,31 @@ def read_arrays(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(lambda array: jnp.array(np.asarray(array)), arrays)
 
 
+class _ErrorFilter(logging.Filter):
+    """Drops errors while `depth` is not 0; several threads may be within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.depth = threading.Lock(), 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.depth == 0 or record.levelno < logging.ERROR
+
+
+_error_filter = _ErrorFilter()
+
+
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Keeps Orbax from logging the errors that it raises."""
-    logger = logging.getLogger("absl")
-    logger.addFilter(_is_no_error)
+    with _error_filter.lock:
+        logging.getLogger("absl").addFilter(_error_filter)
+        _error_filter.depth += 1
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_error)
-
-
-def _is_no_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR
+        with _error_filter.lock:
+            _error_filter.depth -= 1
 
 
 def orbax_reason(error: Exception) -> str:

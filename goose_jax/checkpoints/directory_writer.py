@@ -11,6 +11,7 @@ files and renames.
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from goose_jax.checkpoints.atomic_write import atomic_path, temporary_path
 from goose_jax.checkpoints.directory import CHECKSUMS, checksums_of, orbax_reason, quiet_orbax
+from goose_jax.parallel.processes import LostProcessError
 
 _ROOM_FOR_DESCRIPTIONS = 1 << 20
 _BARRIER_SECONDS = 600
@@ -125,13 +127,14 @@ def _begin(
     if jax.process_count() > 1:
         # Nobody writes before the folder is there. The barrier runs beside the devices' programs.
         wait = ocp.multihost.get_barrier_sync_fn()
-        wait(key=f"goose_jax checkpoint {path}", timeout_ms=1000 * _BARRIER_SECONDS)
+        with _as_os_error():
+            wait(key=f"goose_jax checkpoint {path}", timeout_ms=1000 * _BARRIER_SECONDS)
     return temporary
 
 
 def _begin_arrays(path: Path, tree: Any, undo: contextlib.ExitStack) -> ocp.AsyncCheckpointer:
     saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-    undo.callback(saver.close)
+    undo.push(functools.partial(_close, saver))
     with _as_os_error(), quiet_orbax():
         saver.save(path, args=ocp.args.StandardSave(tree))
     return saver
@@ -142,10 +145,26 @@ def _finish_arrays(saver: ocp.AsyncCheckpointer) -> None:
         saver.wait_until_finished()
 
 
+def _close(saver: ocp.AsyncCheckpointer, *failure: Any) -> None:
+    with quiet_orbax():
+        try:
+            saver.close()
+        except Exception:
+            if failure[0] is None:
+                raise
+            # The error is known: the saver only raises it once more.
+
+
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
     try:
         yield
+    except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() == 1:
+            raise OSError(orbax_reason(error)) from error
+        raise LostProcessError(
+            "another process of this run was lost, or cannot be reached"
+        ) from error
     except OSError:
         raise
     except Exception as error:  # TensorStore reports errors of the system as ValueError

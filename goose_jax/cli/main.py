@@ -24,6 +24,7 @@ from goose_jax.cli.tokenize import tokenize
 from goose_jax.cli.train import train
 from goose_jax.cli.train_arguments import settings_before_flags
 from goose_jax.cli.train_settings import TrainSettings
+from goose_jax.parallel.processes import leave
 from pallas_kernels import __version__
 
 _OURS = ("goose_jax", "pallas_kernels")
@@ -88,12 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = _SIZE.search(str(error))
         needed = f"{size[1]} {size[2]} could not be had" if size else "there is not enough"
         advice = _MORE_MEMORY.get(arguments[0], "a smaller --dtype needs less")
-        print(f"goose-jax: error: out of memory: {needed}; {advice}", file=sys.stderr)
+        print(f"goose-jax: error: out of memory: {needed}; {advice}", file=sys.stderr, flush=True)
+        leave(2)
         sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_by_us(error.__traceback__):
             raise
-        print(f"goose-jax: error: {error}", file=sys.stderr)
+        print(f"goose-jax: error: {error}", file=sys.stderr, flush=True)
+        leave(2)
         sys.exit(2)
 
 

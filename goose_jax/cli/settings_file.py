@@ -9,8 +9,11 @@ from typing import Any, Literal, TypeAliasType, Union
 
 from goose_jax.cli.train_settings import TrainSettings
 
-NOT_RECORDED = ("config", "resume")
-"""The settings that say where to find settings."""
+NOT_RECORDED = (
+    *("config", "resume"),
+    *("cluster", "coordinator", "num_processes", "process_id"),
+)
+"""The settings that say where to find settings, or the other processes of the run."""
 _PATHS_OF_THE_RUN = ("out",)  # the others are absolute in a record
 
 

@@ -20,9 +20,11 @@ from goose_jax.checkpoints.directory import verify_directory
 from goose_jax.cli.settings_file import to_values
 from goose_jax.cli.train_arguments import check_changes
 from goose_jax.cli.train_defaults import optimizer_config, with_defaults
+from goose_jax.cli.train_devices import describe_devices, joined_processes
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.cli.train_setup import Prepared, name_of_run, prepare
 from goose_jax.generation import SamplingConfig, generate
+from goose_jax.parallel.processes import from_first_process, lost_processes_named
 from goose_jax.training import (
     MetricsWriter,
     NonFiniteError,
@@ -64,7 +66,14 @@ def train(settings: TrainSettings) -> None:
       goose-jax train --config my-settings.yaml --seed 2
       goose-jax train --resume runs/my-texts-1
       goose-jax train --resume runs/my-texts-1 --steps 4000
+      goose-jax train --mesh data=2,fsdp=4
+      goose-jax train --coordinator host0:9876 --num-processes 2 --process-id 0
     """
+    with joined_processes(settings), lost_processes_named():
+        _train(settings)
+
+
+def _train(settings: TrainSettings) -> None:
     settings = with_defaults(settings)
     if settings.plot and not has_matplotlib():
         raise ValueError(
@@ -73,17 +82,35 @@ def train(settings: TrainSettings) -> None:
     if settings.resume is None:
         prepared = prepare(settings, None)
         settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
-        run = RunDirectory.create(settings.out, name_of_run(settings), to_values(settings))
-        with run.lock():
-            kept = run.keep_tokenizer(prepared.tokenizer_name)
+        with _new_run(settings, prepared) as (run, kept):
             prepared = dataclasses.replace(prepared, tokenizer_name=kept)
             _train_in(run, settings, prepared, None)
         return
     run = RunDirectory.open(settings.resume)
     check_changes(settings, run)
-    with run.lock():
-        checkpoint = _checkpoint_to_resume(settings.resume, run)
+    resume = settings.resume
+    with _locked(run):
+        checkpoint = Path(from_first_process(lambda: str(_checkpoint_to_resume(resume, run))))
         _train_in(run, settings, prepare(settings, checkpoint), checkpoint)
+
+
+@contextlib.contextmanager
+def _new_run(settings: TrainSettings, prepared: Prepared) -> Iterator[tuple[RunDirectory, str]]:
+    """Makes the folder of a new run, and yields it locked, with the tokenizer that it keeps."""
+
+    def create() -> str:
+        name = name_of_run(settings)
+        return str(RunDirectory.create(settings.out, name, to_values(settings)).path)
+
+    run = RunDirectory(from_first_process(create))
+    with _locked(run):
+        kept = from_first_process(lambda: run.keep_tokenizer(prepared.tokenizer_name))
+        yield run, kept
+
+
+def _locked(run: RunDirectory) -> contextlib.AbstractContextManager[None]:
+    """Locks a run for all its processes, by the first one."""
+    return run.lock() if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def _checkpoint_to_resume(path: Path, run: RunDirectory) -> Path:
@@ -109,9 +136,8 @@ def _train_in(
             state = trainer.start()
         else:
             state = trainer.resume(checkpoint)
-            if (folder := run.rewind(int(state.step))) is not None:
+            if folder := from_first_process(lambda: _rewind(run, int(state.step), settings)):
                 print(f"later checkpoints and a copy of the metrics are in {folder}")
-            run.write_settings(to_values(settings))
         for writer in _open_writers(settings, run, int(state.step)):
             stack.callback(writer.close)
             writers.append(writer)
@@ -121,7 +147,7 @@ def _train_in(
     path = run.path
     bits = [line[HELD_OUT_METRIC] for line in run.metrics() if HELD_OUT_METRIC in line]
     print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
-    if settings.plot:
+    if settings.plot and jax.process_index() == 0:
         plot_loss(run.metrics(), path / "loss.png", title=path.name)
     prompt = _prompt(settings, prepared)
     if settings.sample_length:
@@ -133,7 +159,16 @@ def _train_in(
     print("\n".join(f"  {line}" for line in commands), shlex.quote(f"--prompt={prompt}"))
 
 
+def _rewind(run: RunDirectory, step: int, settings: TrainSettings) -> str:
+    """Makes the run what it was after a step; returns where later checkpoints are, or ""."""
+    folder = run.rewind(step)
+    run.write_settings(to_values(settings))
+    return "" if folder is None else str(folder)
+
+
 def _open_writers(settings: TrainSettings, run: RunDirectory, step: int) -> Iterator[MetricsWriter]:
+    if jax.process_index() > 0:
+        return
     if settings.tensorboard:
         yield TensorBoardWriter(run.path / "tensorboard", first_step=step)
     if settings.wandb is not None:
@@ -152,6 +187,7 @@ def _make_trainer(
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         loss=prepared.tuning.loss,
+        mesh=prepared.mesh,
     )
     config = TrainerConfig(
         optimizer=optimizer_config(settings),
@@ -172,6 +208,7 @@ def _make_trainer(
         config,
         tokenizer=prepared.tokenizer_name,
         writers=writers,
+        mesh=prepared.mesh,
     )
 
 
@@ -184,7 +221,7 @@ def _peak_flops(settings: TrainSettings, prepared: Prepared) -> float | None:
 def _print_summary(
     settings: TrainSettings, prepared: Prepared, trainer: Trainer, state: TrainState
 ) -> None:
-    config, device = prepared.tuning.model.config, jax.devices()[0]
+    config = prepared.tuning.model.config
     held_out = sum(document.num_bytes for document in prepared.text.held_out)
     lines = [
         f"model:  {config.num_layers} layers, width {config.hidden_size}, "
@@ -192,8 +229,7 @@ def _print_summary(
         f"{_millions(prepared.tuning.frozen or state.params)} parameters",
         f"text:   {prepared.text.source}: {len(prepared.text.tokens)} tokens to train on, "
         f"{held_out} bytes held out",
-        f"device: {device.device_kind} ({jax.default_backend()}), computing in "
-        f"{config.compute_dtype}",
+        f"device: {describe_devices(prepared.mesh)}, computing in {config.compute_dtype}",
         f"run:    {trainer.run.path}"
         + (f", from step {int(state.step)}" if state.step else "")
         + f", {settings.steps} steps of "
@@ -228,7 +264,8 @@ def _fit(trainer: Trainer, state: TrainState) -> TrainState:
     total = trainer.config.optimizer.total_steps
     tell_request = functools.partial(_tell_request, terminals=_terminals())
     with StopRequest(tell_request) as stop, _Progress(total) as progress:
-        print("compiling ...", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            print("compiling ...", file=sys.stderr, flush=True)
         try:
             state = trainer.fit(
                 state,
@@ -241,7 +278,7 @@ def _fit(trainer: Trainer, state: TrainState) -> TrainState:
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)}; to go on from there:")
         print(f"  goose-jax train --resume {shlex.quote(str(trainer.run.path))}", flush=True)
-        sys.exit(stop.exit_status)
+        sys.exit(stop.exit_status or 128 + signal.SIGTERM)  # another process got the signal
     return state
 
 
@@ -265,7 +302,9 @@ class _Progress:
             self._bar.close()
 
     def add(self, report: StepReport) -> None:
-        """Shows the report of the next step."""
+        """Shows the report of the next step, in the first process of a run."""
+        if jax.process_index() > 0:
+            return
         if self._bar is None:
             self._bar = tqdm.tqdm(
                 total=self._total,
@@ -288,7 +327,7 @@ class _Progress:
 
     def tell_evaluation(self, step: int, bits_per_byte: float) -> None:
         """Prints a measurement on held-out text above the bar."""
-        if step > 0:
+        if step > 0 and jax.process_index() == 0:
             tqdm.tqdm.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
 
 

@@ -14,7 +14,7 @@ _MAY_CHANGE = (
     *("steps", "data", "from_", "compute_dtype", "remat", "unroll_layers", "implementation"),
     *("precision", "log_every", "tensorboard", "wandb", "peak_tflops", "non_finite"),
     *("evaluate_every", "save_every", "keep", "keep_best", "keep_every"),
-    *("plot", "prompt", "sample_length"),
+    *("plot", "prompt", "sample_length", "mesh"),
 )
 """The settings that a run may be resumed with other values of.
 

@@ -26,6 +26,7 @@ OF_A_NEW_MODEL = (
 )
 """The settings that only a new model has."""
 _OF_LORA = ("lora_rank", "lora_alpha")
+_OF_PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,12 @@ class TrainSettings:
         text.
       sample_length: tokens of the sample at the end; 0 for none.
       seed: seed of initial weights or adapters, batches and the sample.
+      mesh: how the devices are arranged, as in data=2,fsdp=4; axes are data, fsdp, tensor and
+        context (see docs/parallel.md). By default all devices are used for data parallelism.
+      cluster: join the processes that SLURM, Kubernetes or Open MPI started with this command.
+      coordinator: HOST:PORT of the first of several processes, which are started by hand.
+      num_processes: number of processes that are started by hand.
+      process_id: number of this process, from 0.
     """
 
     config: Path | None = None
@@ -176,6 +183,11 @@ class TrainSettings:
     prompt: str | None = None
     sample_length: int = 400
     seed: int = 0
+    mesh: str | None = None
+    cluster: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -188,6 +200,7 @@ class TrainSettings:
             raise ValueError(f"--peak-tflops must be more than 0, got {self.peak_tflops}")
         if self.sample_length and self.prompt == "":
             raise ValueError("--prompt must not be empty; --sample-length 0 turns the sample off")
+        self._check_processes()
         tuned = ("tune", "frozen_dtype", *_OF_LORA, "state")
         if self.from_ is None:
             self._refuse(tuned, "needs --from CHECKPOINT, the model to tune")
@@ -200,6 +213,15 @@ class TrainSettings:
             self._refuse(("state",), "needs --tune state")
         if self.tune in (None, "full"):
             self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")
+
+    def _check_processes(self) -> None:
+        given = [name for name in _OF_PROCESSES if getattr(self, name) is not None]
+        if given and len(given) < len(_OF_PROCESSES):
+            raise ValueError(f"{', '.join(map(option, _OF_PROCESSES))} must be given together")
+        if given and self.cluster:
+            raise ValueError(f"--cluster finds {', '.join(map(option, given))} itself")
+        if self.num_processes is not None:
+            check_positive("--num-processes", self.num_processes)
 
     def _refuse(self, names: Iterable[str], why: str) -> None:
         given = [option(name) for name in names if getattr(self, name) is not None]

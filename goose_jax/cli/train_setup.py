@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.cli.train_defaults import lora_config, model_config
+from goose_jax.cli.train_devices import open_mesh
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.config import Dtype, default_compute_dtype
 from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
 from goose_jax.nn import RWKV7
+from goose_jax.parallel import create_sharded, place_tree
 from goose_jax.text import (
     Tokenizer,
     find_tokenizer_file,
@@ -34,12 +37,14 @@ class Prepared:
       text: the text, with its tokenizer.
       batches: the batches of the text.
       tokenizer_name: name or path of the tokenizer.
+      mesh: the mesh to train on; None for one device.
     """
 
     tuning: Tuning
     text: TrainingText
     batches: RandomWindows
     tokenizer_name: str
+    mesh: Mesh | None
 
 
 def prepare(settings: TrainSettings, checkpoint: Path | None) -> Prepared:
@@ -80,8 +85,13 @@ def _new_model(settings: TrainSettings) -> Prepared:
     tokenizer = get_tokenizer(name)
     config = model_config(settings, vocab_size=tokenizer.vocab_size)
     text, batches = _load_text(settings, tokenizer)
-    model = RWKV7(config, rngs=nnx.Rngs(settings.seed))
-    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name)
+    mesh = open_mesh(settings, config)
+
+    def make() -> RWKV7:
+        return RWKV7(config, rngs=nnx.Rngs(settings.seed))
+
+    model = make() if mesh is None else create_sharded(make, mesh)
+    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name, mesh)
 
 
 def _resume_model(settings: TrainSettings, path: Path) -> Prepared:
@@ -96,17 +106,18 @@ def _resume_model(settings: TrainSettings, path: Path) -> Prepared:
     tuning = FullTuning.from_checkpoint(path, l2wrap=settings.l2wrap, **overrides)
     name = tokenizer_name(path, given=settings.tokenizer, recorded=None)
     tokenizer = open_tokenizer(name, tuning.model.config.vocab_size)
-    return Prepared(tuning, *_load_text(settings, tokenizer), name)
+    mesh = open_mesh(settings, tuning.model.config)
+    return Prepared(tuning, *_load_text(settings, tokenizer), name, mesh)
 
 
 def _whole_model(settings: TrainSettings) -> Prepared:
-    model, name, tokenizer = _open_base(settings, "float32")
+    model, name, tokenizer, mesh = _open_base(settings, "float32")
     text, batches = _load_text(settings, tokenizer)
-    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name)
+    return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name, mesh)
 
 
 def _adapters(settings: TrainSettings) -> Prepared:
-    model, name, tokenizer = _open_base(settings, settings.frozen_dtype)
+    model, name, tokenizer, mesh = _open_base(settings, settings.frozen_dtype)
     text, batches = _load_text(settings, tokenizer)
     tuning = LoraTuning(
         model,
@@ -115,11 +126,11 @@ def _adapters(settings: TrainSettings) -> Prepared:
         seed=settings.seed,
         l2wrap=settings.l2wrap,
     )
-    return Prepared(tuning, text, batches, name)
+    return Prepared(tuning, text, batches, name, mesh)
 
 
 def _initial_state(settings: TrainSettings, *, resumed: bool) -> Prepared:
-    model, name, tokenizer = _open_base(settings, settings.frozen_dtype)
+    model, name, tokenizer, mesh = _open_base(settings, settings.frozen_dtype)
     text, batches = _load_text(settings, tokenizer)
     base, start = _base(settings), None
     # A resumed run has its state in its checkpoint.
@@ -128,7 +139,7 @@ def _initial_state(settings: TrainSettings, *, resumed: bool) -> Prepared:
     elif not resumed:
         start = load_merged_state(base, model.config)
     tuning = StateTuning(model, base_path=base, start=start, l2wrap=settings.l2wrap)
-    return Prepared(tuning, text, batches, name)
+    return Prepared(tuning, text, batches, name, mesh)
 
 
 def _base(settings: TrainSettings) -> Path:
@@ -136,8 +147,10 @@ def _base(settings: TrainSettings) -> Path:
     return settings.from_
 
 
-def _open_base(settings: TrainSettings, dtype: Dtype | None) -> tuple[RWKV7, str, Tokenizer]:
-    """Returns the model to fine-tune, and the name and the tokenizer of its text."""
+def _open_base(
+    settings: TrainSettings, dtype: Dtype | None
+) -> tuple[RWKV7, str, Tokenizer, Mesh | None]:
+    """Returns the model to fine-tune, name and tokenizer of its text, and the mesh it is on."""
     base = _base(settings)
     if settings.tune != "state" and _has_state(base):
         raise ValueError(
@@ -154,7 +167,9 @@ def _open_base(settings: TrainSettings, dtype: Dtype | None) -> tuple[RWKV7, str
         precision=settings.precision,
     )
     name = tokenizer_name(base, given=settings.tokenizer, recorded=metadata.tokenizer)
-    return model, name, open_tokenizer(name, model.config.vocab_size)
+    tokenizer = open_tokenizer(name, model.config.vocab_size)
+    mesh = open_mesh(settings, model.config)
+    return (model if mesh is None else place_tree(model, mesh)), name, tokenizer, mesh
 
 
 def _has_state(checkpoint: Path) -> bool:

@@ -104,7 +104,7 @@ def sum_over_heads(x: jax.Array) -> jax.Array:
 
 def sum_over_mesh(x: jax.Array) -> jax.Array:
     """Returns the sum of each device's number."""
-    axes = tuple(_varying(x))
+    axes = _in_order(_varying(x))
     return jax.lax.psum(x, axes) if axes else x
 
 
@@ -170,7 +170,7 @@ def _gather_backward(
     part = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     for axis, dimension in divided:
         part = jax.lax.psum_scatter(part, axis, scatter_dimension=dimension, tiled=True)
-    missing = tuple(_varying(part) - _varying(param))
+    missing = _in_order(_varying(part) - _varying(param))
     return ((jax.lax.psum(part, missing) if missing else part).astype(param.dtype),)
 
 
@@ -187,6 +187,11 @@ def _mesh() -> Any:
 
 def _varying(x: jax.Array) -> frozenset[str]:
     return frozenset(jax.typeof(x).mat.varying)
+
+
+def _in_order(axes: frozenset[str]) -> tuple[str, ...]:
+    """Returns axes in an order that is the same in all processes, unlike that of a set."""
+    return tuple(axis for axis in AXES if axis in axes)
 
 
 def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from goose_jax.checkpoints import CheckpointMetadata, Saving, load_optimizer_state
 from goose_jax.data import Batch, BatchSource
 from goose_jax.parallel import check_mesh, place_rows, place_tree, process_share
+from goose_jax.parallel.processes import Agreement
 from goose_jax.training.checkpoint_saver import CheckpointSaver
 from goose_jax.training.evaluation import Evaluation
 from goose_jax.training.metrics import MetricsWriter, summarise
@@ -22,6 +23,7 @@ from goose_jax.training.run_directory import HELD_OUT_METRIC, RunDirectory
 from goose_jax.training.step import Metrics, TrainState, init_tuning_state, make_tuning_step
 from goose_jax.training.throughput import flops_per_token, peak_memory
 from goose_jax.training.training_loop import (
+    STEPS_AHEAD,
     NonFiniteError,
     StepReport,
     raise_non_finite,
@@ -212,7 +214,8 @@ class Trainer:
           on_step: called with the report of each step.
           on_evaluation: called after each measurement on held-out text, with the number of steps
             made and bits per byte.
-          stop_requested: asked after each step whether to save a checkpoint and stop.
+          stop_requested: asked after each step whether to save a checkpoint and stop. On several
+            processes one of them suffices, and all stop some steps later.
 
         Returns:
           The state after the last step. If the run was stopped, its `step` is less than
@@ -226,11 +229,11 @@ class Trainer:
         """
         log = _Log(self, on_step or (lambda report: None), on_evaluation or (lambda *_: None))
         config, total = self.config, self.config.optimizer.total_steps
-        stop = False
+        stop, agree = False, Agreement(self.mesh, delay=STEPS_AHEAD)
 
         def wait_after(step: int) -> bool:
             nonlocal stop
-            stop = stop_requested is not None and stop_requested()
+            stop = agree(stop_requested is not None and stop_requested())
             return stop or step % config.evaluate_every == 0 or step % config.save_every == 0
 
         # One process holds the lock of the run for all.
