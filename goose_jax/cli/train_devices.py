@@ -35,6 +35,11 @@ def joined_processes(settings: TrainSettings) -> Iterator[None]:
         yield
 
 
+def default_devices() -> list[jax.Device]:
+    """Returns the devices that a run uses without `--mesh`: those of all its processes."""
+    return jax.devices()
+
+
 def open_mesh(settings: TrainSettings, config: RWKV7Config) -> Mesh | None:
     """Returns the mesh to train on: that of `--mesh`, or of all devices; None for one device.
 
@@ -42,10 +47,13 @@ def open_mesh(settings: TrainSettings, config: RWKV7Config) -> Mesh | None:
       ValueError: if the mesh does not fit the number of devices, the model or its batches; the
         message names the axis and what would fit.
     """
-    if settings.mesh is None and jax.device_count() == 1:
+    if settings.mesh is not None:
+        sizes: dict[str, Any] = dict(parse_mesh(settings.mesh))
+        mesh = make_mesh(**sizes)
+    elif len(devices := default_devices()) > 1:
+        mesh = make_mesh(devices=devices)
+    else:
         return None
-    sizes: dict[str, Any] = {} if settings.mesh is None else dict(parse_mesh(settings.mesh))
-    mesh = make_mesh(**sizes)
     try:
         check_mesh(
             mesh,
@@ -57,7 +65,7 @@ def open_mesh(settings: TrainSettings, config: RWKV7Config) -> Mesh | None:
         if settings.mesh is not None:
             raise
         raise ValueError(
-            f"{error}. All {jax.device_count()} devices are used for data parallelism; --mesh can "
+            f"{error}. All {len(default_devices())} devices are used for data parallelism; --mesh can "
             "say otherwise"
         ) from error
     return mesh
@@ -75,4 +83,4 @@ def describe_devices(mesh: Mesh | None) -> str:
     return f"{count} x {kind}{processes}, mesh {describe_mesh(mesh)}"
 
 
-__all__ = ["describe_devices", "joined_processes", "open_mesh"]
+__all__ = ["default_devices", "describe_devices", "joined_processes", "open_mesh"]
