@@ -1,10 +1,27 @@
-"""The flags that say which documents are read, and how."""
+"""The flags that say which data is read, and how."""
 
 import dataclasses
 from pathlib import Path
 
 from goose_jax.chat import render_conversation
-from goose_jax.data import DocumentSource, open_documents, open_standard_library
+from goose_jax.data import (
+    BatchSource,
+    Document,
+    DocumentSource,
+    PrefetchedBatches,
+    Sampling,
+    TrainingData,
+    open_documents,
+    open_standard_library,
+    open_tokens,
+    prepare_documents,
+    read_documents,
+)
+from goose_jax.data.binidx import is_binidx
+from goose_jax.text import Tokenizer
+from pallas_kernels.validation import check_positive
+
+_KEPT_TOKENS = ".tokens"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,10 @@ class DocumentSettings:
     field: str | None = None
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ValueError("--pattern needs at least one pattern")
+
     def open_documents(self) -> DocumentSource:
         """Opens the documents.
 
@@ -44,4 +65,111 @@ class DocumentSettings:
         )
 
 
-__all__ = ["DocumentSettings"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(DocumentSettings):
+    """The data of a training run, and how batches are made of it.
+
+    Attributes:
+      data: a text file, a JSONL file, a folder of both, a folder that `save_to_disk` of Hugging
+        Face's datasets wrote, or the .bin of tokens that goose-jax tokenize or RWKV-LM made. By
+        default the sources of this Python's standard library.
+      held_out: a file or folder with text to measure bits per byte on; by default a part of the
+        data.
+      held_out_bytes: without --held-out, bytes of the data that are not trained on, but used to
+        measure bits per byte; at most a tenth of it.
+      sampling: how batches are made. windows: windows at random, over the ends of documents;
+        packed: documents side by side, each a segment of its own, all of them in each epoch;
+        magic-prime: the windows of the official training code, in its order.
+      magic_prime: with --sampling magic-prime, the prime that the order comes from; by default the
+        one that make_data.py of RWKV-LM names.
+      prefetch: number of batches that are made ahead; 0 makes each when it is needed.
+      data_workers: number of processes that encode text and make batches; 0 does it in threads of
+        the process that trains.
+    """
+
+    held_out: Path | None = None
+    held_out_bytes: int = 32768
+    sampling: Sampling = "windows"
+    magic_prime: int | None = None
+    prefetch: int = 4
+    data_workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("--held-out-bytes", self.held_out_bytes)
+        for flag, value in (("--prefetch", self.prefetch), ("--data-workers", self.data_workers)):
+            if value < 0:
+                raise ValueError(f"{flag} must be at least 0, got {value}")
+        if self.magic_prime is not None and self.sampling != "magic-prime":
+            raise ValueError("--magic-prime needs --sampling magic-prime")
+        if self.data_workers and not self.prefetch:
+            raise ValueError("--data-workers needs --prefetch of at least 1, got 0")
+        if self.sampling == "magic-prime" and self.held_out is None:
+            raise ValueError(
+                "--sampling magic-prime trains on all of the data: give --held-out, a file or "
+                "folder with text to measure on"
+            )
+
+    def open_data(self, tokenizer: Tokenizer, out: Path) -> TrainingData:
+        """Opens the data, and encodes it if it is text that was not encoded before.
+
+        Args:
+          tokenizer: the tokenizer of the model.
+          out: folder of the runs, in which the tokens of texts are kept.
+
+        Raises:
+          OSError: if a file is missing, or cannot be read or written.
+          ValueError: if a file is damaged, or the data is too short.
+        """
+        held_out = None if self.held_out is None else self._read_held_out(self.held_out)
+        if self.data is not None and is_binidx(self.data):
+            return open_tokens(
+                self.data, tokenizer, held_out_bytes=self.held_out_bytes, held_out=held_out
+            )
+        return prepare_documents(
+            self.open_documents(),
+            tokenizer,
+            out / _KEPT_TOKENS,
+            held_out_bytes=self.held_out_bytes,
+            held_out=held_out,
+            workers=self.data_workers,
+        )
+
+    def open_batches(
+        self,
+        data: TrainingData,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        microbatches: int,
+    ) -> BatchSource:
+        """Returns the batches of the data, made ahead; arguments as for `TrainingData.batches`.
+
+        Raises:
+          ValueError: if the data is too short, or the magic prime does not fit it.
+        """
+        batches = data.batches(
+            self.sampling,
+            vocab_size=data.tokenizer.vocab_size,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            seed=seed,
+            microbatches=microbatches,
+            magic_prime=self.magic_prime,
+        )
+        if not self.prefetch:
+            return batches
+        return PrefetchedBatches(batches, ahead=self.prefetch, workers=self.data_workers)
+
+    def _read_held_out(self, path: Path) -> list[Document]:
+        return read_documents(
+            path,
+            patterns=self.pattern,
+            field=self.field,
+            render=render_conversation,
+            strict=self.strict,
+        )
+
+
+__all__ = ["DataSettings", "DocumentSettings"]

@@ -7,6 +7,7 @@ import jax
 import tyro
 from flax import nnx
 
+from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.config import Dtype
 from goose_jax.data import read_documents
@@ -53,7 +54,7 @@ def evaluate(
     """
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
-    documents = read_documents(text, patterns=pattern)
+    documents = read_documents(text, patterns=pattern, render=render_conversation)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = starting_state(checkpoint, state, model)
     measure = make_evaluation(

@@ -24,6 +24,8 @@ def to_values(settings: TrainSettings) -> dict[str, Any]:
         value = getattr(settings, field.name)
         if isinstance(value, Path):
             value = str(value if field.name in _PATHS_OF_THE_RUN else value.absolute())
+        if isinstance(value, tuple):
+            value = list(value)
         if field.name not in NOT_RECORDED:
             values[field.name.rstrip("_")] = value
     return values

@@ -36,10 +36,9 @@ class TokenizeFlags(DocumentSettings):
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be at least 0, got {self.workers}")
-        if not self.pattern:
-            raise ValueError("--pattern needs at least one pattern")
         if self.data is not None and is_binidx(self.data):
             raise ValueError(f"--data {self.data} holds tokens already")
 

@@ -130,6 +130,7 @@ def _train_in(
 ) -> None:
     """Trains in the folder of a run, from its beginning or from a checkpoint."""
     with contextlib.ExitStack() as stack:
+        stack.callback(prepared.close)
         writers: list[MetricsWriter] = []
         trainer = _make_trainer(settings, run, prepared, writers)
         if checkpoint is None:

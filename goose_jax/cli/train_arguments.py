@@ -11,7 +11,8 @@ from goose_jax.training import RunDirectory
 from goose_jax.training.yaml_file import read_yaml
 
 _MAY_CHANGE = (
-    *("steps", "data", "from_", "compute_dtype", "remat", "unroll_layers", "implementation"),
+    *("steps", "data", "held_out", "prefetch", "data_workers", "from_"),
+    *("compute_dtype", "remat", "unroll_layers", "implementation"),
     *("precision", "log_every", "tensorboard", "wandb", "peak_tflops", "non_finite"),
     *("evaluate_every", "save_every", "keep", "keep_best", "keep_every"),
     *("plot", "prompt", "sample_length", "mesh"),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from goose_jax.cli.data_settings import DataSettings
 from goose_jax.config import Dtype, Remat
 from goose_jax.training import L2WRAP
 from pallas_kernels.types import Precision
@@ -16,7 +17,7 @@ type Tune = Literal["full", "lora", "state"]
 type Preset = Literal["minipile-12x768", "pile-24x1024", "pile-24x2048"]
 
 _POSITIVE = (
-    *("steps", "batch_size", "microbatches", "sequence_length", "held_out_bytes"),
+    *("steps", "batch_size", "microbatches", "sequence_length"),
     *("log_every", "evaluate_every", "save_every", "keep", "keep_every"),
 )
 OF_A_NEW_MODEL = (
@@ -30,7 +31,7 @@ _OF_PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(DataSettings):
     """The text to train on, what to train, and how.
 
     `None` stands for a setting that was left out; `with_defaults` fills it in, where it has a
@@ -41,9 +42,6 @@ class TrainSettings:
         run. Flags that are given, too, go before it.
       preset: settings of an official training: sizes of the model, batches, number of steps and the
         optimizer. Flags that are given, too, go before it.
-      data: a UTF-8 text file or a folder of text files; by default the sources of this Python's
-        standard library.
-      pattern: which files of the folder are read, as in "*.txt".
       out: the run gets a numbered folder of its own in this folder.
       resume: folder of a run to continue, with the settings of that run.
       from_: checkpoint of a model to fine-tune: a .pth or safetensors file, a folder of Hugging
@@ -95,8 +93,6 @@ class TrainSettings:
       max_gradient_norm: gradients with a larger norm are scaled down to it.
       decay_base_rate: factor on the learning rate of the base of the log decay.
       l2wrap: factor of the pull on each token's largest logit; 0 turns it off.
-      held_out_bytes: bytes of text that are not trained on, but used to measure bits per byte; at
-        most a tenth of the text.
       log_every: number of steps that make one line of metrics.
       tensorboard: write the metrics for TensorBoard, too.
       wandb: send the metrics to this project at Weights & Biases, too (needs wandb).
@@ -126,8 +122,6 @@ class TrainSettings:
 
     config: Path | None = None
     preset: Preset | None = None
-    data: Path | None = None
-    pattern: str = "*"
     out: Path = Path("runs")
     resume: Path | None = None
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -168,7 +162,6 @@ class TrainSettings:
     max_gradient_norm: float = 1.0
     decay_base_rate: float = 2.0
     l2wrap: float = L2WRAP
-    held_out_bytes: int = 32768
     log_every: int = 10
     tensorboard: bool = True
     wandb: str | None = None
@@ -190,6 +183,7 @@ class TrainSettings:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 check_positive(option(name), getattr(self, name))

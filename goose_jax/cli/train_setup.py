@@ -7,7 +7,6 @@ from typing import Any, assert_never
 from flax import nnx
 from jax.sharding import Mesh
 
-from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
@@ -15,7 +14,7 @@ from goose_jax.cli.train_defaults import lora_config, model_config
 from goose_jax.cli.train_devices import open_mesh
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.config import Dtype, default_compute_dtype
-from goose_jax.data import RandomWindows, TrainingText, read_documents, standard_library
+from goose_jax.data import BatchSource, PrefetchedBatches, TrainingData
 from goose_jax.nn import RWKV7
 from goose_jax.parallel import create_sharded, place_tree
 from goose_jax.text import (
@@ -34,17 +33,22 @@ class Prepared:
 
     Attributes:
       tuning: what is trained.
-      text: the text, with its tokenizer.
+      text: the data, with its tokenizer.
       batches: the batches of the text.
       tokenizer_name: name or path of the tokenizer.
       mesh: the mesh to train on; None for one device.
     """
 
     tuning: Tuning
-    text: TrainingText
-    batches: RandomWindows
+    text: TrainingData
+    batches: BatchSource
     tokenizer_name: str
     mesh: Mesh | None
+
+    def close(self) -> None:
+        """Ends the threads or processes that make batches."""
+        if isinstance(self.batches, PrefetchedBatches):
+            self.batches.close()
 
 
 def prepare(settings: TrainSettings, checkpoint: Path | None) -> Prepared:
@@ -176,20 +180,12 @@ def _has_state(checkpoint: Path) -> bool:
     return checkpoint_kind(checkpoint) != "native" and bool(open_foreign(checkpoint).states)
 
 
-def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingText, RandomWindows]:
-    if settings.data is None:
-        source, documents = "the standard library of this Python", standard_library()
-    else:
-        source = str(settings.data)
-        documents = read_documents(
-            settings.data, patterns=(settings.pattern,), render=render_conversation
-        )
-    text = TrainingText.from_documents(
-        documents, tokenizer, source=source, held_out_bytes=settings.held_out_bytes
-    )
+def _load_text(settings: TrainSettings, tokenizer: Tokenizer) -> tuple[TrainingData, BatchSource]:
+    text = settings.open_data(tokenizer, settings.out)
     assert settings.batch_size is not None
     assert settings.sequence_length is not None
-    batches = text.windows(
+    batches = settings.open_batches(
+        text,
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         seed=settings.seed,

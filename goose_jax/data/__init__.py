@@ -36,6 +36,12 @@ from goose_jax.data.sources import (
     standard_library,
 )
 from goose_jax.data.tokenization import TokenizeProgress, tokenize
+from goose_jax.data.training_data import (
+    Sampling,
+    TrainingData,
+    open_tokens,
+    prepare_documents,
+)
 from goose_jax.data.training_text import TrainingText
 
 __all__ = [
@@ -53,7 +59,9 @@ __all__ = [
     "PrefetchedBatches",
     "RandomBinidxWindows",
     "RandomWindows",
+    "Sampling",
     "TokenizeProgress",
+    "TrainingData",
     "TrainingText",
     "Written",
     "encode_document",
@@ -63,7 +71,9 @@ __all__ = [
     "next_token_batch",
     "open_documents",
     "open_standard_library",
+    "open_tokens",
     "pack_documents",
+    "prepare_documents",
     "process_rows",
     "random_batch",
     "read_documents",

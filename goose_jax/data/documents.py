@@ -54,24 +54,51 @@ def split_documents(
     Raises:
       ValueError: if there is less than ten bytes of text, or nothing to hold out.
     """
-    check_positive("held_out_bytes", held_out_bytes)
-    unique = list({document.text: document for document in reversed(documents)}.values())[::-1]
-    sizes = [document.num_bytes for document in unique]
-    if sum(sizes) < 10:
-        raise ValueError(f"{documents[0].name} is too short to hold a tenth of it out")
-    limit = min(held_out_bytes, sum(sizes) // 10)
-    chosen: list[int] = []
-    room = limit
-    for index in np.random.default_rng(seed).permutation(len(unique)):
-        if 0 < sizes[index] <= room:
-            chosen.append(int(index))
-            room -= sizes[index]
+    first: dict[str, Document] = {}
+    for document in documents:
+        first.setdefault(document.text, document)
+    unique = list(first.values())
+    sizes = np.array([document.num_bytes for document in unique], np.int64)
+    chosen, limit = choose_held_out(
+        sizes, documents[0].name, held_out_bytes=held_out_bytes, seed=seed
+    )
     if chosen:
         training = [document for i, document in enumerate(unique) if i not in chosen]
-        return training, [unique[i] for i in sorted(chosen)]
+        return training, [unique[i] for i in chosen]
     longest = int(np.argmax(sizes))
     beginning, end = cut_end(unique[longest], limit)
     return [*unique[:longest], beginning, *unique[longest + 1 :]], [end]
+
+
+def choose_held_out(
+    sizes: Int[np.ndarray, " N"], source: str, *, held_out_bytes: int, seed: int = 0
+) -> tuple[list[int], int]:
+    """Draws documents to hold out, by their numbers of bytes.
+
+    Args:
+      sizes: `[N]`, bytes of each document.
+      source: what messages call the documents.
+      held_out_bytes: how much to hold out at most; never more than a tenth of the text.
+      seed: another seed holds out other documents.
+
+    Returns:
+      chosen: numbers of the documents, in ascending order; none if no document is small enough.
+      limit: number of bytes that may be held out.
+
+    Raises:
+      ValueError: if there is less than ten bytes of text, or nothing to hold out.
+    """
+    check_positive("held_out_bytes", held_out_bytes)
+    total = int(sizes.sum())
+    if total < 10:
+        raise ValueError(f"{source} is too short to hold a tenth of it out")
+    limit = room = min(held_out_bytes, total // 10)
+    chosen: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(sizes)).tolist():
+        if 0 < sizes[index] <= room:
+            chosen.append(index)
+            room -= int(sizes[index])
+    return sorted(chosen), limit
 
 
 def cut_end(document: Document, num_bytes: int) -> tuple[Document, Document]:
@@ -178,6 +205,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Int
 
 __all__ = [
     "Document",
+    "choose_held_out",
     "cut_end",
     "encode_document",
     "encode_documents",

@@ -169,7 +169,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     for token in range(tokenizer.vocab_size):
         data = tokenizer.decode_bytes([token])
         digest.update(f"{len(data)} ".encode() + data)
-    digest.update(repr(tokenizer.encode(_PROBE)).encode())
+    try:
+        digest.update(repr(tokenizer.encode(_PROBE)).encode())
+    except ValueError as error:  # a vocabulary without some of its characters
+        digest.update(str(error).encode())
     return digest.hexdigest()
 
 

@@ -40,6 +40,7 @@ class PrefetchedBatches:
         self._batches, self._ahead, self._workers = batches, ahead, workers
         self._iterator: Iterator[Batch] | None = None
         self._next = 0
+        self._parts: list[Self] = []
 
     @property
     def source(self) -> str:
@@ -52,10 +53,14 @@ class PrefetchedBatches:
         return self._batches.checksum
 
     def for_process(self, index: int, count: int) -> Self:
-        """Returns the same data for one of several processes, as `BatchSource` says."""
-        return type(self)(
-            self._batches.for_process(index, count), ahead=self._ahead, workers=self._workers
-        )
+        """Returns the same data for one of several processes, as `BatchSource` says.
+
+        It is closed with this one.
+        """
+        batches = self._batches.for_process(index, count)
+        part = type(self)(batches, ahead=self._ahead, workers=self._workers)
+        self._parts.append(part)
+        return part
 
     def __call__(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0.
@@ -98,6 +103,8 @@ class PrefetchedBatches:
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
         self._iterator = None
+        for part in self._parts:
+            part.close()
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,8 @@ class BinidxBatches(abc.ABC):
       microbatches: A; 1 gives batches without the leading axis.
       process_index: which process reads, from 0. It gets its share of the B rows.
       process_count: number of processes; it divides B.
+      num_tokens: only the first so many tokens are read; None reads all.
+      source: what messages call the tokens; by default their path.
     """
 
     data: Binidx
@@ -40,26 +42,32 @@ class BinidxBatches(abc.ABC):
     microbatches: int = 1
     process_index: int = 0
     process_count: int = 1
+    num_tokens: int | None = None
+    source: str = ""
 
     def __post_init__(self) -> None:
+        if not self.source:
+            object.__setattr__(self, "source", str(self.data.prefix))
         for name in ("vocab_size", "batch_size", "sequence_length", "microbatches"):
             check_positive(name, getattr(self, name))
         process_rows(self.batch_size, self.process_index, self.process_count)
-        if len(self.data.tokens) <= self.sequence_length:
+        if self._total <= self.sequence_length:
             raise ValueError(
-                f"{self.source} is too short: {len(self.data.tokens)} tokens to train on, "
+                f"{self.source} is too short: {self._total} tokens to train on, "
                 f"but sequence_length={self.sequence_length}"
             )
 
     @property
-    def source(self) -> str:
-        """The path of the tokens."""
-        return str(self.data.prefix)
-
-    @property
     def checksum(self) -> str:
         """The checksum of the tokens."""
-        return self.data.checksum
+        if self._total == len(self.data.tokens):
+            return self.data.checksum
+        return f"{self.data.checksum}, the first {self._total} tokens"
+
+    @property
+    def _total(self) -> int:
+        total = len(self.data.tokens)
+        return total if self.num_tokens is None else min(self.num_tokens, total)
 
     def for_process(self, index: int, count: int) -> Self:
         """Returns the same data for one of several processes, as `BatchSource` says."""
@@ -100,8 +108,8 @@ class BinidxBatches(abc.ABC):
         if wrong.any():
             first = np.argmax(wrong)
             raise ValueError(
-                f"{self.source}.bin: token number {places.flat[first]} is {found.flat[first]}, "
-                f"not below the vocabulary's size of {self.vocab_size}"
+                f"{self.data.prefix}.bin: token number {places.flat[first]} is "
+                f"{found.flat[first]}, not below the vocabulary's size of {self.vocab_size}"
             )
         return found.astype(np.int32)
 
@@ -122,7 +130,7 @@ class RandomBinidxWindows(BinidxBatches):
         Raises:
           ValueError: if a token is not below `vocab_size`. The message names it and its place.
         """
-        count = len(self.data.tokens) - self.sequence_length
+        count = self._total - self.sequence_length
         starts = window_starts(count, self._shape, step, seed=self.seed)
         rows = process_rows(self.batch_size, self.process_index, self.process_count)
         return self._windows(starts[..., rows])
@@ -149,7 +157,7 @@ class MagicPrimeWindows(BinidxBatches):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        num_tokens, prime = len(self.data.tokens), self.magic_prime
+        num_tokens, prime = self._total, self.magic_prime
         default = magic_prime(num_tokens, self.sequence_length)
         if prime is None:
             object.__setattr__(self, "magic_prime", default)
@@ -232,7 +240,7 @@ class PackedDocuments(BinidxBatches):
     @property
     def rows_per_epoch(self) -> int:
         """The number of rows that hold all tokens once."""
-        return -(-len(self.data.tokens) // self.sequence_length)
+        return -(-self._total // self.sequence_length)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from grain.experimental import index_shuffle  # takes a second to import
@@ -240,7 +248,7 @@ class PackedDocuments(BinidxBatches):
         epoch, number = divmod(number, self.rows_per_epoch)
         shift, seed = np.random.default_rng((self.seed, epoch)).integers(0, 2**31, 2).tolist()
         row = index_shuffle(number, max_index=self.rows_per_epoch - 1, seed=seed, rounds=4)
-        total = len(self.data.tokens)
+        total = self._total
         first = (shift % self.sequence_length + row * self.sequence_length) % total
         places = (first + np.arange(self.sequence_length)) % total
 
@@ -260,7 +268,7 @@ class PackedDocuments(BinidxBatches):
 
     def _begins(self, first: int) -> list[int]:
         """Returns the places at which items begin, from `first` to at least a row's end."""
-        end, total = first + self.sequence_length, len(self.data.tokens)
+        end, total = first + self.sequence_length, self._total
         begins = self.data.begins(first, min(end, total))
         return begins + (self.data.begins(0, end - total) if end > total else [])
 

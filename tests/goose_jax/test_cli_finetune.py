@@ -166,6 +166,7 @@ def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
         from_=folder / "base.pth",
         tune=kind,
         data=folder / "fox.txt",
+        out=folder / "runs",
         tokenizer=str(folder / "words.txt"),
         sequence_length=12,
         held_out_bytes=64,

@@ -1,0 +1,219 @@
+"""Tokens and held-out documents of a training run, which stay on disk."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from goose_jax.chat import render_conversation
+from goose_jax.data import (
+    Binidx,
+    Document,
+    encode_document,
+    open_documents,
+    open_tokens,
+    prepare_documents,
+    read_documents,
+    split_documents,
+    text_files,
+    training_data,
+)
+from goose_jax.text import ByteTokenizer
+from tests.goose_jax.binidx_by_hand import write_by_hand
+
+TOKENIZER = ByteTokenizer()
+SIZES = {"vocab_size": 257, "batch_size": 4, "sequence_length": 8, "seed": 0}
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def prepare(path, folder, held_out_bytes=200, **options):
+    source = open_documents(path, render=render_conversation)
+    return prepare_documents(source, TOKENIZER, folder, held_out_bytes=held_out_bytes, **options)
+
+
+def by_bytes(text):
+    return [byte + 1 for byte in text.encode()] + [0]
+
+
+def tokens_of(documents):
+    return [t for d in documents for t in encode_document(d, TOKENIZER)[0].tolist()]
+
+
+@pytest.mark.parametrize("piece_bytes", [2**20, 16])
+def test_a_stream_is_divided_as_a_list_is(tmp_path, monkeypatch, piece_bytes):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        size = int(rng.integers(1, 60))
+        (folder / f"{i:02d}.txt").write_text("".join(rng.choice(list("aé鹅\nZ "), size)))
+    expected, held_out = split_documents(read_documents(folder), held_out_bytes=200)
+    assert len(held_out) > 3
+    monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
+    data = prepare(folder, tmp_path / "kept")
+    assert data.tokens.tolist() == tokens_of(expected)
+    assert data.held_out == held_out
+    assert isinstance(data.data.tokens, np.memmap)
+
+
+@pytest.mark.parametrize("piece_bytes", [2**20, 64, 50])
+@pytest.mark.parametrize("held_out_bytes", [50, 51, 99, 100, 10**6])
+def test_the_end_of_the_longest_is_held_out_where_none_fits(
+    tmp_path, monkeypatch, piece_bytes, held_out_bytes
+):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a" * 500)
+    (folder / "b.txt").write_text("ü" * 300)
+    expected, held_out = split_documents(read_documents(folder), held_out_bytes=held_out_bytes)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", piece_bytes)
+    data = prepare(folder, tmp_path / "kept", held_out_bytes)
+    assert data.tokens.tolist() == tokens_of(expected)
+    assert data.held_out == held_out
+
+
+def test_a_text_that_occurs_twice_is_used_once(tmp_path):
+    texts = [f"{i // 2:04d}" for i in range(100)]
+    data = prepare(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "kept", 50)
+    trained = [TOKENIZER.decode(data.data[i]) for i in range(len(data.data))]
+    held_out = [document.text for document in data.held_out]
+    assert held_out
+    assert sorted(trained + held_out) == sorted(set(texts))
+
+
+def test_texts_are_encoded_once(tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    first = prepare(file, tmp_path / "kept")
+
+    def fail(*arguments, **options):
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_data, "encode_stream", fail)
+        second = prepare(file, tmp_path / "kept")
+    assert second.data.checksum == first.data.checksum
+    assert second.held_out == first.held_out
+    assert prepare(file, tmp_path / "kept", 20).data.checksum != first.data.checksum
+    write_lines(file, [f"Goose {i}" for i in range(51)])
+    assert prepare(file, tmp_path / "kept").data.checksum != first.data.checksum
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_another_process_may_be_faster(tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    rename, others = os.rename, []
+
+    def slow(old, new):
+        if not others:
+            others.append(new)
+            others.append(prepare(file, tmp_path / "kept"))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", slow)
+    data = prepare(file, tmp_path / "kept")
+    assert data.data.checksum == others[1].data.checksum
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_nothing_stays_of_a_source_that_fails(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a good line of text"}\nbad\n')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        prepare(file, tmp_path / "new" / "kept")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_source_that_changes_meanwhile_is_named(tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    choose = training_data.choose_in_stream
+
+    def change(*arguments, **options):
+        choice = choose(*arguments, **options)
+        write_lines(file, [f"Goose {i}" for i in range(60)])
+        return choice
+
+    monkeypatch.setattr(training_data, "choose_in_stream", change)
+    with pytest.raises(ValueError, match=r"a\.jsonl has changed while it was read"):
+        prepare(file, tmp_path / "kept")
+
+
+def test_text_of_its_own_may_be_held_out(tmp_path):
+    texts = [f"Goose {i}" for i in range(50)]
+    file = write_lines(tmp_path / "a.jsonl", texts)
+    own = [Document("own", "Honk")]
+    data = prepare(file, tmp_path / "kept", held_out=own)
+    assert data.held_out == own
+    assert data.tokens.tolist() == [token for text in texts for token in by_bytes(text)]
+    assert data.batches("magic-prime", **SIZES)(0).inputs.shape == (4, 8)
+
+
+def test_the_last_items_of_tokens_are_held_out(tmp_path):
+    texts = [f"Goose number {i}." for i in range(50)]
+    prefix = write_by_hand(tmp_path / "a", [by_bytes(text) for text in texts])
+    data = open_tokens(prefix, TOKENIZER, held_out_bytes=40)
+    assert [document.text for document in data.held_out] == texts[48:]
+    assert data.tokens.tolist() == [token for text in texts[:48] for token in by_bytes(text)]
+    assert data.held_out[0].name == f"{prefix}, token {len(data.tokens)}"
+    assert len(open_tokens(prefix, TOKENIZER, held_out_bytes=10**6).held_out) == 4  # a tenth
+    for sampling in ("windows", "packed"):
+        batches = data.batches(sampling, **SIZES)
+        seen = {t for step in range(100) for t in batches(step).targets.ravel().tolist()}
+        assert seen == set(data.tokens.tolist())
+        assert batches.checksum != Binidx(prefix).checksum
+    with pytest.raises(ValueError, match=r"reads every token of .*a, so that none can be held out"):
+        data.batches("magic-prime", **SIZES)
+
+
+@pytest.mark.parametrize("held_out_bytes", [1, 7, 8, 30, 1000])
+def test_the_last_tokens_are_held_out_where_no_item_fits(tmp_path, held_out_bytes):
+    text = "Gänse 鹅🦢 " * 40
+    prefix = write_by_hand(tmp_path / "a", [by_bytes(text)])
+    if held_out_bytes == 1:  # the end of a document alone has no text
+        with pytest.raises(ValueError, match=r"a is too short to hold a tenth of it out"):
+            open_tokens(prefix, TOKENIZER, held_out_bytes=held_out_bytes)
+        return
+    data = open_tokens(prefix, TOKENIZER, held_out_bytes=held_out_bytes)
+    (document,) = data.held_out
+    assert "\ufffd" not in document.text
+    assert text.endswith(document.text)
+    assert 0 < document.num_bytes <= min(held_out_bytes, len(by_bytes(text)) // 10)
+    assert data.tokens.tolist() == by_bytes(text)[: -document.num_bytes - 1]
+
+
+def test_conversations_are_counted_as_far_as_the_assistant_speaks(tmp_path):
+    lines = []
+    for i in range(40):
+        chat = [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": f"Answer {i}!"},
+        ]
+        lines.append(json.dumps({"messages": chat}))
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(lines))
+    data = prepare(file, tmp_path / "kept")
+    assert data.held_out[0].text.startswith("User: ")
+    batch = data.batches("packed", **SIZES | {"batch_size": 40})(0)
+    counted = batch.targets >= 0
+    assert 0.2 < counted.mean() < 0.6
+    text = TOKENIZER.decode(batch.targets[counted].tolist())
+    assert "Answer" in text
+    assert "User" not in text
+    assert all(
+        d.counted == ((len(d.text) - len(a), len(d.text)),)
+        for d in data.held_out
+        for a in [d.text[d.text.index(" Answer") :]]
+    )
+
+
+def test_damaged_held_out_text_is_named(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    prepare(file, tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    (kept / "held-out.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"held-out\.json is damaged: .*; remove .*kept"):
+        prepare(file, tmp_path / "kept")
