@@ -11,8 +11,11 @@ _OF_SPLITS = "dataset_dict.json"
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Returns whether a folder looks like a data set, or like one divided into splits."""
-    return (path / _OF_SPLITS).is_file() or all((path / name).is_file() for name in _OF_ONE)
+    """Returns whether a folder looks like a data set, damaged or not, or one in splits."""
+    if (path / _OF_SPLITS).is_file():
+        return True
+    present = [(path / name).is_file() for name in _OF_ONE]
+    return all(present) or (any(present) and any(path.glob("*.arrow")))
 
 
 def open_saved_dataset(path: Path) -> Any:
