@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.devices import device_in_context
+from pallas_kernels.validation import is_known
 
 type Choice = str | tuple[str | None, str | None] | None
 """The name of an implementation, a pair of names for forward and backward, or None to choose."""
@@ -31,6 +32,13 @@ def _check_hopper() -> None:
 
 DEVICE_CHECKS: Mapping[str, Callable[[], None]] = {"mosaic_gpu": _check_hopper}
 """For implementations that need a certain device, a function that raises `NotServed` on others."""
+
+
+def _check_sizes(name: str, args: Any, kwargs: Any) -> None:
+    """Raises NotServed if a kernel, which is compiled for its sizes, would get symbols of them."""
+    for x in jax.tree.leaves((args, kwargs)) if name in DEVICE_CHECKS else ():
+        if not is_known(*getattr(x, "shape", ())):
+            raise NotServed(f"{name} needs sizes that are numbers, got shape={x.shape}")
 
 
 def dispatch[R](
@@ -68,6 +76,7 @@ def dispatch[R](
                 f"{operator}: {implementation=} is unknown; give None or one of "
                 f"{list(implementations)}"
             )
+        _check_sizes(implementation, args, kwargs)
         with jax.named_scope(operator):
             return implementations[implementation](*args, **kwargs)
     refusals = []
@@ -75,6 +84,7 @@ def dispatch[R](
         try:
             if name in DEVICE_CHECKS:
                 DEVICE_CHECKS[name]()
+            _check_sizes(name, args, kwargs)
             with jax.named_scope(operator):
                 return function(*args, **kwargs)
         except NotServed as refusal:

@@ -17,9 +17,12 @@ The recurrent state of one head is a `[K, V]` matrix: rows are key channels, col
 channels. (The official RWKV code stores the transpose, `[V, K]`.)
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Bool, Float, Int
+
+type Size = Any
+"""An integer; or, while `jax.export` traces a program for any size, a symbol of it."""
 
 type FloatArray = Float[Array, "..."]
 """Any floating-point array; the docstring of the function gives its shape."""
@@ -36,4 +39,4 @@ type Mask = Bool[Array, "..."]
 type Precision = Literal["high"] | None
 """Of products. None: kernels may round operands to 16 bits. "high": float32 keeps its digits."""
 
-__all__ = ["FloatArray", "Mask", "Precision", "Scalar", "SegmentIds"]
+__all__ = ["FloatArray", "Mask", "Precision", "Scalar", "SegmentIds", "Size"]

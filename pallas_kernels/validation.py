@@ -154,6 +154,11 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
+def is_known(*sizes: Any) -> bool:
+    """Returns whether sizes are numbers, and none a symbol of `jax.export.symbolic_shape`."""
+    return all(isinstance(size, (int, np.integer)) for size in sizes)
+
+
 def check_eps(eps: Any) -> None:
     """Checks the epsilon of a norm: a number above 0 that is known at trace time.
 
@@ -180,4 +185,5 @@ __all__ = [
     "check_precision",
     "check_same_dtype",
     "check_segment_ids",
+    "is_known",
 ]

@@ -22,7 +22,7 @@ from pallas_kernels import (
     wkv7,
     wkv7_recurrent,
 )
-from pallas_kernels.validation import check_segment_ids
+from pallas_kernels.validation import check_segment_ids, is_known
 
 type Tokens = Float[Array, "B T C"]
 type Heads = Float[Array, "B T H K"]
@@ -271,7 +271,8 @@ class TimeMix(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
-        if r.shape[1] < CHUNKED_FROM:
+        length = r.shape[1]
+        if is_known(length) and length < CHUNKED_FROM:
             return wkv7_recurrent(
                 r,
                 log_decay,

@@ -307,3 +307,33 @@ def test_wrong_construction(model):
         init_state(GOLDEN_CONFIG, 0)
     with pytest.raises(ValueError, match=r"hidden must have shape .* with C=128"):
         model.logits(jnp.zeros((1, 1, 64)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_one_program_reads_any_number_of_rows_and_tokens(model, tokens):
+    graphdef, params = nnx.split(model)
+    rows, length = jax.export.symbolic_shape("rows, length")
+
+    def run(params, tokens, state, ids):
+        return nnx.merge(graphdef, params)(tokens, state, ids)
+
+    def loss(params, *arguments):
+        return jax.nn.logsumexp(run(params, *arguments)[0], axis=-1).mean()
+
+    def symbolic(x):
+        sizes = {2: rows, 40: length}
+        return jax.ShapeDtypeStruct(tuple(sizes.get(n, n) for n in x.shape), x.dtype)
+
+    ids = jnp.where(jnp.arange(40)[None] < 25, 1, 2) * jnp.ones_like(tokens)
+    state = init_state(model.config, 2)
+    of_rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0], rows, *x.shape[2:]), x.dtype), state
+    )
+    arguments = (params, symbolic(tokens), of_rows, symbolic(ids))
+    actual = jax.export.export(jax.jit(run))(*arguments).call(params, tokens, state, ids)
+    expected = forward(model, tokens, state, ids)
+    for x, reference in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, reference, rtol=1e-4, atol=1e-5)
+    gradient = jax.export.export(jax.jit(jax.grad(loss)))(*arguments)
+    assert [x.shape for x in gradient.out_avals] == [x.shape for x in jax.tree.leaves(params)]

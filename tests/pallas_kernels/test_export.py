@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import decode_layers, wkv7, wkv7_recurrent
-from tests.pallas_kernels.mesh_cases import decoding_arguments
+from pallas_kernels import NotServed, decode_layers, layer_norm, wkv7, wkv7_recurrent
+from tests.helpers import in_mesh_of, relative_rms
+from tests.pallas_kernels.mesh_cases import CASES, decoding_arguments, results_and_gradients
 
 NAMES = ("r", "log_decay", "k", "v", "a", "b")
 
@@ -44,3 +45,80 @@ def test_named_kernels_are_exported_on_any_machine(function, arguments, kernels)
     exported = jax.export.export(jax.jit(function), platforms=["cuda"])(arguments)
     assert exported.platforms == ("cuda",)
     assert exported.mlir_module().count("custom_call @mosaic_gpu") == kernels
+
+
+def symbolic_shapes(name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a case, with symbols for the numbers of rows and tokens."""
+    case = CASES[name]
+    rows, tokens = jax.export.symbolic_shape("rows, tokens")
+    sizes = case.sizes(tokens) | {"B": rows}
+    dimensions = case.dimensions | ({"segment_ids": "B T"} if case.packed else {})
+    return {
+        name: jax.ShapeDtypeStruct(tuple(sizes[x] for x in dimensions[name].split()), array.dtype)
+        for name, array in case.draw(1).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed wkv7",
+        "packed wkv7_recurrent",
+        "packed token_shift_mix",
+        "layer_norm",
+        "key_update",
+        "value_residual",
+        "output_correction",
+        "channel_mix",
+        "cross_entropy",
+        "cross_entropy_sum",
+    ],
+)
+def test_one_program_serves_all_numbers_of_rows_and_tokens(name):
+    run = jax.jit(functools.partial(results_and_gradients, CASES[name]))
+    exported = jax.export.export(run)(symbolic_shapes(name))
+    arrays = CASES[name].draw(40)
+    for x, reference in zip(
+        jax.tree.leaves(exported.call(arrays)), jax.tree.leaves(run(arrays)), strict=True
+    ):
+        assert relative_rms(x, reference) < 2e-6  # measured: up to 3e-7
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_states_of_segments_in_rows_of_any_length():
+    rows, length = jax.export.symbolic_shape("rows, length")
+
+    def run(x, ids):
+        decay = -jnp.abs(x).clip(0, 0.6)
+        return wkv7(x, decay, x, x, x, x, segment_ids=ids, num_segments=2, min_log_decay=-0.6)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    ids = jnp.array([[1, 1, 1, 0, 2], [2, 2, 0, 0, 0]])
+    x = jax.random.normal(jax.random.key(0), (2, 5, 1, 4)) / 4
+    exported = jax.export.export(jax.jit(run))(
+        shape(rows, length, 1, 4), shape(rows, length, dtype=jnp.int32)
+    )
+    for actual, expected in zip(exported.call(x, ids), jax.jit(run)(x, ids), strict=True):
+        assert relative_rms(actual, expected) < 1e-6
+
+
+def test_kernels_need_known_sizes():
+    rows = jax.export.symbolic_shape("rows")[0]
+    x = jax.ShapeDtypeStruct((rows, 3, 64), jnp.bfloat16)
+    parameter = jax.ShapeDtypeStruct((64,), jnp.float32)
+    with pytest.raises(
+        NotServed, match=r"mosaic_gpu needs sizes that are numbers, got shape=\(rows"
+    ):
+        jax.export.export(jax.jit(functools.partial(layer_norm, **on_kernels)), platforms=["cuda"])(
+            x, parameter, parameter
+        )
+    with in_mesh_of("NVIDIA H100 80GB HBM3", 132):
+        exported = jax.export.export(jax.jit(layer_norm), platforms=["cuda"])(
+            x, parameter, parameter
+        )
+    assert "mosaic" not in exported.mlir_module()

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.packing import find_segments
-from pallas_kernels.types import SegmentIds
+from pallas_kernels.types import SegmentIds, Size
+from pallas_kernels.validation import is_known
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +28,14 @@ class Transfers:
     store: jax.Array
 
 
-def aligned_length(T: int, num_segments: int, chunk: int) -> int:
+def aligned_length(T: Size, num_segments: int, chunk: int) -> Size:
     """Returns how long rows of T tokens become: each segment may need chunk - 1 more tokens."""
-    return (T + min(T, num_segments) * (chunk - 1)) // chunk * chunk
+    most = min(T, num_segments) if is_known(T) else num_segments
+    return (T + most * (chunk - 1)) // chunk * chunk
 
 
 def align_segments(
-    segment_ids: SegmentIds, num_segments: int, chunk: int, T: int
+    segment_ids: SegmentIds, num_segments: int, chunk: int, T: Size
 ) -> tuple[jax.Array, Transfers]:
     """Finds the tokens' new positions and the states that move between chunks.
 
@@ -47,7 +49,7 @@ def align_segments(
       `[B, tokens]` int32, the new position of each token; T, which is out of range, for padding.
       The transfers of the chunks after the move.
     """
-    B, N = len(segment_ids), num_segments
+    B, N = segment_ids.shape[0], num_segments
     row = jnp.arange(B)[:, None]
     segments = find_segments(segment_ids)
     slot = jnp.where(segments.valid, segment_ids - 1, N)

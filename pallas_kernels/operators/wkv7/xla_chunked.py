@@ -55,7 +55,8 @@ from pallas_kernels.operators.wkv7.segment_states import (
 )
 from pallas_kernels.packing import find_segments
 from pallas_kernels.precision import full_products
-from pallas_kernels.types import SegmentIds
+from pallas_kernels.types import SegmentIds, Size
+from pallas_kernels.validation import is_known
 
 MAX_CHUNK = {"cpu": 32}
 MAX_CHUNK_ELSEWHERE = 64
@@ -70,6 +71,9 @@ MATRICES = {"cpu": 32}
 MATRICES_ELSEWHERE = 2048
 """Chunks times rows times heads in a group, at least, where there are as many: enough to fill an
 accelerator, few enough to stay in the caches of a CPU."""
+
+GROUP_OF_UNKNOWN = 4
+"""Chunks in a group where the numbers of rows and tokens are symbols, until a program runs."""
 
 UNROLL = 4
 """Chunks in one step of the scan that carries the state, so that their work overlaps."""
@@ -121,7 +125,7 @@ def _read(x: jax.Array, group: jax.Array, plan: Plan, dtype: np.dtype) -> jax.Ar
     """Returns the tokens of a group, `[B, G, L, H, _]`, of `[B, T, H, _]`."""
     tokens = plan.group * plan.chunk
     x = jax.lax.dynamic_slice_in_dim(x, group * tokens, tokens, axis=1)
-    return x.reshape(len(x), plan.group, plan.chunk, *x.shape[2:]).astype(dtype)
+    return x.reshape(x.shape[0], plan.group, plan.chunk, *x.shape[2:]).astype(dtype)
 
 
 def _write(x: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
@@ -296,7 +300,7 @@ def _chunked_backward(plan, residuals, gradients):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _plan(inputs: WKVInputs, segment_length: int, call: WKVCall) -> tuple[Plan, int]:
+def _plan(inputs: WKVInputs, segment_length: Size, call: WKVCall) -> tuple[Plan, Size]:
     """Returns how to cut rows into chunks, and the length of a row that fits."""
     B, T, H, _ = inputs.r.shape
     min_log_decay = call.min_log_decay
@@ -308,20 +312,24 @@ def _plan(inputs: WKVInputs, segment_length: int, call: WKVCall) -> tuple[Plan, 
     bounded = min_log_decay is not None and longest >= MIN_CHUNK_BOUNDED
     if not bounded:
         longest = min(MAX_CHUNK.get(platform, MAX_CHUNK_ELSEWHERE), MAX_CHUNK_UNPROMISED)
-    chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
+    chunk = longest
+    if is_known(T):
+        chunk = min(longest, 1 << (segment_length - 1).bit_length())  # a power of two
     chunks = aligned_length(T, call.num_segments or 1, chunk) // chunk
-    wanted = MATRICES.get(platform, MATRICES_ELSEWHERE)
-    group = min(chunks, -(-wanted // (B * H)))
-    chunks += -chunks % group
+    group = GROUP_OF_UNKNOWN
+    if is_known(B, T):
+        wanted = MATRICES.get(platform, MATRICES_ELSEWHERE)
+        group = min(chunks, -(-wanted // (B * H)))
+    groups = -(-chunks // group)
     lossless = call.precision == "high" or jnp.result_type(*inputs).itemsize >= 4
-    return Plan(chunk, group, call.scale, bounded, lossless), chunks * chunk
+    return Plan(chunk, group, call.scale, bounded, lossless), groups * (group * chunk)
 
 
-def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: int) -> Masks:
+def _mask_segments(segment_ids: SegmentIds, plan: Plan, T: Size) -> Masks:
     """Returns the masks of rows that are padded to T tokens."""
     index = find_segments(segment_ids).index
     index = jnp.pad(index, ((0, 0), (0, T - index.shape[1])), mode="edge")
-    index = index.reshape(len(index), -1, plan.chunk)
+    index = index.reshape(index.shape[0], T // plan.chunk, plan.chunk)
     entry = jnp.pad(index[:, :-1, -1], ((0, 0), (1, 0)))  # the row's first segment has index 0
     return Masks(index, entry)
 

@@ -17,6 +17,7 @@ from pallas_kernels.operators.wkv7.segment_states import (
 from pallas_kernels.operators.wkv7_recurrent.call import RecurrentInputs, run_forward_in_time
 from pallas_kernels.packing import find_segments
 from pallas_kernels.types import FloatArray, SegmentIds
+from pallas_kernels.validation import is_known
 
 BLOCK = 16
 """Tokens between two states that are kept for the backward."""
@@ -175,17 +176,18 @@ def _scan_tokens(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArr
     elif at is not None:
         stored = jnp.zeros_like(initial[:, None])
 
-    block = min(T, BLOCK)
+    block = min(T, BLOCK) if is_known(T) else BLOCK
+    blocks = -(-T // block)
 
     def in_blocks(x, fill):  # [T, ...] to [T / block, block, ...]
-        x = jnp.pad(x, [(0, -T % block)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-        return x.reshape(-1, block, *x.shape[1:])
+        missing = [(0, blocks * block - T)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, missing, constant_values=fill).reshape(blocks, block, *x.shape[1:])
 
     tokens = WKVInputs(*(in_blocks(tokens_first(x), 0) for x in inputs))
     if at is not None:
         at = jax.tree.map(lambda x: in_blocks(x, num_segments or 1), at)
     o, state, stored = _recur(tokens, at, stored, state)
-    o = call.scale * tokens_first(o.reshape(-1, *o.shape[2:])[:T])
+    o = call.scale * tokens_first(o.reshape(blocks * block, *o.shape[2:])[:T])
     return o.astype(dtype), state if num_segments is None or stored is None else stored
 
 
