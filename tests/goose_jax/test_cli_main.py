@@ -97,7 +97,7 @@ def test_other_errors_of_the_device_keep_their_traceback(monkeypatch):
         main(["train"])
 
 
-def test_prompts_that_begin_with_a_dash(checkpoint, capsys):
+def test_prompts_that_begin_with_a_dash():
     assert join_texts(["generate", "x", "--prompt", "-- a", "--seed", "3"]) == [
         *("generate", "x", "--prompt=-- a", "--seed", "3"),
     ]
@@ -146,12 +146,12 @@ def test_bits_per_byte_of_a_text(model, checkpoint, tmp_path, capsys):
     assert "1 documents, 19 bytes, 20 tokens" in out
 
 
-def test_what_evaluate_cannot_do(checkpoint, tmp_path, capsys):
-    text = tmp_path / "text"
-    assert f"{text}" in fails(capsys, "evaluate", checkpoint, text)
+def test_what_evaluate_cannot_do(tmp_path, capsys):
+    text, checkpoint = tmp_path / "text", tmp_path / "model.pth"
+    assert f"there is no file or folder at {text}" in fails(capsys, "evaluate", checkpoint, text)
     text.write_text("x")
     for flag in ("--batch-size", "--sequence-length"):
         assert f"{flag} must be an integer >= 1, got 0" in fails(
             capsys, "evaluate", checkpoint, text, f"{flag}=0"
         )
-    assert f"{text}" in fails(capsys, "evaluate", text, text)
+    assert f"{checkpoint}" in fails(capsys, "evaluate", checkpoint, text)

@@ -1,5 +1,6 @@
 """The metrics of a run, and the files that others read."""
 
+import importlib.util
 import struct
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 
 from goose_jax import RWKV7Config
 from goose_jax.nn import abstract_model
-from goose_jax.training import StepReport, TensorBoardWriter
+from goose_jax.training import StepReport, TensorBoardWriter, WandbWriter
 from goose_jax.training.metrics import summarise
 from goose_jax.training.throughput import flops_per_token, peak_flops
 
@@ -109,3 +110,53 @@ def test_tensorboard_gets_the_values(tmp_path):
         ("tokens", 10): 80.0,
         ("loss", 20): 1.25,
     }
+
+
+def read_records(file):
+    """The records of a file of wandb: the format of LevelDB's logs, after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # no header fits into the rest of a block
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_the_values(tmp_path, monkeypatch):
+    """Also of a step before the last one, as after resuming. A resumed run keeps its identity."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "fox-1"
+    folder.mkdir()
+    for steps in ((10, 20), (15,)):
+        writer = WandbWriter("geese", folder, {"seed": 3})
+        for step in steps:
+            writer.write(step, {"loss": step / 8})
+        writer.close()
+    files = sorted(folder.rglob("*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    records = [record for file in files for record in read_records(file)]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.display_name, run.project) for run in runs} == {
+        ((folder / "wandb-id").read_text().strip(), "fox-1", "geese"),
+    }
+    assert {"seed": "3"}.items() <= {c.key: c.value_json for c in runs[0].config.update}.items()
+    lines = [
+        {item.nested_key[0]: float(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 1.25), (20, 2.5), (15, 1.875)]
+
+
+def test_wandb_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--wandb needs wandb: pip install 'goose-jax\[wandb\]'"):
+        WandbWriter("geese", tmp_path, {})

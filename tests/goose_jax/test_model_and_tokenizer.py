@@ -105,6 +105,7 @@ def as_two_files(folder, vocabulary):
     return file, {"tokenizer.json", "ids.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_vocabulary, as_ids, as_two_files])
 def test_a_checkpoint_holds_its_tokenizer(tmp_path, write):
     """It is found when all is in another place and the file it came from is gone."""

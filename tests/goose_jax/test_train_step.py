@@ -360,6 +360,7 @@ def test_steps_go_on_from_the_state():
     assert list(none) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(model, train_step, bad):
     """Also the schedule counts the step, so later steps have the rate that they always have."""
