@@ -147,7 +147,8 @@ def _train_in(
 
     path = run.path
     bits = [line[HELD_OUT_METRIC] for line in run.metrics() if HELD_OUT_METRIC in line]
-    print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
+    if bits:  # those that were not finite are not recorded
+        print(f"held out: {bits[0]:.3f} bits per byte before training, {bits[-1]:.3f} after")
     if settings.plot and jax.process_index() == 0:
         plot_loss(run.metrics(), path / "loss.png", title=path.name)
     prompt = _prompt(settings, prepared)
@@ -216,7 +217,9 @@ def _make_trainer(
 def _peak_flops(settings: TrainSettings, prepared: Prepared) -> float | None:
     if settings.peak_tflops is not None:
         return settings.peak_tflops * 1e12
-    return peak_flops(jax.devices()[0], str(prepared.tuning.model.config.compute_dtype))
+    of_one = peak_flops(jax.devices()[0], str(prepared.tuning.model.config.compute_dtype))
+    devices = 1 if prepared.mesh is None else prepared.mesh.size
+    return None if of_one is None else of_one * devices
 
 
 def _print_summary(

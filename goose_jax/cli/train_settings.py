@@ -96,7 +96,7 @@ class TrainSettings(DataSettings):
       log_every: number of steps that make one line of metrics.
       tensorboard: write the metrics for TensorBoard, too.
       wandb: send the metrics to this project at Weights & Biases, too (needs wandb).
-      peak_tflops: operations that the devices make per second at most, in 10^12; the metric mfu is
+      peak_tflops: operations that all devices make per second at most, in 10^12; the metric mfu is
         the share of it that the model needs. By default what the GPU's maker says, if it is known.
       non_finite: what a loss or gradient does that is infinite or NaN. stop: it ends the run. skip:
         the step is left out, but ten one after another end the run. The batch is kept in both.

@@ -74,7 +74,10 @@ def steps_made(run):
 
 
 def test_a_run_that_is_killed_ten_times(finished, text, tmp_path, module_compilation_cache):
-    """At any moment of the start, of a step or of a checkpoint. No batch is made twice or lost."""
+    """At any moment of the start, of a step or of a checkpoint. No batch is made twice or lost.
+
+    Batches are made ahead, by threads or by a process, and checkpoints are written by a thread.
+    """
     moments = random.Random(0)
     run = tmp_path / "fox-1"
     start = ["train", *SMALL, f"--data={text}", f"--out={tmp_path}"]
@@ -83,8 +86,9 @@ def test_a_run_that_is_killed_ten_times(finished, text, tmp_path, module_compila
     while len(ended_at) < 10:
         is_new = not run.exists()
         before = 0 if is_new else max(step for step, *_ in losses(run))
+        workers = f"--data-workers={int(len(ended_at) in (2, 5))}"  # they take long to start
         process = child_process.start(
-            start if is_new else ["train", f"--resume={run}"],
+            start if is_new else ["train", f"--resume={run}", workers],
             output=output,
             cache=module_compilation_cache,
         )
