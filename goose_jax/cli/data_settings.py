@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from goose_jax.chat import render_conversation
+from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.data import (
     BatchSource,
     Document,
@@ -163,13 +164,17 @@ class DataSettings(DocumentSettings):
         return PrefetchedBatches(batches, ahead=self.prefetch, workers=self.data_workers)
 
     def _read_held_out(self, path: Path) -> list[Document]:
-        return read_documents(
+        skipped = SkippedFiles()
+        documents = read_documents(
             path,
             patterns=self.pattern,
             field=self.field,
             render=render_conversation,
             strict=self.strict,
+            on_skipped=skipped,
         )
+        skipped.tell_count()
+        return documents
 
 
 __all__ = ["DataSettings", "DocumentSettings"]

@@ -9,6 +9,7 @@ from flax import nnx
 
 from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.config import Dtype
 from goose_jax.data import read_documents
 from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
@@ -54,7 +55,11 @@ def evaluate(
     """
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
-    documents = read_documents(text, patterns=pattern, render=render_conversation)
+    skipped = SkippedFiles()
+    documents = read_documents(
+        text, patterns=pattern, render=render_conversation, on_skipped=skipped
+    )
+    skipped.tell_count()
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = starting_state(checkpoint, state, model)
     measure = make_evaluation(
@@ -67,7 +72,7 @@ def evaluate(
     )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     bits = measure(params) if start is None else measure(wkv_of(start), params)
-    num_bytes = sum(document.num_bytes for document in documents)
+    num_bytes = sum(document.num_counted_bytes for document in documents)
     print(
         f"{bits:.4f} bits per byte: {len(documents):,} documents, {num_bytes:,} bytes, "
         f"{measure.num_tokens:,} tokens in windows of {sequence_length}, "

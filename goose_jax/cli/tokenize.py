@@ -11,13 +11,13 @@ import tqdm
 import tyro
 
 from goose_jax.cli.data_settings import DocumentSettings
+from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.data import DocumentSource, TokenizeProgress
 from goose_jax.data import tokenize as tokenize_documents
 from goose_jax.data.binidx import is_binidx, prefix_of
 from goose_jax.text import get_tokenizer
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, ETA {remaining}{postfix}"
-_NAMED_FILES = 5  # that are left out; the others are counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
     source, out = flags.open_documents(), prefix_of(flags.out)
     tokenizer = get_tokenizer(flags.tokenizer)
     workers = len(os.sched_getaffinity(0)) if flags.workers is None else flags.workers
-    report = _Report(source)
+    report, skipped = _Report(source), SkippedFiles()
     try:
         with report:
             data = tokenize_documents(
@@ -67,11 +67,12 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
                 out,
                 workers=workers,
                 on_progress=report.on_progress,
-                on_skipped=report.on_skipped,
+                on_skipped=skipped,
             )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    skipped.tell_count()
     print(
         f"{source.source}: {len(data)} documents, {len(data.tokens)} tokens in {out}.bin and "
         f"{out}.idx"
@@ -81,10 +82,10 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
 
 
 class _Report:
-    """Shows how far it is, and which files are left out."""
+    """Shows how far it is."""
 
     def __init__(self, source: DocumentSource):
-        self._source, self._skipped = source, 0
+        self._source = source
         self._start = time.perf_counter()
         self._before: TokenizeProgress | None = None
 
@@ -93,8 +94,6 @@ class _Report:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        if self._skipped > _NAMED_FILES:
-            print(f"{self._skipped} files were left out, which are not text", file=sys.stderr)
 
     def on_progress(self, progress: TokenizeProgress) -> None:
         if self._before is None:  # the beginning, or what an interrupted call had done
@@ -108,11 +107,6 @@ class _Report:
             refresh=False,
         )
         self._bar.update(self._source.bytes_before(progress.position) - self._bar.n)
-
-    def on_skipped(self, file: Path, why: str) -> None:
-        self._skipped += 1
-        if self._skipped <= _NAMED_FILES:
-            self._bar.write(f"left out: {file} {why}", file=sys.stderr)
 
 
 __all__ = ["TokenizeFlags", "tokenize"]

@@ -227,12 +227,14 @@ def _print_summary(
 ) -> None:
     config = prepared.tuning.model.config
     held_out = sum(document.num_bytes for document in prepared.text.held_out)
+    skipped = prepared.text.num_skipped
     lines = [
         f"model:  {config.num_layers} layers, width {config.hidden_size}, "
         f"{config.num_heads} heads of {config.head_size}, "
         f"{_millions(prepared.tuning.frozen or state.params)} parameters",
         f"text:   {prepared.text.source}: {len(prepared.text.tokens)} tokens to train on, "
-        f"{held_out} bytes held out",
+        f"{held_out} bytes held out"
+        + (f", {skipped} files left out that are not text" if skipped else ""),
         f"device: {describe_devices(prepared.mesh)}, computing in {config.compute_dtype}",
         f"run:    {trainer.run.path}"
         + (f", from step {int(state.step)}" if state.step else "")

@@ -14,6 +14,7 @@ from goose_jax.data.binidx import Binidx
 from goose_jax.data.binidx_writer import BinidxWriter, Written
 from goose_jax.data.documents import (
     Document,
+    encode_counted,
     encode_document,
     encode_documents,
     split_documents,
@@ -64,6 +65,7 @@ __all__ = [
     "TrainingData",
     "TrainingText",
     "Written",
+    "encode_counted",
     "encode_document",
     "encode_documents",
     "evaluation_batches",

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import jax
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.validation import check_positive
 
@@ -216,7 +216,11 @@ class RandomWindows:
 
 
 def evaluation_batches(
-    tokens: Int[np.ndarray, " N"], *, batch_size: int, sequence_length: int
+    tokens: Int[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    counted: Bool[np.ndarray, " N"] | None = None,
 ) -> Iterator[Batch]:
     """Yields batches `[B, T]` in which every token but the first is a target exactly once.
 
@@ -224,6 +228,7 @@ def evaluation_batches(
       tokens: `[N]` integers, N >= 2.
       batch_size: B; the last batch is filled up with rows that are not counted.
       sequence_length: T; no window remembers the window before it.
+      counted: `[N]`, false for tokens that are no target; None counts all.
 
     Raises:
       ValueError: if there are fewer than two tokens, or a size is not a positive integer.
@@ -235,7 +240,10 @@ def evaluation_batches(
     area = batch_size * sequence_length
     missing = -(len(tokens) - 1) % area
     inputs = np.pad(np.asarray(tokens[:-1], np.int32), (0, missing))
-    targets = np.pad(np.asarray(tokens[1:], np.int32), (0, missing), constant_values=NOT_COUNTED)
+    targets = np.asarray(tokens[1:], np.int32)
+    if counted is not None:
+        targets = np.where(counted[1:], targets, NOT_COUNTED)
+    targets = np.pad(targets, (0, missing), constant_values=NOT_COUNTED)
     shape = (-1, batch_size, sequence_length)
     for some_inputs, some_targets in zip(
         inputs.reshape(shape), targets.reshape(shape), strict=True

@@ -32,6 +32,13 @@ class Document:
         """The length of the text's UTF-8."""
         return len(self.text.encode())
 
+    @property
+    def num_counted_bytes(self) -> int:
+        """The length in UTF-8 of what the loss counts."""
+        if self.counted is None:
+            return self.num_bytes
+        return sum(len(self.text[start:stop].encode()) for start, stop in self.counted)
+
 
 def split_documents(
     documents: Sequence[Document], *, held_out_bytes: int, seed: int = 0
@@ -191,22 +198,41 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Int
     Raises:
       ValueError: if the tokenizer gives an id outside its vocabulary, or no id at all.
     """
+    return encode_counted(documents, tokenizer)[0]
+
+
+def encode_counted(
+    documents: Sequence[Document], tokenizer: Tokenizer
+) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+    """Encodes documents as `encode_documents` does, and says which tokens the loss counts.
+
+    Returns:
+      tokens: `[N]` int32.
+      counted: `[N]`.
+
+    Raises:
+      ValueError: if the tokenizer gives an id outside its vocabulary, or no id at all.
+    """
     end = tokenizer.end_of_document
-    pieces = [np.array([] if end is None else [end], np.int32)]
+    before = [] if end is None else [end]
+    tokens, counted = [np.array(before, np.int32)], [np.array(before, bool)]
     follows = False
     for document in documents:
-        pieces.append(encode_document(document, tokenizer, follows=follows)[0])
+        of_document = encode_document(document, tokenizer, follows=follows)
+        tokens.append(of_document[0])
+        counted.append(of_document[1])
         follows = document.continues
-    tokens = np.concatenate(pieces)
-    if not tokens.size:
+    row = np.concatenate(tokens)
+    if not row.size:
         raise ValueError("the tokenizer made no token of the documents")
-    return tokens
+    return row, np.concatenate(counted)
 
 
 __all__ = [
     "Document",
     "choose_held_out",
     "cut_end",
+    "encode_counted",
     "encode_document",
     "encode_documents",
     "split_documents",

@@ -234,10 +234,11 @@ def read_documents(
     field: str | None = None,
     render: RenderConversation | None = None,
     strict: bool = False,
+    on_skipped: Callable[[Path, str], None] | None = None,
 ) -> list[Document]:
     """Reads all documents of `open_documents` into memory, which has the same arguments.
 
-    Empty documents are left out.
+    Empty documents are left out. `on_skipped` is called as `DocumentSource.read` does.
 
     Raises:
       FileNotFoundError: if there is nothing at `path`.
@@ -245,7 +246,7 @@ def read_documents(
       ValueError: if a file, line or row is wrong, or there is no text.
     """
     source = open_documents(path, patterns=patterns, field=field, render=render, strict=strict)
-    return _all_with_text(source)
+    return _all_with_text(source, on_skipped)
 
 
 def open_standard_library() -> DocumentSource:
@@ -276,11 +277,19 @@ def standard_library() -> list[Document]:
     return _all_with_text(open_standard_library())
 
 
-def _all_with_text(source: DocumentSource) -> list[Document]:
+def _all_with_text(
+    source: DocumentSource, on_skipped: Callable[[Path, str], None] | None = None
+) -> list[Document]:
     documents: list[Document] = []
     skipped: list[str] = []
+
+    def skip(file: Path, why: str) -> None:
+        skipped.append(f"{file} {why}")
+        if on_skipped is not None:
+            on_skipped(file, why)
+
     follows = False
-    for piece, _ in source.read(on_skipped=lambda file, why: skipped.append(f"{file} {why}")):
+    for piece, _ in source.read(on_skipped=skip):
         if follows:
             text, continues = documents[-1].text + piece.text, piece.continues
             documents[-1] = dataclasses.replace(piece, text=text, continues=continues)

@@ -31,7 +31,7 @@ from goose_jax.text import Tokenizer
 type Sampling = Literal["windows", "packed", "magic-prime"]
 """How batches are made of tokens: `RandomBinidxWindows`, `PackedDocuments`, `MagicPrimeWindows`."""
 
-_HELD_OUT = "held-out.json"
+_RECORD = "record.json"
 _FORMAT = 1
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # of UTF-8
 
@@ -46,6 +46,7 @@ class TrainingData:
       num_tokens: the first so many of them are trained on.
       held_out: the documents to measure on.
       tokenizer: the tokenizer of the tokens.
+      num_skipped: number of files that were left out, because they are not text.
     """
 
     source: str
@@ -53,6 +54,7 @@ class TrainingData:
     num_tokens: int
     held_out: Sequence[Document]
     tokenizer: Tokenizer
+    num_skipped: int = 0
 
     @property
     def tokens(self) -> Int[np.ndarray, " N"]:
@@ -219,14 +221,14 @@ def prepare_documents(
         own = held_out is None
         _keep(source, tokenizer, kept, held_out_bytes if own else None, workers)
     data = Binidx(kept / "tokens")
-    if held_out is None:
-        held_out = _read_held_out(kept / _HELD_OUT)
+    kept_held_out, num_skipped = _read_record(kept / _RECORD)
     return TrainingData(
         source=source.source,
         data=data,
         num_tokens=len(data.tokens),
-        held_out=held_out,
+        held_out=kept_held_out if held_out is None else held_out,
         tokenizer=tokenizer,
+        num_skipped=num_skipped,
     )
 
 
@@ -279,26 +281,29 @@ def _encode(
         if not writer.written.tokens:
             raise ValueError(no_text(source.source, skipped))
         writer.finish()
-    if held_out_bytes is not None:
-        values = [dataclasses.asdict(document) for document in chosen.held_out]
-        (folder / _HELD_OUT).write_text(json.dumps(values))
+    held_out = [] if held_out_bytes is None else chosen.held_out
+    values = [dataclasses.asdict(document) for document in held_out]
+    record = {"held_out": values, "num_skipped": len(skipped)}
+    (folder / _RECORD).write_text(json.dumps(record))
     if source.fingerprint != before or (
         held_out_bytes is not None and chosen.num_documents != choice.num_documents
     ):
         raise ValueError(f"{source.source} has changed while it was read")
 
 
-def _read_held_out(file: Path) -> list[Document]:
+def _read_record(file: Path) -> tuple[list[Document], int]:
+    """Returns the held-out documents, and the number of files that were left out."""
     try:
-        values = json.loads(file.read_bytes())
-        return [
+        record = json.loads(file.read_bytes())
+        documents = [
             Document(
                 value["name"],
                 value["text"],
                 value["counted"] and tuple((start, stop) for start, stop in value["counted"]),
             )
-            for value in values
+            for value in record["held_out"]
         ]
+        return documents, int(record["num_skipped"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}; remove {file.parent}") from error
 

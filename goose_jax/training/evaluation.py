@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from goose_jax.data import Batch, Document, encode_documents, evaluation_batches
+from goose_jax.data import Batch, Document, encode_counted, evaluation_batches
 from goose_jax.nn import RWKV7
 from goose_jax.parallel import place_batch
 from goose_jax.parallel.in_model import on_mesh, sum_over_mesh
@@ -73,7 +73,7 @@ def make_evaluation(
     the text in UTF-8; so models with different tokenizers can be compared. The text is read in
     windows, each without memory of the window before it. The ends of documents are tokens too: they
     add bits, but no bytes. If the tokenizer has no end of a document, the very first token of the
-    text adds no bits.
+    text adds no bits. Of a conversation only what the loss counts adds bits and bytes.
 
     Args:
       model: gives the structure; its parameters are not used.
@@ -90,8 +90,8 @@ def make_evaluation(
       `frozen` are the first two arguments of `loss`.
 
     Raises:
-      ValueError: if the tokenizer gives ids outside of its vocabulary, or a size is not a positive
-        integer.
+      ValueError: if the tokenizer gives ids outside of its vocabulary, a size is not a positive
+        integer, or the loss counts nothing of the text.
     """
     of_device = full_loss(model) if loss is None else loss
 
@@ -99,12 +99,13 @@ def make_evaluation(
         return sum_over_mesh(of_device(trained, frozen, batch))
 
     compiled = jax.jit(on_mesh(total, mesh, gradient=False))
-    num_bytes = sum(document.num_bytes for document in documents)
+    num_bytes = sum(document.num_counted_bytes for document in documents)
+    if num_bytes == 0:
+        raise ValueError("the held-out text has nothing that the loss counts")
+    tokens, counted = encode_counted(documents, tokenizer)
     batches = list(
         evaluation_batches(
-            encode_documents(documents, tokenizer),
-            batch_size=batch_size,
-            sequence_length=sequence_length,
+            tokens, batch_size=batch_size, sequence_length=sequence_length, counted=counted
         )
     )
     return Evaluation(batches, num_bytes, compiled, mesh)

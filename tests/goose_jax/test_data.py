@@ -6,6 +6,7 @@ from goose_jax.data import (
     Document,
     RandomWindows,
     TrainingText,
+    encode_counted,
     encode_documents,
     evaluation_batches,
     next_token_batch,
@@ -209,6 +210,19 @@ def test_evaluation_asks_for_every_token_once(count):
     assert targets[counted].tolist() == tokens[1:].tolist()
     assert (inputs[counted] == targets[counted] - 1).all()
     assert {b.inputs.shape for b in batches} == {(3, 4)}
+
+
+def test_evaluation_asks_only_for_what_is_counted():
+    chat = Document("chat", "Q: ü\nA: é", ((8, 9),))
+    tokens, counted = encode_counted([Document("a", "AB"), chat], ByteTokenizer())
+    assert (
+        tokens.tolist() == encode_documents([Document("a", "AB"), chat], ByteTokenizer()).tolist()
+    )
+    batches = evaluation_batches(tokens, batch_size=2, sequence_length=3, counted=counted)
+    targets = np.concatenate([batch.targets.ravel() for batch in batches])
+    assert ByteTokenizer().decode(targets[targets >= 0].tolist()) == "ABé"
+    assert np.sum(targets >= 0) == 2 + 1 + 2 + 1  # with the end of each
+    assert chat.num_counted_bytes == 2
 
 
 def test_packing_keeps_every_document():

@@ -77,6 +77,15 @@ def test_the_end_of_the_longest_is_held_out_where_none_fits(
     assert data.held_out == held_out
 
 
+def test_files_that_are_not_text_are_counted(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, content in {"a.txt": b"A text of a goose.", "b": b"\0", "c": b"\xff"}.items():
+        (folder / name).write_bytes(content)
+    for _ in range(2):  # also where the tokens have been kept
+        assert prepare(folder, tmp_path / "kept").num_skipped == 2
+
+
 def test_a_text_that_occurs_twice_is_used_once(tmp_path):
     texts = [f"{i // 2:04d}" for i in range(100)]
     data = prepare(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "kept", 50)
@@ -214,6 +223,6 @@ def test_damaged_held_out_text_is_named(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
     prepare(file, tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
-    (kept / "held-out.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"held-out\.json is damaged: .*; remove .*kept"):
+    (kept / "record.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"record\.json is damaged: .*; remove .*kept"):
         prepare(file, tmp_path / "kept")
