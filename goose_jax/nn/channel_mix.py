@@ -9,7 +9,7 @@ from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.time_mix import Tokens, check_layer
-from goose_jax.parallel.in_model import enter_heads, sum_over_heads
+from goose_jax.parallel.in_model import context_axis, enter_heads, sum_over_heads
 from goose_jax.state import check_activations
 from pallas_kernels import channel_mix
 from pallas_kernels.validation import check_segment_ids
@@ -90,5 +90,6 @@ class ChannelMix(nnx.Module):
             state=state,
             segment_ids=segment_ids,
             implementation=self.config.implementation_around_wkv7,
+            context_axis=context_axis(),
         )
         return sum_over_heads(y), new_state

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
-from goose_jax.parallel.in_model import enter_heads, sum_over_heads
+from goose_jax.parallel.in_model import context_axis, enter_heads, sum_over_heads
 from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
     KEPT,
@@ -171,6 +171,7 @@ class TimeMix(nnx.Module):
             state=shift,
             segment_ids=segment_ids,
             implementation=implementation,
+            context_axis=context_axis(),
         )
         x_receptance, x_decay, x_key, x_value, x_alpha, x_gate = mixed
 
@@ -272,7 +273,7 @@ class TimeMix(nnx.Module):
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
         length = r.shape[1]
-        if is_known(length) and length < CHUNKED_FROM:
+        if is_known(length) and length < CHUNKED_FROM and context_axis() is None:
             return wkv7_recurrent(
                 r,
                 log_decay,
@@ -297,6 +298,7 @@ class TimeMix(nnx.Module):
             min_log_decay=MIN_LOG_DECAY,
             precision=self.config.precision,
             implementation=implementation,
+            context_axis=context_axis(),
         )
 
 

@@ -102,6 +102,12 @@ def sum_over_heads(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, "tensor") if "tensor" in _varying(x) else x
 
 
+def context_axis() -> str | None:
+    """Returns the axis of the mesh that divides the tokens of each row, for operators, or None."""
+    mesh = _mesh()
+    return "context" if mesh is not None and mesh.shape["context"] > 1 else None
+
+
 def sum_over_mesh(x: jax.Array) -> jax.Array:
     """Returns the sum of each device's number."""
     axes = _in_order(_varying(x))
@@ -204,6 +210,7 @@ def _keys(path: str) -> tuple[jax.tree_util.DictKey, ...]:
 
 
 __all__ = [
+    "context_axis",
     "enter_heads",
     "gather_parameters",
     "look_up",
