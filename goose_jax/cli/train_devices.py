@@ -65,8 +65,8 @@ def open_mesh(settings: TrainSettings, config: RWKV7Config) -> Mesh | None:
         if settings.mesh is not None:
             raise
         raise ValueError(
-            f"{error}. All {len(default_devices())} devices are used for data parallelism, if --mesh "
-            "does not say otherwise"
+            f"{error}. All {len(default_devices())} devices are used for data parallelism, unless "
+            "--mesh says otherwise"
         ) from error
     return mesh
 
