@@ -143,7 +143,7 @@ def open_tokens(
     begins = [*data.begins(num_tokens, total), total]
     begins = begins if begins[0] == num_tokens else [num_tokens, *begins]
     documents = [
-        Document(f"{path}, token {start}", _text(data.tokens[start:stop], tokenizer))
+        _decode(f"{path}, token {start}", data, start, stop, tokenizer)
         for start, stop in itertools.pairwise(begins)
     ]
     return TrainingData(
@@ -182,8 +182,20 @@ def _bytes(tokens: Int[np.ndarray, " N"], tokenizer: Tokenizer) -> bytes:
     return tokenizer.decode_bytes(tokens.tolist())
 
 
-def _text(tokens: Int[np.ndarray, " N"], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(tokens.tolist())
+def _decode(name: str, data: Binidx, start: int, stop: int, tokenizer: Tokenizer) -> Document:
+    """Returns the document of some tokens, with the ranges that the loss counts."""
+    tokens = data.tokens[start:stop]
+    if data.counted is None:
+        return Document(name, tokenizer.decode(tokens.tolist()))
+    counted = np.asarray(data.counted[start:stop])
+    borders = [0, *(np.flatnonzero(np.diff(counted)) + 1).tolist(), len(tokens)]
+    text, ranges = "", []
+    for first, end in itertools.pairwise(borders):
+        part = _bytes(tokens[first:end], tokenizer).decode(errors="replace")
+        if counted[first] and part:
+            ranges.append((len(text), len(text) + len(part)))
+        text += part
+    return Document(name, text, tuple(ranges))
 
 
 def prepare_documents(

@@ -122,6 +122,7 @@ def test_tokens_that_change_or_vanish_are_named(tmp_path, capsys):
     assert f"No such file or directory: '{file}'" in fails()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -272,7 +272,7 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("archive", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_named(tmp_path, monkeypatch, name, archive):
     """Also in a folder: nothing of a JSONL file is left out."""

@@ -163,7 +163,7 @@ def test_segments_are_documents(tmp_path, start_token):
     data, items = make_data(tmp_path)
     of_token = {token: i for i, item in enumerate(items) for token in item if token}
     packed = PackedDocuments(data=data, **sizes_of(), seed=2, start_token=start_token)
-    for step in range(20):
+    for step in range(8):
         batch = packed(step)
         for inputs, targets, ids in zip(
             batch.inputs, batch.targets, batch.segment_ids, strict=True
@@ -185,6 +185,7 @@ def test_segments_are_documents(tmp_path, start_token):
                 assert inside[1:] == outside[:-1]
 
 
+@pytest.mark.slow
 def test_what_is_not_counted_is_no_target(tmp_path):
     data, _ = make_data(tmp_path)
     counted = np.arange(300) % 3 != 0

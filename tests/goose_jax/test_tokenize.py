@@ -137,6 +137,7 @@ class Killed(BaseException):
     """Ends a call as a signal would that cannot be caught."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["saved always", "saved never"])
 def test_it_goes_on_from_any_moment(mixed, tmp_path, small_tasks, monkeypatch, seconds):
     folder, documents = mixed
@@ -327,6 +328,7 @@ def test_the_command(tmp_path, capsys):
     assert contents(tmp_path / "a") == contents(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
