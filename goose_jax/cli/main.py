@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import jax
 import tyro
@@ -16,6 +16,7 @@ from goose_jax.cli.chat import chat
 from goose_jax.cli.compilation_cache import use_compilation_cache
 from goose_jax.cli.convert import convert
 from goose_jax.cli.evaluate import evaluate
+from goose_jax.cli.flags import name_flags, typed_names
 from goose_jax.cli.generate import generate
 from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.merge import merge
@@ -86,18 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = _SIZE.search(str(error))
-        needed = f"{size[1]} {size[2]} could not be had" if size else "there is not enough"
-        advice = _MORE_MEMORY.get(arguments[0], "a smaller --dtype needs less")
-        print(f"goose-jax: error: out of memory: {needed}; {advice}", file=sys.stderr, flush=True)
-        leave(2)
-        sys.exit(2)
+        _fail(_out_of_memory(error, arguments[0]))
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_by_us(error.__traceback__):
             raise
-        print(f"goose-jax: error: {error}", file=sys.stderr, flush=True)
-        leave(2)
-        sys.exit(2)
+        _fail(name_flags(str(error), typed_names(arguments)))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"goose-jax: error: {message}", file=sys.stderr, flush=True)
+    leave(2)
+    sys.exit(2)
+
+
+def _out_of_memory(error: Exception, command: str) -> str:
+    size = _SIZE.search(str(error))
+    needed = f"{size[1]} {size[2]} could not be had" if size else "there is not enough"
+    return f"out of memory: {needed}; {_MORE_MEMORY.get(command, 'a smaller --dtype needs less')}"
 
 
 def _train_command(arguments: Sequence[str]) -> Callable[[TrainSettings], None]:

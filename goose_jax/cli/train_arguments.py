@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from goose_jax.cli.flags import option
 from goose_jax.cli.settings_file import NOT_RECORDED, from_values
 from goose_jax.cli.train_defaults import with_defaults
-from goose_jax.cli.train_settings import TrainSettings, option
+from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.training import RunDirectory
 from goose_jax.training.yaml_file import read_yaml
 

@@ -1,10 +1,10 @@
 """The defaults of `goose-jax train`, which depend on what is trained, and the official presets."""
 
 import dataclasses
-import re
 from typing import Any
 
-from goose_jax.cli.train_settings import OF_A_NEW_MODEL, Preset, TrainSettings, Tune, option
+from goose_jax.cli.flags import name_flags
+from goose_jax.cli.train_settings import OF_A_NEW_MODEL, Preset, TrainSettings, Tune
 from goose_jax.config import RWKV7Config, default_compute_dtype
 from goose_jax.training import LoraConfig, OptimizerConfig
 
@@ -110,7 +110,8 @@ def optimizer_config(settings: TrainSettings) -> OptimizerConfig:
     try:
         return OptimizerConfig(**values)
     except ValueError as error:
-        raise ValueError(_name_flags(str(error), {*names, "total_steps"})) from error
+        message = str(error).replace("total_steps", "steps")
+        raise ValueError(name_flags(message, {*names, "steps"})) from error
 
 
 def lora_config(settings: TrainSettings) -> LoraConfig:
@@ -154,17 +155,7 @@ def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
             precision=settings.precision,
         )
     except ValueError as error:
-        raise ValueError(_name_flags(str(error), set(values))) from error
-
-
-def _name_flags(message: str, names: set[str]) -> str:
-    """Writes the flags of `goose-jax train` in place of the names of arguments in an error."""
-
-    def flag(match: re.Match[str]) -> str:
-        name = match["name"]
-        return option("steps" if name == "total_steps" else name) if name in names else match[0]
-
-    return re.sub(r"(self\.)?\b(?P<name>[a-z]\w*)\b(?=\s*(=|must))", flag, message)
+        raise ValueError(name_flags(str(error), values)) from error
 
 
 __all__ = ["PRESETS", "lora_config", "model_config", "optimizer_config", "with_defaults"]

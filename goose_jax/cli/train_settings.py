@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from goose_jax.cli.data_settings import DataSettings
+from goose_jax.cli.flags import option
 from goose_jax.config import Dtype, Remat
 from goose_jax.training import L2WRAP
 from pallas_kernels.types import Precision
@@ -223,9 +224,4 @@ class TrainSettings(DataSettings):
             raise ValueError(f"{', '.join(given)} {why}")
 
 
-def option(name: str) -> str:
-    """Returns the flag of a field, such as "--batch-size" for "batch_size"."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-__all__ = ["OF_A_NEW_MODEL", "Preset", "TrainSettings", "Tune", "option"]
+__all__ = ["OF_A_NEW_MODEL", "Preset", "TrainSettings", "Tune"]

@@ -16,6 +16,7 @@ import goose_jax
 from goose_jax import RWKV7, RWKV7Config, save_pretrained
 from goose_jax.checkpoints import CheckpointMetadata
 from goose_jax.cli import main as command
+from goose_jax.cli.flags import name_flags, typed_names
 from goose_jax.cli.main import main
 from goose_jax.cli.prompts import join_texts, read_prompt
 
@@ -144,6 +145,21 @@ def test_bits_per_byte_of_a_text(model, checkpoint, tmp_path, capsys):
     expected = nats / np.log(2) / 19
     assert float(out.split()[0]) == pytest.approx(expected, abs=2e-4)
     assert "1 documents, 19 bytes, 20 tokens" in out
+
+
+def test_errors_name_the_flags_that_were_typed(capsys):
+    generate = ("generate", "nothing.pth")
+    for flag, message in (
+        ("--top-p=3", "--top-p must be in [0, 1], got 3.0"),
+        ("--temperature=-1", "--temperature must be in [0, 1e+30], got -1.0"),
+    ):
+        assert fails(capsys, *generate, flag) == f"goose-jax: error: {message}\n"
+    names = typed_names(["train", "--head-size=64", "--steps", "3", "a=b"])
+    assert names == {"head_size", "steps"}
+    message = "self.head_size=64 must divide hidden_size=100; --steps=3, steps of head_size"
+    assert name_flags(message, names) == (
+        "--head-size=64 must divide hidden_size=100; --steps=3, steps of head_size"
+    )
 
 
 def test_what_evaluate_cannot_do(tmp_path, capsys):

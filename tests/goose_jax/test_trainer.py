@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import resource
 
 import chex
 import jax
@@ -260,6 +261,24 @@ def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
         run.forget_after(3)
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.log({"step": 4, "loss": float("nan")})
+
+
+def test_a_line_of_metrics_is_written_completely_or_not_at_all(tmp_path):
+    """The largest size of a file stands for a full disk: a part of a line still fits."""
+    run = RunDirectory.create(tmp_path, "fox", {})
+    run.log({"step": 1, "loss": 1.0})
+    before = run.metrics_file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (0, 10):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+            with pytest.raises(OSError, match=r"metrics.jsonl|File too large"):
+                run.log({"step": 2, "loss": 1.0})
+            assert run.metrics_file.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.log({"step": 2, "loss": 1.0})
+    assert [line["step"] for line in run.metrics()] == [1, 2]
 
 
 def test_parameters_of_few_bits_are_not_trained():
