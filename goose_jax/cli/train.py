@@ -62,7 +62,7 @@ def train(settings: TrainSettings) -> None:
     In use:
       goose-jax train
       goose-jax train --data my-texts/ --steps 2000 --hidden-size 256
-      goose-jax train --from rwkv7.pth --tune lora --data my-texts/ --steps 500
+      goose-jax train --from rwkv7.pth --tune lora --data chats.jsonl --sampling packed --steps 500
       goose-jax train --config my-settings.yaml --seed 2
       goose-jax train --resume runs/my-texts-1
       goose-jax train --resume runs/my-texts-1 --steps 4000

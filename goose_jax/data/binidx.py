@@ -22,7 +22,9 @@ does not count it.
 
 import functools
 import hashlib
+import os
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ class Binidx:
         _check_items(self._idx, self._bin, self.sizes, self._pointers, width, num_bytes)
         _check_bounds(self._idx, bounds, num_items)
         self.tokens: Int[np.ndarray, " N"] = _map(self._bin, dtype, 0, num_bytes // width)
+        self._stream = self._bin.open("rb")
+        weakref.finalize(self, self._stream.close)
         self.counted = self._open_counted()
 
     def _open_counted(self) -> Bool[np.ndarray, " N"] | None:
@@ -110,6 +114,22 @@ class Binidx:
         width = self.tokens.itemsize
         low, high = np.searchsorted(self._pointers, [first * width, end * width])
         return [pointer // width for pointer in self._pointers[low:high].tolist()]
+
+    def check_size(self) -> None:
+        """Checks that the file of tokens is as long as it was when it was opened.
+
+        To read mapped tokens that have been cut off would end the process by a signal. A file that
+        was removed or replaced stays as it was.
+
+        Raises:
+          ValueError: if the file has been cut.
+        """
+        size = os.fstat(self._stream.fileno()).st_size
+        if size < self.tokens.nbytes:
+            raise ValueError(
+                f"{self._bin} has been cut to {size} bytes since it was opened with "
+                f"{self.tokens.nbytes}"
+            )
 
     @functools.cached_property
     def checksum(self) -> str:

@@ -103,6 +103,7 @@ class BinidxBatches(abc.ABC):
         return Batch(tokens[..., :-1], targets)
 
     def _tokens_at(self, places: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        self.data.check_size()
         found = self.data.tokens[places]
         wrong = (found < 0) | (found >= self.vocab_size)
         if wrong.any():

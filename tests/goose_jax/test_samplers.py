@@ -246,6 +246,31 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path, kind):
         [source(step) for step in range(20)]
 
 
+@pytest.mark.parametrize("kind", [RandomBinidxWindows, MagicPrimeWindows, PackedDocuments])
+def test_tokens_that_are_cut_off_meanwhile_are_an_error(tmp_path, kind):
+    """Else a mapped page that is gone would end the process by a signal."""
+    data, _ = make_data(tmp_path)
+    options = {} if kind is MagicPrimeWindows else {"seed": 0}
+    options |= {"start_token": 0} if kind is PackedDocuments else {}
+    source = kind(data=data, **sizes_of(), **options)
+    source(0)
+    with (tmp_path / "data.bin").open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(ValueError, match=r"data\.bin has been cut to 100 bytes since .* with 600"):
+        source(1)
+
+
+def test_tokens_that_are_replaced_or_removed_meanwhile_stay(tmp_path):
+    data, _ = make_data(tmp_path)
+    source = RandomBinidxWindows(data=data, **sizes_of(), seed=0)
+    expected = source(3)
+    write_by_hand(tmp_path / "new", [[1]])
+    (tmp_path / "new.bin").rename(tmp_path / "data.bin")
+    np.testing.assert_array_equal(source(3).inputs, expected.inputs)
+    (tmp_path / "data.bin").unlink()
+    np.testing.assert_array_equal(source(3).inputs, expected.inputs)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

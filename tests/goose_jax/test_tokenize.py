@@ -1,6 +1,5 @@
 """From documents to `.bin` and `.idx`, also where it is interrupted."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -309,14 +308,6 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     assert peak(4) < 1.2 * peak(1)
 
 
-@pytest.mark.slow
-def test_several_processes_make_the_same_files(tmp_path, mixed, small_tasks):
-    folder, documents = mixed
-    tokenize(open_documents(folder), ByteTokenizer(), tmp_path / "a", workers=2)
-    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in documents])
-    assert contents(tmp_path / "a") == contents(expected)
-
-
 def test_the_command(tmp_path, capsys):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
     command = ["tokenize", f"--data={file}", "--tokenizer=byte", "--workers=0"]
@@ -363,30 +354,29 @@ def test_the_command_counts_what_it_leaves_out(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on(tmp_path):
-    """SIGKILL with processes that encode, and Ctrl-C."""
-    file = tmp_path / "a.jsonl"
-    texts = ["The quick brown fox jumps over the lazy dog. " * 1000 + str(i) for i in range(400)]
-    write_lines(file, texts)
-    command = [sys.executable, "-m", "goose_jax.cli.main", "tokenize", f"--data={file}"]
-    command += ["--tokenizer=byte", "--workers=2", f"--out={tmp_path / 'a'}"]
+def test_a_command_with_processes_goes_on_after_sigkill_and_ctrl_c(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = ["The quick brown fox jumps over the lazy dog. " * 1000 + str(i) for i in range(100)]
+    write_lines(folder / "a.jsonl", texts)
+    long = "The quick brown fox\njumps over the lazy dog\n" * 60_000  # 2.5 MiB, in pieces
+    (folder / "b.txt").write_text(long)
+    arguments = ["tokenize", f"--data={folder}", "--tokenizer=byte", f"--out={tmp_path / 'a'}"]
+    command = [sys.executable, "-m", "goose_jax.cli.main", *arguments, "--workers=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    start = functools.partial(
-        subprocess.Popen, command, stderr=subprocess.PIPE, env=environment, text=True
-    )
     partial = tmp_path / "a.bin.partial"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        process = start()
         size = partial.stat().st_size if partial.exists() else 0
-        while process.poll() is None and not (partial.exists() and partial.stat().st_size > size):
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert "Traceback" not in process.communicate()[1]
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, env=environment, text=True
+        ) as process:
+            while process.poll() is None and not (
+                partial.exists() and partial.stat().st_size > size
+            ):
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert "Traceback" not in process.communicate()[1]
         assert process.returncode == code
-    process = start()
-    process.communicate()
-    assert process.returncode == 0
-    data = Binidx(tmp_path / "a")
-    assert len(data) == 400
-    assert data[399].tolist() == by_bytes(texts[399])
-    assert len(data.tokens) == sum(len(text) + 1 for text in texts)
+    main([*arguments, "--workers=0"])
+    expected = write_by_hand(tmp_path / "expected", [by_bytes(text) for text in [*texts, long]])
+    assert contents(tmp_path / "a") == contents(expected)
