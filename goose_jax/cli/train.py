@@ -1,19 +1,16 @@
 """`goose-jax train`: from a text to a trained or fine-tuned model in a folder of its own."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self, assert_never
+from typing import assert_never
 
 import jax
-import tqdm
 
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.directory import verify_directory
@@ -21,6 +18,7 @@ from goose_jax.cli.settings_file import to_values
 from goose_jax.cli.train_arguments import check_changes
 from goose_jax.cli.train_defaults import optimizer_config, with_defaults
 from goose_jax.cli.train_devices import describe_devices, joined_processes
+from goose_jax.cli.train_progress import Progress, tell_request, terminals
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.cli.train_setup import Prepared, name_of_run, prepare
 from goose_jax.generation import SamplingConfig, generate
@@ -29,7 +27,6 @@ from goose_jax.training import (
     MetricsWriter,
     NonFiniteError,
     RunDirectory,
-    StepReport,
     StopRequest,
     TensorBoardWriter,
     Trainer,
@@ -44,11 +41,6 @@ from goose_jax.training.step import Parameters
 from goose_jax.training.throughput import peak_flops
 from goose_jax.training.tuning import STATE_FILE
 
-_PROGRESS = (
-    "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} passed, ETA {remaining}"
-    "{postfix}"
-)
-_RECENT = 20  # steps whose speed is shown
 _PROMPT_WORDS = 3  # words of a line at least, and
 _PROMPT_LENGTH = 40  # characters at most, of the held-out text that the sample continues
 
@@ -268,8 +260,8 @@ def _purpose(settings: TrainSettings) -> str:
 def _fit(trainer: Trainer, state: TrainState) -> TrainState:
     """Trains with a progress bar; exits with 128 plus the signal's number if one stops the run."""
     total = trainer.config.optimizer.total_steps
-    tell_request = functools.partial(_tell_request, terminals=_terminals())
-    with StopRequest(tell_request) as stop, _Progress(total) as progress:
+    tell = functools.partial(tell_request, terminals=terminals())
+    with StopRequest(tell) as stop, Progress(total) as progress:
         if jax.process_index() == 0:
             print("compiling ...", file=sys.stderr, flush=True)
         try:
@@ -286,67 +278,6 @@ def _fit(trainer: Trainer, state: TrainState) -> TrainState:
         print(f"  goose-jax train --resume {shlex.quote(str(trainer.run.path))}", flush=True)
         sys.exit(stop.exit_status or 128 + signal.SIGTERM)  # another process got the signal
     return state
-
-
-class _Progress:
-    """A progress bar, which begins at the first report, so that no time to compile is in its ETA.
-
-    Args:
-      total: number of steps of the run.
-    """
-
-    def __init__(self, total: int):
-        self._total = total
-        self._bar: tqdm.tqdm | None = None
-        self._recent: collections.deque[StepReport] = collections.deque(maxlen=_RECENT)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, report: StepReport) -> None:
-        """Shows the report of the next step, in the first process of a run."""
-        if jax.process_index() > 0:
-            return
-        if self._bar is None:
-            self._bar = tqdm.tqdm(
-                total=self._total,
-                initial=report.step,
-                desc="training",
-                bar_format=_PROGRESS,
-                smoothing=0.05,
-            )
-        else:
-            self._bar.update()
-            self._recent.append(report)  # but not the first, with the time to compile
-        recent = self._recent or [report]
-        speed = sum(step.tokens for step in recent) / sum(step.seconds for step in recent)
-        self._bar.set_postfix_str(f"loss {report.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        if not report.is_finite:
-            self._bar.write(
-                f"step {report.step}: the loss is {report.loss}, the gradient's norm "
-                f"{report.gradient_norm}; the step is left out"
-            )
-
-    def tell_evaluation(self, step: int, bits_per_byte: float) -> None:
-        """Prints a measurement on held-out text above the bar."""
-        if step > 0 and jax.process_index() == 0:
-            tqdm.tqdm.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
-
-
-def _terminals() -> list[int]:
-    """Returns the file descriptors of stdout and stderr that are terminals."""
-    return [number for number in (1, 2) if os.isatty(number)]
-
-
-def _tell_request(number: int, terminals: list[int]) -> None:
-    if number == signal.SIGHUP:  # the terminals are gone, and writing to them is an error
-        for terminal in terminals:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-    tqdm.tqdm.write("saving after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def _prompt(settings: TrainSettings, prepared: Prepared) -> str:

@@ -80,7 +80,11 @@ class RunDirectory:
                 number += 1
                 continue
             run = cls(path)
-            write_yaml(run.settings_file, settings)
+            try:
+                write_yaml(run.settings_file, settings)
+            except OSError:
+                shutil.rmtree(path)  # a folder without settings is no run
+                raise
             return run
 
     @classmethod

@@ -23,7 +23,7 @@ from flax import nnx
 from goose_jax.checkpoints import load_checkpoint
 from goose_jax.cli import main as command
 from goose_jax.cli.main import main
-from goose_jax.cli.train import _Progress
+from goose_jax.cli.train_progress import Progress
 from goose_jax.training import RunDirectory, StepReport
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
@@ -301,7 +301,7 @@ def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
 
 def test_the_time_that_is_left_is_told_without_compilation(capsys):
     """The bar begins at the first report, and its rate is that of the steps after it."""
-    with _Progress(10) as progress:
+    with Progress(10) as progress:
         for step in range(3, 6):
             seconds = 100.0 if step == 3 else 0.5  # the first step compiles
             progress.add(StepReport(step, 1.0, 1.0, 0.1, tokens=60, seconds=seconds))
