@@ -206,6 +206,11 @@ class TrainSettings(DataSettings):
             self._refuse(_OF_LORA, "needs --tune lora")
         if self.tune != "state":
             self._refuse(("state",), "needs --tune state")
+        elif self.sampling == "packed":
+            raise ValueError(
+                "--sampling packed cannot be given with --tune state: in a row only the first "
+                "document would begin with the state"
+            )
         if self.tune in (None, "full"):
             self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")
 

@@ -1,10 +1,12 @@
 """`goose-jax train` on every kind of data, with a model of the smallest size."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from goose_jax.cli.main import main
+from goose_jax.cli.train_settings import TrainSettings
 from tests.goose_jax.binidx_by_hand import write_by_hand
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
@@ -134,7 +136,7 @@ def test_tokens_that_change_or_vanish_are_named(tmp_path, capsys):
         ("--held-out={folder}/nothing", "there is no file or folder at {folder}/nothing"),
         (
             "--sampling=magic-prime --held-out={folder}/held-out.txt --magic-prime=30",
-            "magic_prime must be a prime of the form 3 k + 2, got 30",
+            "--magic-prime must be a prime of the form 3 k + 2, got 30",
         ),
         ("--sequence-length=5000", "tokens.bin is too short: 2135 tokens to train on"),
         ("--data={folder} --strict", "tokens.bin is not a text file: byte 1 is zero"),
@@ -147,3 +149,8 @@ def test_wrong_data_is_named(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         train(tmp_path / "runs", f"--data={file}", *arguments)
     assert message.format(folder=tmp_path) in capsys.readouterr().err
+
+
+def test_states_are_not_tuned_on_packed_documents():
+    with pytest.raises(ValueError, match="--sampling packed cannot be given with --tune state"):
+        TrainSettings(from_=Path("x"), tune="state", sampling="packed")
