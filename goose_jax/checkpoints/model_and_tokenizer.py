@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from goose_jax.checkpoints.pretrained import load_pretrained
@@ -16,6 +17,7 @@ def load_model_and_tokenizer(
     tokenizer: str | None = None,
     dtype: DTypeLike | None = None,
     precision: Precision = None,
+    mesh: Mesh | None = None,
 ) -> tuple[RWKV7, Tokenizer]:
     """Loads a checkpoint of any layout, and its tokenizer.
 
@@ -25,6 +27,7 @@ def load_model_and_tokenizer(
         checkpoint's folder; if there is none, the tokenizer that the checkpoint names.
       dtype: dtype of the parameters and of the computation, as in `load_pretrained`.
       precision: `RWKV7Config.precision`; None keeps the one that a checkpoint of goose-jax records.
+      mesh: the mesh to divide the parameters over; None loads to the default device.
 
     Raises:
       OSError: if a file cannot be read.
@@ -33,7 +36,7 @@ def load_model_and_tokenizer(
     """
     checkpoint = Path(checkpoint)
     overrides = {} if precision is None else {"precision": precision}
-    model, metadata = load_pretrained(checkpoint, dtype=dtype, **overrides)
+    model, metadata = load_pretrained(checkpoint, dtype=dtype, mesh=mesh, **overrides)
     name = tokenizer_name(checkpoint, given=tokenizer, recorded=metadata.tokenizer)
     return model, open_tokenizer(name, model.config.vocab_size)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from goose_jax.checkpoints.config_inference import ProblemsError, infer_config
@@ -44,6 +45,7 @@ from goose_jax.config import (
     dtype_name,
 )
 from goose_jax.nn import RWKV7, abstract_model
+from goose_jax.parallel import place_tree
 
 _CHANGEABLE = (
     "compute_dtype",
@@ -98,7 +100,11 @@ class ForeignCheckpoint:
 
 
 def load_pretrained(
-    path: Path | str, *, dtype: DTypeLike | None = None, **overrides: Any
+    path: Path | str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    **overrides: Any,
 ) -> tuple[RWKV7, CheckpointMetadata]:
     """Loads a model from a file or folder in any known layout, or a checkpoint of goose-jax.
 
@@ -117,12 +123,15 @@ def load_pretrained(
         for a dtype, such as `jnp.bfloat16` or "bfloat16". None keeps the dtype of the parameters;
         the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
         checkpoints, in `default_compute_dtype()`: float32 on CPUs, else bfloat16.
+      mesh: the mesh to divide the parameters over (see `goose_jax.parallel`); None loads to JAX's
+        default device. Only a checkpoint of goose-jax is read in parts. Others must fit in one
+        device first.
       **overrides: values for `compute_dtype`, `remat`, `unroll_layers`, `implementation`,
         `precision`, `norm_eps` or `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the
         rule above.
 
     Returns:
-      model: the model, on JAX's default device.
+      model: the model.
       metadata: the metadata. If the checkpoint names no tokenizer, `tokenizer` is "world" for a
         vocabulary of 65536, else None.
 
@@ -150,12 +159,13 @@ def load_pretrained(
     if compute_dtype is not None:
         overrides = {"compute_dtype": compute_dtype} | overrides
     if is_native:
-        model, metadata = load_checkpoint(path, **overrides)
+        model, metadata = load_checkpoint(path, mesh=mesh, **overrides)
         return (model if dtype is None else _cast(model, dtype)), metadata
     found = open_foreign(path, **overrides)
     dtype = dtype or _dtype_of(found.tensors, path)
     config = dataclasses.replace(found.config, param_dtype=dtype)
-    return build_model(found.tensors, found.layout, config), found.metadata
+    model = build_model(found.tensors, found.layout, config)
+    return (model if mesh is None else place_tree(model, mesh)), found.metadata
 
 
 def save_pretrained(

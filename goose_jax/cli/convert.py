@@ -63,7 +63,9 @@ def convert(
     if state is not None and _read_states(source) is None:
         raise ValueError(f"{state=!s} would have nothing to hold: {source} has no initial state")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        overrides = {} if layout != "native" else _recorded_compute_dtype(source, dtype)
+        overrides: dict[str, Any] = (
+            {} if layout != "native" else _recorded_compute_dtype(source, dtype)
+        )
         model, metadata = load_pretrained(source, dtype=dtype, **overrides)
         if tokenizer is not None:
             metadata = dataclasses.replace(metadata, tokenizer=tokenizer)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -12,6 +12,7 @@ from goose_jax.cli.prompts import read_prompt
 from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
+from goose_jax.parallel import make_mesh, parse_mesh
 from goose_jax.text import TextStop, TextStream
 from goose_jax.training import starting_state
 from pallas_kernels.types import Precision
@@ -31,6 +32,7 @@ def generate(
     stop: tuple[str, ...] = (),
     seed: int = 0,
     echo: bool = True,
+    mesh: str | None = None,
 ) -> None:
     """Continues a prompt with a trained model and prints the text as it comes.
 
@@ -40,6 +42,7 @@ def generate(
       goose-jax generate rwkv7.pth --prompt-file - < beginning.txt
       goose-jax generate my-model/ --tokenizer my-vocabulary.txt --stop "User:"
       goose-jax generate rwkv7.pth --state runs/poems-1/state.pth
+      goose-jax generate runs/large-1 --mesh tensor=4
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
@@ -58,6 +61,8 @@ def generate(
       stop: Texts that end the generation; they are not printed.
       seed: The same seed gives the same text.
       echo: Print the prompt, too.
+      mesh: Devices to divide the model over, as in tensor=4 (see docs/parallel.md); by default it
+        is on one device.
 
     Raises:
       ValueError: if an argument is out of range, or the checkpoint is damaged.
@@ -66,8 +71,9 @@ def generate(
     """
     stop_texts = TextStop(stop)
     prompt = read_prompt(prompt, prompt_file)
+    devices = None if mesh is None else make_mesh(**dict[str, Any](parse_mesh(mesh)))
     model, found = load_model_and_tokenizer(
-        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision, mesh=devices
     )
     start = starting_state(checkpoint, state, model)
     end = found.end_of_document
@@ -91,6 +97,8 @@ def generate(
         seed=seed,
         state=start,
         on_tokens=write_tokens,
+        # Kernels would gather divided parameters; the modules do not.
+        implementation=None if devices is None else "xla",
     )
     _write(stream.finish() + "\n")
 

@@ -294,6 +294,8 @@ def _prompt(settings: TrainSettings, prepared: Prepared) -> str:
 
 
 def _sample(settings: TrainSettings, prepared: Prepared, state: TrainState, prompt: str) -> str:
+    if jax.process_count() > 1:
+        return "(no sample: the model is divided over several processes)"
     model, start = prepared.tuning.result(state.params)
     tokenizer = prepared.text.tokenizer
     end = tokenizer.end_of_document
@@ -306,6 +308,7 @@ def _sample(settings: TrainSettings, prepared: Prepared, state: TrainState, prom
         stop_tokens=[] if end is None else [end],
         seed=settings.seed,
         state=start,
+        implementation=None if prepared.mesh is None else "xla",
     )
     return tokenizer.decode(tokens + generation.sequences[0])
 

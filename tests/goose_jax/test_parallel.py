@@ -13,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from goose_jax import RWKV7Config
+from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
+from goose_jax.cli.main import main
 from goose_jax.nn import abstract_model
 from goose_jax.parallel import (
     PARTITION_RULES,
@@ -31,6 +33,7 @@ from goose_jax.training import (
     make_train_step,
 )
 from tests.goose_jax.parallel_runs import MESHES
+from tests.goose_jax.random_parameters import make_model
 from tests.helpers import relative_rms
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -200,3 +203,17 @@ def test_a_train_step_refuses_a_mesh_before_it_compiles():
         make_train_step(
             abstract_model(CONFIG), OptimizerConfig(total_steps=20), mesh=abstract_mesh(tensor=8)
         )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_divided_model_generates_what_one_device_does(tmp_path, capsys):
+    path = tmp_path / "model"
+    sizes = {"vocab_size": 258, "hidden_size": 64, "head_size": 16, "intermediate_size": 64}
+    model = make_model(**sizes, compute_dtype="float32")
+    save_checkpoint(path, model, CheckpointMetadata("byte"))
+    for mesh in ([], ["--mesh=fsdp=2,tensor=4"]):
+        main(["generate", str(path), "--prompt=a", "--max-new-tokens=12", "--seed=3", *mesh])
+    texts = capsys.readouterr().out
+    assert len(texts) > 12
+    assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
