@@ -6,6 +6,7 @@ The names of this package are public, and so are all of these modules:
     packing      several sequences in one row of tokens
     validation   checks of arguments, in one wording
     dispatch     how an implementation is chosen, for operators made of these
+    sharding     functions made of operators, on meshes with explicit axes
 
 All other modules are private.
 """

@@ -82,7 +82,8 @@ def over_explicit_axes[R](
     """Calls a function that knows nothing of explicit mesh axes.
 
     Within the function these axes are Auto. Results are divided as the arguments are: each of their
-    dimensions like this dimension of the first activation or state that has it.
+    dimensions like this dimension of the first activation or state that has it, or else of the
+    first parameter.
 
     Args:
       function: from the arguments to the results.
@@ -95,20 +96,40 @@ def over_explicit_axes[R](
     mesh = _mesh_with_explicit_axes(leaves)
     if mesh is None:
         return function(*arguments)
-    divided: dict[str, Axes] = {}
-    for names, x in zip(dimensions_of_leaves(layout.inputs, arguments), leaves, strict=True):
-        for position, name in enumerate(names if ROWS in names else ()):
-            divided.setdefault(name, axes_at(jax.typeof(x).sharding.spec, position))
+    divided = _divided_dimensions(layout, arguments)
 
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, spec_of(tuple(names.split()), divided))
 
     run = function
-    if over_context and divided[TOKENS]:
-        run = _over_context(function, layout, divided[TOKENS])
+    context_axis = divided.get(TOKENS)
+    if over_context and context_axis:
+        run = _over_context(function, layout, context_axis)
     out_sharding = jax.tree.map(sharding, layout.results)
     in_auto = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=out_sharding)
     return in_auto(*arguments)
+
+
+def has_explicit_axes(*arguments: Any) -> bool:
+    """Returns whether the types of some arrays say how these are divided."""
+    return _mesh_with_explicit_axes(jax.tree.leaves(arguments)) is not None
+
+
+def _divided_dimensions(layout: Layout, arguments: tuple[Any, ...]) -> dict[str, Axes]:
+    """Returns the mesh axes that divide each dimension, none of them twice."""
+    dimensions = dimensions_of_leaves(layout.inputs, arguments)
+    arrays = [
+        (names, jax.typeof(x).sharding.spec)
+        for names, x in zip(dimensions, jax.tree.leaves(arguments), strict=True)
+    ]
+    divided: dict[str, Axes] = {}
+    for names, spec in sorted(arrays, key=lambda array: ROWS not in array[0]):  # parameters last
+        used = {axis for axes in divided.values() for axis in axes}
+        for position, name in enumerate(names):
+            axes = axes_at(spec, position)
+            if name not in divided and not used.intersection(axes):
+                divided[name] = axes
+    return divided
 
 
 def _over_context[R](
@@ -176,6 +197,7 @@ __all__ = [
     "Layout",
     "axes_at",
     "dimensions_of_leaves",
+    "has_explicit_axes",
     "over_explicit_axes",
     "spec_of",
     "vary_alike",

@@ -16,10 +16,11 @@ from goose_jax.nn import initializers
 from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
-from goose_jax.parallel.in_model import enter_heads, gather_parameters, look_up
+from goose_jax.parallel.in_model import enter_heads, gather_parameters, look_up, tokens_divided_over
 from goose_jax.state import RWKV7State, check_state
 from pallas_kernels import KEPT, LayerWeights, decode_layers
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.sharding import Layout, has_explicit_axes, over_explicit_axes
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
 
 type TokenIds = Int[Array, "B T"]
@@ -139,6 +140,13 @@ class RWKV7(nnx.Module):
           ValueError: if an argument has another shape, or an id is out of range.
         """
         self._check(tokens, state, segment_ids)
+        layout = Layout(("...", "B T", _state_layout(state), "B T"), ("B T C", _STATE_LAYOUT))
+        arrays = (tokens, state, segment_ids)
+        return _on_explicit_axes(RWKV7._hidden, layout, self, *arrays, over_context=True)
+
+    def _hidden(
+        self, tokens: TokenIds, state: RWKV7State | None, segment_ids: TokenIds | None
+    ) -> tuple[Tokens, RWKV7State]:
         x, state = self._run_blocks(self._embed(tokens), state, segment_ids)
         return self.final_norm(x), state
 
@@ -186,6 +194,18 @@ class RWKV7(nnx.Module):
           NotServed: if a named implementation does not serve this model or device.
         """
         check_int("tokens", tokens, "B", {})
+        layout = Layout(("...", "B", _STATE_LAYOUT, "B"), ("B C", _STATE_LAYOUT))
+        run = functools.partial(RWKV7._decode, implementation=implementation)
+        return _on_explicit_axes(run, layout, self, tokens, state, active)
+
+    def _decode(
+        self,
+        tokens: Int[Array, " B"],
+        state: RWKV7State,
+        active: Bool[Array, " B"] | None,
+        *,
+        implementation: str | None,
+    ) -> tuple[Float[Array, "B C"], RWKV7State]:
         implementations: dict[str, Callable[..., tuple[Tokens, RWKV7State]]] = {
             "mosaic_gpu": functools.partial(self._decode_by_layers, "mosaic_gpu"),
             "xla": self._decode_by_modules,
@@ -240,8 +260,12 @@ class RWKV7(nnx.Module):
         """
         check_float("hidden", hidden, "B T C", {"C": self.config.hidden_size})
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        head = self.head[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=dtype)
+
+        def multiply(hidden: Tokens, head: Float[Array, "C vocab"]) -> Float[Array, "B T vocab"]:
+            return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
+
+        layout = Layout(("B T C", "C vocab"), "B T vocab")
+        return over_explicit_axes(multiply, layout, hidden, self.head[...])
 
     def _check(
         self, tokens: TokenIds, state: RWKV7State | None, segment_ids: TokenIds | None
@@ -310,6 +334,40 @@ class RWKV7(nnx.Module):
             unroll=config.unroll_layers,
         )
         return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
+
+
+_STATE_LAYOUT = RWKV7State("layers B C", "layers B H K V", "layers B C")  # type: ignore[arg-type]
+
+
+def _state_layout(state: RWKV7State | None) -> Any:
+    return "..." if state is None else _STATE_LAYOUT
+
+
+def _on_explicit_axes[R](
+    method: Callable[..., R],
+    layout: Layout,
+    model: RWKV7,
+    *arrays: Any,
+    over_context: bool = False,
+) -> R:
+    """Calls a method of a model that knows nothing of explicit mesh axes.
+
+    Args:
+      method: from the model and the arrays to arrays.
+      layout: of the model's parameters, of the arrays and of the results.
+      model: may have parameters that such axes divide.
+      *arrays: may be divided by such axes.
+      over_context: whether these axes may divide tokens.
+    """
+    graphdef, params = nnx.split(model)
+    if not has_explicit_axes(params, arrays):
+        return method(model, *arrays)
+
+    def run(params: Any, *arrays: Any, context_axis: Any = None) -> R:
+        with tokens_divided_over(context_axis):
+            return method(nnx.merge(graphdef, params), *arrays)
+
+    return over_explicit_axes(run, layout, params, *arrays, over_context=over_context)
 
 
 def abstract_model(config: RWKV7Config) -> RWKV7:

@@ -5,8 +5,10 @@ between devices there but what this module moves. Outside of `on_mesh` its funct
 they are given.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -102,8 +104,23 @@ def sum_over_heads(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, "tensor") if "tensor" in _varying(x) else x
 
 
-def context_axis() -> str | None:
+_context_axis = contextvars.ContextVar[tuple[str, ...] | None]("context_axis", default=None)
+
+
+@contextlib.contextmanager
+def tokens_divided_over(axes: tuple[str, ...] | None) -> Iterator[None]:
+    """Lets `context_axis` return axes of a mesh that is not one of `on_mesh`."""
+    token = _context_axis.set(axes)
+    try:
+        yield
+    finally:
+        _context_axis.reset(token)
+
+
+def context_axis() -> str | tuple[str, ...] | None:
     """Returns the axis of the mesh that divides the tokens of each row, for operators, or None."""
+    if _context_axis.get() is not None:
+        return _context_axis.get()
     mesh = _mesh()
     return "context" if mesh is not None and mesh.shape["context"] > 1 else None
 
@@ -217,5 +234,6 @@ __all__ = [
     "on_mesh",
     "sum_over_heads",
     "sum_over_mesh",
+    "tokens_divided_over",
     "tokens_of_device",
 ]

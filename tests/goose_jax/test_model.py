@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from goose_jax import RWKV7, init_state
 from pallas_kernels import cross_entropy
@@ -337,3 +338,49 @@ def test_one_program_reads_any_number_of_rows_and_tokens(model, tokens):
         np.testing.assert_allclose(x, reference, rtol=1e-4, atol=1e-5)
     gradient = jax.export.export(jax.jit(jax.grad(loss)))(*arguments)
     assert [x.shape for x in gradient.out_avals] == [x.shape for x in jax.tree.leaves(params)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_explicit_axes_divide_rows_and_vocabulary(model, tokens):
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"))  # axes are explicit
+    graphdef, params = nnx.split(model)
+
+    def on_mesh(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    with jax.set_mesh(mesh):
+        divided = jax.tree.map(on_mesh, params)
+        divided["head"] = jax.tree.map(lambda x: on_mesh(x, None, "columns"), params["head"])
+        model_on_mesh, tokens_on_mesh = nnx.merge(graphdef, divided), on_mesh(tokens, "rows")
+        logits, state = forward(model_on_mesh, tokens_on_mesh, None, None)
+        hidden, _ = jax.jit(RWKV7.decode)(model_on_mesh, tokens_on_mesh[:, 0], state)
+        shapes = jax.eval_shape(
+            jax.grad(lambda params: nnx.merge(graphdef, params)(tokens_on_mesh)[0].sum()), divided
+        )
+    assert logits.sharding.spec == PartitionSpec("rows", None, "columns")
+    assert state.wkv.sharding.spec[1] == hidden.sharding.spec[0] == "rows"
+    assert shapes["head"].get_value().sharding.spec == PartitionSpec(None, "columns")
+    expected, expected_state = forward(model, tokens, None, None)
+    assert relative_rms(logits, expected) < 1e-5
+    assert_states_close(state, expected_state, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_explicit_axes_divide_rows_and_tokens(model, tokens):
+    mesh = jax.make_mesh((2, 2), ("rows", "context"))  # axes are explicit
+    spec = PartitionSpec("rows", "context")
+    ids = jnp.where(jnp.arange(40)[None] < 25, 1, 2) * jnp.ones_like(tokens)
+    with jax.set_mesh(mesh):
+        divided = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (tokens, ids)]
+        graphdef, params = nnx.split(model)
+        everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        on_mesh = nnx.merge(graphdef, everywhere)
+        logits, state = forward(on_mesh, divided[0], None, divided[1])
+    assert logits.sharding.spec[:2] == ("rows", "context")
+    expected, expected_state = forward(model, tokens, None, ids)
+    assert relative_rms(logits, expected) < 1e-5
+    assert_states_close(state, expected_state, 1e-5)
