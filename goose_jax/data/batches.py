@@ -126,6 +126,7 @@ def random_batch(
     microbatches: int = 1,
     process_index: int = 0,
     process_count: int = 1,
+    counted: Bool[np.ndarray, " N"] | None = None,
 ) -> Batch:
     """Draws windows at random from one row of tokens, as a pure function of `seed` and `step`.
 
@@ -138,6 +139,7 @@ def random_batch(
       microbatches: A; 1 gives a batch without the leading axis.
       process_index: which process reads, from 0. It gets its share of the B rows.
       process_count: number of processes; it divides B.
+      counted: `[N]`, false for tokens that are no target; None counts all.
 
     Raises:
       ValueError: if the tokens do not fill one window, a size is not a positive integer, or the
@@ -152,7 +154,12 @@ def random_batch(
     shape = (batch_size,) if microbatches == 1 else (microbatches, batch_size)
     rows = process_rows(batch_size, process_index, process_count)
     first = window_starts(starts, shape, step, seed=seed)[..., rows]
-    return next_token_batch(tokens[first[..., None] + np.arange(sequence_length + 1)])
+    places = first[..., None] + np.arange(sequence_length + 1)
+    batch = next_token_batch(tokens[places])
+    if counted is None:
+        return batch
+    targets = np.where(counted[places[..., 1:]], batch.targets, NOT_COUNTED)
+    return dataclasses.replace(batch, targets=targets)
 
 
 def window_starts(
@@ -175,6 +182,7 @@ class RandomWindows:
       source: what messages call the tokens.
       process_index: which process reads, from 0. It gets its share of the B rows.
       process_count: number of processes; it divides B.
+      counted: `[N]`, false for tokens that are no target; None counts all.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -186,11 +194,15 @@ class RandomWindows:
     source: str = "the tokens"
     process_index: int = 0
     process_count: int = 1
+    counted: Bool[np.ndarray, " N"] | None = None
 
     @functools.cached_property
     def checksum(self) -> str:
-        """The SHA-256 of the tokens, in hexadecimal digits."""
-        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+        """The SHA-256 of the tokens and of what is counted, in hexadecimal digits."""
+        digest = hashlib.sha256(self.tokens.tobytes())
+        if self.counted is not None:
+            digest.update(self.counted.tobytes())
+        return digest.hexdigest()
 
     def for_process(self, index: int, count: int) -> Self:
         """Returns the same data for one of several processes, as `BatchSource` says."""
@@ -212,6 +224,7 @@ class RandomWindows:
             microbatches=self.microbatches,
             process_index=self.process_index,
             process_count=self.process_count,
+            counted=self.counted,
         )
 
 

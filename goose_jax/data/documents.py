@@ -215,7 +215,7 @@ def encode_counted(
     """
     end = tokenizer.end_of_document
     before = [] if end is None else [end]
-    tokens, counted = [np.array(before, np.int32)], [np.array(before, bool)]
+    tokens, counted = [np.array(before, np.int32)], [np.ones(len(before), bool)]
     follows = False
     for document in documents:
         of_document = encode_document(document, tokenizer, follows=follows)

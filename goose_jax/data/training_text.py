@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from goose_jax.data.batches import RandomWindows
-from goose_jax.data.documents import Document, encode_documents, split_documents
+from goose_jax.data.documents import Document, encode_counted, split_documents
 from goose_jax.text import Tokenizer
 
 
@@ -21,6 +21,7 @@ class TrainingText:
       tokens: `[N]` int32, the text to train on.
       held_out: the documents to measure on.
       tokenizer: the tokenizer that made the tokens.
+      counted: `[N]`, whether the loss counts a token; None counts all.
 
     Example:
       >>> documents = [Document("geese", "Honk! said the goose. " * 20)]
@@ -35,6 +36,7 @@ class TrainingText:
     tokens: Int[np.ndarray, " N"]
     held_out: Sequence[Document]
     tokenizer: Tokenizer
+    counted: Bool[np.ndarray, " N"] | None = None
 
     @classmethod
     def from_documents(
@@ -57,7 +59,8 @@ class TrainingText:
           ValueError: if the text is too short, or the tokenizer gives an id that it must not give.
         """
         training, held_out = split_documents(documents, held_out_bytes=held_out_bytes)
-        return cls(source, encode_documents(training, tokenizer), held_out, tokenizer)
+        tokens, counted = encode_counted(training, tokenizer)
+        return cls(source, tokens, held_out, tokenizer, None if counted.all() else counted)
 
     def windows(
         self, *, batch_size: int, sequence_length: int, seed: int, microbatches: int = 1
@@ -85,6 +88,7 @@ class TrainingText:
             seed=seed,
             microbatches=microbatches,
             source=self.source,
+            counted=self.counted,
         )
 
 

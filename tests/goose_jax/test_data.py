@@ -245,6 +245,25 @@ def test_packing_nothing_is_refused():
         pack_documents([[]], length=4)
 
 
+def test_a_training_text_of_conversations_counts_the_replies():
+    documents = [
+        Document(str(i), f"Q{i} Answer {i}", ((len(f"Q{i}"), len(f"Q{i} Answer {i}")),))
+        for i in range(40)
+    ]
+    text = TrainingText.from_documents(
+        documents, ByteTokenizer(), source="chats", held_out_bytes=40
+    )
+    windows = text.windows(batch_size=50, sequence_length=8, seed=3, microbatches=2)
+    batch = windows(0)
+    spoken = ByteTokenizer().decode(batch.targets[batch.targets >= 0].tolist())
+    assert "Answer" in spoken
+    assert "Q" not in spoken
+    assert "Q" in ByteTokenizer().decode(batch.inputs.ravel().tolist())
+    plain = RandomWindows(text.tokens, batch_size=50, sequence_length=8, seed=3, microbatches=2)
+    assert windows.checksum != plain.checksum
+    np.testing.assert_array_equal(batch.inputs, plain(0).inputs)
+
+
 def test_a_training_text_gives_batches_of_what_is_not_held_out():
     documents = [Document("a", "Honk! said the goose. " * 20)]
     text = TrainingText.from_documents(
