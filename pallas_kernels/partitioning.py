@@ -7,6 +7,7 @@ falls into independent parts, and traces the function again for the part of one 
 
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,7 @@ def partitioned[R](
             results = jaxpr_as_fun(whole)(*leaves)
         else:
             results = _Call(
+                name=function.__name__,
                 function=of_leaves,
                 whole=whole,
                 inputs=dimensions_of_leaves(layout.inputs, arguments),
@@ -87,6 +89,7 @@ def partitioned_backward(
       units: for an independent dimension the number of elements that stay together, if not 1.
     """
 
+    @functools.wraps(function)
     def gradients(*arguments: Any, **settings: Any) -> tuple[Any, ...]:
         *inputs, cotangents = arguments
         return function(*inputs, cotangents=cotangents, **settings)
@@ -140,6 +143,7 @@ class _Call:
     """A function of arrays, and what the compiler must know of it.
 
     Attributes:
+      name: of the function, for profiles.
       function: from arrays, one by one, to a pytree of arrays.
       whole: the function, traced for undivided arrays.
       inputs: dimensions of the arrays.
@@ -149,6 +153,7 @@ class _Call:
       context: of the call.
     """
 
+    name: str
     function: Callable[..., Any]
     whole: Any
     inputs: list[Dimensions]
@@ -176,7 +181,8 @@ class _Call:
             return results, [True] * len(results)
 
         # Without jit, a call outside of any would run operation by operation, on gathered arrays.
-        return jax.jit(call, inline=True)(*leaves)
+        with jax.named_scope(self.name):
+            return jax.jit(call, inline=True)(*leaves)
 
     def _mapped(self, is_mapped: Sequence[bool], leaves: Sequence[jax.Array]) -> "_Call":
         """Returns the call that `jax.vmap` makes of this one."""

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from goose_jax import RWKV7, RWKV7Config, init_state
 from goose_jax.data import next_token_batch
+from goose_jax.nn.model import abstract_model
 from goose_jax.training import OptimizerConfig, init_train_state, make_train_step
-from pallas_kernels import cross_entropy
+from pallas_kernels import cross_entropy, dispatch
 from pallas_kernels.hopper.target import Target, compile_for
 from tests.goose_jax.official_weights import GOLDEN_CONFIG, golden_model, to_official
 from tests.helpers import relative_rms
+from tests.pallas_kernels.mesh_cases import moved, partitioned_for_cuda
 
 CONFIG = RWKV7Config(
     vocab_size=64, hidden_size=256, num_layers=2, head_size=64, compute_dtype="bfloat16"
@@ -97,3 +100,29 @@ def test_the_loss_falls_as_it_does_through_xla(implementation):
     # Training amplifies rounding: with parameters that differ by 1e-7 at first, XLA's curves on a
     # CPU differ from each other by 0.011 (median of 276 pairs), and by 0.028 at most.
     np.testing.assert_allclose(curve, by_xla, rtol=0, atol=0.06)
+
+
+@on_cpu
+@pytest.mark.slow
+def test_a_step_on_eight_gpus_gathers_no_activation(tmp_path, monkeypatch):
+    monkeypatch.setitem(dispatch.DEVICE_CHECKS, "mosaic_gpu", lambda: None)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def shapes(make, *spec):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(make),
+        )
+
+    step = make_train_step(abstract_model(CONFIG), RECIPE)
+    rows, tokens = 16, 128
+    ids = np.zeros((rows, tokens + 1), np.int32)
+    arguments = {
+        "state": shapes(lambda: init_train_state(RWKV7(CONFIG, rngs=nnx.Rngs(0)), RECIPE)),
+        "batch": shapes(lambda: jax.tree.map(jnp.asarray, next_token_batch(ids)), "data"),
+    }
+    program, kernels = partitioned_for_cuda(lambda x: step(**x), arguments, tmp_path)
+    assert len(kernels) >= 13  # in forward and backward of a layer
+    assert not any(f"[{rows},{tokens}" in kernel for kernel in kernels)
+    assert max(moved(program).values(), default=0) < rows * tokens * CONFIG.hidden_size // 8

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as operators
@@ -174,3 +176,28 @@ def moved(program: str) -> dict[str, int]:
             size = math.prod(int(n) for n in shape.split(",") if n)
             largest[kind] = max(largest.get(kind, 0), size)
     return largest
+
+
+def partitioned_for_cuda(
+    function: Callable[..., Any], arguments: dict[str, Any], folder: Path
+) -> tuple[str, list[str]]:
+    """Returns the program that XLA's partitioner makes for one device, and its kernels.
+
+    XLA for CPUs partitions a program for GPUs, too. After that it fails at a call of something that
+    does not exist, before it can fail in a worse way.
+    """
+
+    def failing(arguments: dict[str, Any]) -> Any:
+        if "segment_ids" in arguments:
+            zero = jax.ffi.ffi_call("unknown", jax.ShapeDtypeStruct((), jnp.int32))()
+            arguments = arguments | {"segment_ids": arguments["segment_ids"] + zero}
+        return function(arguments)
+
+    lowered = jax.jit(failing).trace(arguments).lower(lowering_platforms=("cuda",))
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No FFI handler registered"):
+        lowered.compile(compiler_options=options)
+    (path,) = folder.glob("*after_spmd-partitioning*.txt")
+    program = path.read_text()
+    kernel = 'custom_call_target="mosaic_gpu'
+    return program, [line for line in program.splitlines() if kernel in line]

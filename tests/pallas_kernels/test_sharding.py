@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from tests.pallas_kernels.mesh_cases import (
     decoding_arguments,
     mesh_of,
     moved,
+    partitioned_for_cuda,
     place,
     results_and_gradients,
 )
@@ -152,45 +152,20 @@ def test_partitioned_function_within_shard_map_over_some_axes(in_context):
     assert "f32[2,4,3]" in program
 
 
-def partitioned_for_cuda(
-    function: Callable[..., Any], arguments: dict[str, Any], folder: Path
-) -> tuple[str, list[str]]:
-    """Returns the program that XLA's partitioner makes for one device, and its kernels.
-
-    XLA for CPUs partitions a program for GPUs, too. After that it fails at a call of something that
-    does not exist, before it can fail in a worse way.
-    """
-
-    def failing(arguments: dict[str, Any]) -> Any:
-        if "segment_ids" in arguments:
-            zero = jax.ffi.ffi_call("unknown", jax.ShapeDtypeStruct((), jnp.int32))()
-            arguments = arguments | {"segment_ids": arguments["segment_ids"] + zero}
-        return function(arguments)
-
-    lowered = jax.jit(failing).trace(arguments).lower(lowering_platforms=("cuda",))
-    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No FFI handler registered"):
-        lowered.compile(compiler_options=options)
-    (path,) = folder.glob("*after_spmd-partitioning*.txt")
-    program = path.read_text()
-    kernel = 'custom_call_target="mosaic_gpu'
-    return program, [line for line in program.splitlines() if kernel in line]
+def dtype_on_kernels(case: Case, name: str) -> Any:
+    """Activations are bfloat16, parameters and states float32."""
+    if name == "segment_ids":
+        return jnp.int32
+    narrow = "T" in case.dimensions[name] or name.endswith("_weight") or name == "state"
+    return jnp.bfloat16 if narrow else jnp.float32
 
 
 def shapes_on_mesh(case: Case, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Activations in bfloat16, parameters and states in float32."""
     mesh = mesh_of(AxisType.Auto)
     shapes = case.shapes(tokens) | ({"segment_ids": (4, tokens)} if case.packed else {})
-
-    def dtype(name: str) -> Any:
-        if name == "segment_ids":
-            return jnp.int32
-        narrow = "T" in case.dimensions[name] or name.endswith("_weight") or name == "state"
-        return jnp.bfloat16 if narrow else jnp.float32
-
     return {
         name: jax.ShapeDtypeStruct(
-            shape, dtype(name), sharding=NamedSharding(mesh, case.spec(name))
+            shape, dtype_on_kernels(case, name), sharding=NamedSharding(mesh, case.spec(name))
         )
         for name, shape in shapes.items()
     }
@@ -225,6 +200,28 @@ def test_kernels_are_partitioned_for_cuda(name, tmp_path):
     assert max(moved(program).values(), default=0) < part_of_activation(case, TOKENS_OF_KERNELS)
     # One row; one head or half of the channels, or all where the operator needs all.
     assert not any(f"[4,{TOKENS_OF_KERNELS}" in kernel for kernel in kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_on_several_gpus_equal_those_on_one(name):
+    case = CASES[name]
+    run = functools.partial(case.function, **case.settings, implementation="mosaic_gpu")
+    count = 4 if jax.device_count() >= 4 else 2  # four rows
+    on_rows = Case(run, case.dimensions, divided={"B": "data"}, packed=case.packed)
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+    arrays = {
+        name: jnp.asarray(x, dtype_on_kernels(case, name))
+        for name, x in case.draw(TOKENS_OF_KERNELS).items()
+    }
+    function = jax.jit(functools.partial(results_and_gradients, on_rows))
+    expected = function(arrays)
+    with jax.set_mesh(mesh):
+        actual = function(place(on_rows, mesh, arrays))
+    for x, reference in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # Rows are computed alike, but sums over rows and pieces of rows are rounded elsewhere.
+        assert relative_rms(x, reference) < 5e-3
 
 
 @pytest.mark.slow
