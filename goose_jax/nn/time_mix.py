@@ -26,6 +26,7 @@ from pallas_kernels.validation import check_segment_ids, is_known
 
 type Tokens = Float[Array, "B T C"]
 type Heads = Float[Array, "B T H K"]
+type HeadChannels = Float[Array, "B T channels_of_heads"]  # C, or a device's part of it
 type TimeMixState = tuple[Float[Array, "B C"], Float[Array, "B H K V"]]
 
 
@@ -242,22 +243,22 @@ class TimeMix(nnx.Module):
         return x.reshape(*x.shape[:-1], -1, self.config.head_size)
 
     @jax.named_scope("log_decay")
-    def _log_decay(self, x: Tokens) -> Tokens:
+    def _log_decay(self, x: Tokens) -> HeadChannels:
         low = _multiply(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
         return log_decay_from_logits(_add_base(low, self.decay_base))
 
     @jax.named_scope("alpha")
-    def _alpha(self, x: Tokens) -> Tokens:
+    def _alpha(self, x: Tokens) -> HeadChannels:
         low = _multiply(_project(x, self.alpha_down), self.alpha_up)
         return jax.nn.sigmoid(_add_base(low, self.alpha_base)).astype(x.dtype)
 
     @jax.named_scope("value_residual_logits")
-    def _value_residual_logits(self, x: Tokens) -> Tokens:
+    def _value_residual_logits(self, x: Tokens) -> HeadChannels:
         low = _multiply(_project(x, self.value_residual_down), self.value_residual_up)
         return _add_base(low, self.value_residual_base).astype(x.dtype)
 
     @jax.named_scope("gate")
-    def _gate(self, x: Tokens) -> Tokens:
+    def _gate(self, x: Tokens) -> HeadChannels:
         return _multiply(jax.nn.sigmoid(_project(x, self.gate_down)), self.gate_up)
 
     def _wkv(
