@@ -122,7 +122,11 @@ class DataSettings(DocumentSettings):
           OSError: if a file is missing, or cannot be read or written.
           ValueError: if a file is damaged, or the data is too short.
         """
-        held_out = None if self.held_out is None else self._read_held_out(self.held_out)
+        held_out = None
+        if self.held_out is not None:
+            held_out = read_texts(
+                self.held_out, pattern=self.pattern, field=self.field, strict=self.strict
+            )
         if self.data is not None and is_binidx(self.data):
             return open_tokens(
                 self.data, tokenizer, held_out_bytes=self.held_out_bytes, held_out=held_out
@@ -163,18 +167,29 @@ class DataSettings(DocumentSettings):
             return batches
         return PrefetchedBatches(batches, ahead=self.prefetch, workers=self.data_workers)
 
-    def _read_held_out(self, path: Path) -> list[Document]:
-        skipped = SkippedFiles()
-        documents = read_documents(
-            path,
-            patterns=self.pattern,
-            field=self.field,
-            render=render_conversation,
-            strict=self.strict,
-            on_skipped=skipped,
-        )
-        skipped.tell_count()
-        return documents
+
+def read_texts(
+    path: Path, *, pattern: tuple[str, ...], field: str | None, strict: bool
+) -> list[Document]:
+    """Reads documents into memory, and tells on stderr which files are left out.
+
+    The arguments are those of `DocumentSettings`.
+
+    Raises:
+      OSError: if there is nothing at `path`, or a file cannot be read.
+      ValueError: if a file is damaged, or there is no text.
+    """
+    skipped = SkippedFiles()
+    documents = read_documents(
+        path,
+        patterns=pattern,
+        field=field,
+        render=render_conversation,
+        strict=strict,
+        on_skipped=skipped,
+    )
+    skipped.tell_count()
+    return documents
 
 
-__all__ = ["DataSettings", "DocumentSettings"]
+__all__ = ["DataSettings", "DocumentSettings", "read_texts"]

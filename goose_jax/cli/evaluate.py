@@ -7,11 +7,9 @@ import jax
 import tyro
 from flax import nnx
 
-from goose_jax.chat import render_conversation
 from goose_jax.checkpoints import load_model_and_tokenizer
-from goose_jax.cli.skipped_files import SkippedFiles
+from goose_jax.cli.data_settings import read_texts
 from goose_jax.config import Dtype
-from goose_jax.data import read_documents
 from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
 from pallas_kernels.validation import check_positive
 
@@ -21,6 +19,8 @@ def evaluate(
     text: Annotated[Path, tyro.conf.Positional],
     *,
     pattern: tuple[str, ...] = ("*",),
+    field: str | None = None,
+    strict: bool = False,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
     state: Path | None = None,
@@ -31,16 +31,21 @@ def evaluate(
 
     Bits per byte can be compared between models with different tokenizers. The text is read in
     windows, each without memory of the window before it; so longer windows give a smaller number.
+    Of conversations only what the assistant says is measured.
 
     In use:
       goose-jax evaluate runs/stdlib-1 book.txt
       goose-jax evaluate rwkv7.pth my-texts/ --pattern "*.md" --sequence-length 4096
+      goose-jax evaluate rwkv7-g1.pth chats.jsonl
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
         or the folder of a training run (then its newest checkpoint).
       text: A file or a folder of texts, as goose-jax train reads them.
       pattern: Which files of a folder are read, as in "*.txt".
+      field: The field of JSONL and data sets that holds the text or the conversation; by default
+        text, messages or conversations.
+      strict: Whether a file in a folder that is not UTF-8 text is an error; else it is left out.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
@@ -55,11 +60,7 @@ def evaluate(
     """
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
-    skipped = SkippedFiles()
-    documents = read_documents(
-        text, patterns=pattern, render=render_conversation, on_skipped=skipped
-    )
-    skipped.tell_count()
+    documents = read_texts(text, pattern=pattern, field=field, strict=strict)
     model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
     start = starting_state(checkpoint, state, model)
     measure = make_evaluation(
