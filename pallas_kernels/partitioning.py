@@ -3,6 +3,9 @@
 The compiler cannot look into a kernel. By itself it gathers what a kernel reads, and each device
 computes everything. `partitioned` tells the compiler along which dimensions a function with kernels
 falls into independent parts, and traces the function again for the part of one device.
+
+Private names of JAX are imported where they are used, so that whatever else this package does needs
+only the public ones.
 """
 
 import contextvars
@@ -14,9 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.effects import ordered_effects
-from jax._src.sharding_impls import parse_flatten_op_sharding
-from jax._src.state.discharge import discharge_state
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -56,8 +56,7 @@ def partitioned[R](
             return function(*jax.tree.unflatten(structure, leaves), **settings)
 
         whole, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
-        if any(map(ordered_effects.contains, whole.effects)):
-            # Calls of the interpreter, one after another, which cannot be divided.
+        if _is_interpreted(whole):
             results = jaxpr_as_fun(whole)(*leaves)
         else:
             results = _Call(
@@ -73,6 +72,20 @@ def partitioned[R](
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return run
+
+
+def _is_interpreted(traced: Any) -> bool:
+    """Returns whether a function calls the interpreter, in an order that cannot be divided."""
+    from jax._src.effects import ordered_effects
+
+    return any(map(ordered_effects.contains, traced.effects))
+
+
+def _without_references(traced: Any) -> Any:
+    """Returns a traced function whose kernels write results instead of references."""
+    from jax._src.state.discharge import discharge_state
+
+    return discharge_state(traced)
 
 
 def partitioned_backward(
@@ -245,7 +258,7 @@ class _Call:
         def of_part(leaves: Sequence[jax.Array], constants: Any) -> list[jax.Array]:
             del constants  # the function has its own
             traced = self.context.run(jax.make_jaxpr(self.function), *leaves)
-            results = jaxpr_as_fun(discharge_state(traced))(*leaves)  # without references
+            results = jaxpr_as_fun(_without_references(traced))(*leaves)
             return [
                 _sum_parts(x, names, divided)
                 for x, names in zip(results, self.outputs, strict=True)
@@ -314,6 +327,8 @@ def _meshes(mesh: Mesh, sharding: Sharding, context: AbstractMesh) -> tuple[Mesh
 
 
 def _spec(sharding: Sharding, rank: int, mesh: Mesh) -> PartitionSpec:
+    from jax._src.sharding_impls import parse_flatten_op_sharding
+
     if isinstance(sharding, NamedSharding):
         return sharding.spec
     return parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(rank), mesh)[0]

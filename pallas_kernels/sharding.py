@@ -29,6 +29,7 @@ ROWS = "B"
 """The dimension that distinguishes activations and states from parameters."""
 
 TOKENS = "T"
+"""The dimension in which parts of an array may follow one another, instead of being independent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _divided_dimensions(layout: Layout, arguments: tuple[Any, ...]) -> dict[str,
         used = {axis for axes in divided.values() for axis in axes}
         for position, name in enumerate(names):
             axes = axes_at(spec, position)
-            if name not in divided and not used.intersection(axes):
+            if name not in (*divided, "...") and not used.intersection(axes):
                 divided[name] = axes
     return divided
 

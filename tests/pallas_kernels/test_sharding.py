@@ -70,6 +70,19 @@ def test_explicit_axes_divide_results_like_arguments():
     np.testing.assert_allclose(result, case.call(**case.draw(TOKENS)), rtol=1e-5, atol=1e-6)
 
 
+def test_vmap_over_an_axis_that_the_mesh_divides():
+    case, mesh = CASES["value_residual"], mesh_of(AxisType.Explicit)
+    arrays = case.draw(TOKENS)
+    stacked = {name: np.stack([x, 2 * x]) for name, x in arrays.items()}
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec("data", "fsdp", None, "tensor")
+        divided = {n: jax.device_put(x, NamedSharding(mesh, spec)) for n, x in stacked.items()}
+        result = jax.jit(jax.vmap(lambda arrays: case.call(**arrays)))(divided)
+    assert result.sharding.spec[:4] == tuple(spec)
+    doubled = {name: 2 * x for name, x in arrays.items()}
+    np.testing.assert_allclose(np.asarray(result)[1], case.call(**doubled), rtol=1e-5, atol=1e-6)
+
+
 def sums(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Stands for a kernel: adds the elements of each unit of three channels."""
     weight = weight[None, None]
