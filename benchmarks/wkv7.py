@@ -6,7 +6,8 @@
 Times are medians of rounds, after a warm-up. In each round the implementations take turns; each
 makes some asynchronous calls and then waits once. The backward gets random gradients of the
 outputs. Memory is what XLA plans besides inputs and results. Errors are relative RMS errors
-against the scan in float64, for the first shape, reduced to a size that the scan can manage.
+against the scan in float64, for the first shape, reduced to a size that the scan can manage. A
+second table has the errors on tokens whose results are small differences of large numbers.
 
 On a GPU where torch and flash-linear-attention (FLA) are installed, FLA's `chunk_rwkv7` is
 measured on the same inputs, unless `--implementations` leaves it out. It tries variants of its
@@ -33,11 +34,13 @@ IMPLEMENTATIONS = {
     "recurrent, mosaic_gpu": functools.partial(wkv7_recurrent, implementation="mosaic_gpu"),
     "xla": functools.partial(wkv7, implementation="xla"),
     "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=MIN_LOG_DECAY),
+    "high precision": functools.partial(wkv7, precision="high", min_log_decay=MIN_LOG_DECAY),
 }
 ON_CPU = ("reference", "recurrent", "xla", "xla, bounded")
 ON_GPU = ("mosaic_gpu", "xla, bounded")
 SHAPES_ON_CPU = ((1, 2048, 4, 64),)
 SHAPES_ON_GPU = ((8, 4096, 64, 64), (8, 4096, 32, 64), (1, 32768, 32, 64), (16, 512, 12, 64))
+HARD_SHAPE = (1, 2500, 4)
 FLA = "FLA"
 
 type Shape = tuple[int, int, int, int]
@@ -52,6 +55,7 @@ class Settings:
       dtype: dtype of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
       implementations: names from `IMPLEMENTATIONS`, or "FLA"; None takes those that suit the
         device.
+      hard: whether to measure errors on hard tokens, in a second table; None does so for 16 bits.
       rounds: number of rounds whose median is reported.
       calls: calls before a wait; None takes 3 on a CPU, 20 on a GPU, and 200 on a GPU if a call
         takes less than 1 ms.
@@ -60,6 +64,7 @@ class Settings:
     shape: Shape | None = None
     dtype: str | None = None
     implementations: tuple[str, ...] | None = None
+    hard: bool | None = None
     rounds: int = 5
     calls: int | None = None
 
@@ -71,6 +76,31 @@ def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
     kk /= jnp.linalg.norm(kk, axis=-1, keepdims=True)
     inputs = [r, MIN_LOG_DECAY * jax.nn.sigmoid(decay), 0.3 * k, v, -kk, kk * jax.nn.sigmoid(rate)]
     return [x.astype(dtype) for x in inputs], do.astype(dtype)
+
+
+def hard_inputs(kind: str, shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+    """Returns inputs whose state forgets nearly nothing, and a random gradient of the outputs.
+
+    Args:
+      kind: "nearly parallel keys" (one direction and 5 % of noise), "three tokens in turn" or "one
+        token repeated".
+      shape: B, T, H, K.
+      dtype: of the inputs.
+    """
+    (r, log_decay, k, v, *_), do = make_inputs(shape, "float32")
+    kk = jax.random.normal(jax.random.key(1), shape)
+    if kind == "nearly parallel keys":
+        kk = kk[:, :1] + 0.05 * jax.random.normal(jax.random.key(2), shape)
+        k, alpha, decay = 0.3 * kk, 0.8, -1e-3
+    else:
+        period, alpha, decay = (3, 0.99, -1e-4) if "turn" in kind else (1, 1.0, -1e-5)
+        r, k, v, kk = (x[:, jnp.arange(shape[1]) % period] for x in (r, k, v, kk))
+    kk /= jnp.linalg.norm(kk, axis=-1, keepdims=True)
+    inputs = [r, jnp.full_like(log_decay, decay), k, v, -kk, alpha * kk]
+    return [x.astype(dtype) for x in inputs], do.astype(dtype)
+
+
+HARD = ("nearly parallel keys", "three tokens in turn", "one token repeated")
 
 
 def forward(function, inputs, do):
@@ -150,9 +180,8 @@ def relative_rms(x, reference) -> float:
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 
-def measure_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> dict[str, list[float]]:
+def measure_errors(names: tuple[str, ...], inputs, do) -> dict[str, list[float]]:
     """Returns the errors of the output and of the gradients of the inputs, by implementation."""
-    inputs, do = make_inputs(shape, dtype)
     with jax.enable_x64():
         exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))(
             *jax.tree.map(lambda x: x.astype(jnp.float64), (inputs, do))
@@ -180,7 +209,7 @@ def main(settings: Settings) -> None:
     )
     B, T, H, K = shapes[0]
     small = (min(B, 2), min(T, 2048), min(H, 4), K)
-    errors = measure_errors(names, small, dtype)
+    errors = measure_errors(names, *make_inputs(small, dtype))
 
     print(f"{dtype}, {jax.devices()[0].device_kind}; errors at B, T, H, K = {small}")
     print(
@@ -198,6 +227,20 @@ def main(settings: Settings) -> None:
                 f"| {errors[name][0]:.1e} | {max(errors[name][1:]):.1e} |",
                 flush=True,
             )
+    if settings.hard or (settings.hard is None and dtype in ("bfloat16", "float16")):
+        print_hard_errors(names, (*HARD_SHAPE, K), dtype)
+
+
+def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> None:
+    """Prints a table of errors on hard tokens, also of high precision."""
+    print(f"\n{dtype}, errors at B, T, H, K = {shape}")
+    print("| tokens | implementation | o | dr | dlog_decay | dk | dv | da | db |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    names = tuple(dict.fromkeys((*names, "high precision")))
+    for kind in HARD:
+        for name, errors in measure_errors(names, *hard_inputs(kind, shape, dtype)).items():
+            row = " | ".join(f"{x:.1e}" for x in errors)
+            print(f"| {kind} | {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

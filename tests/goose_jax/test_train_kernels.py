@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,35 +29,57 @@ RECIPE = OptimizerConfig(total_steps=40, warmup_steps=5, learning_rate=5e-4)
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 
-def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
-    """Of a loss of the golden model with respect to each parameter, by its official name.
+TEXTS = {"random": 2, "one token": 2, "three tokens in turn": 2, "nearly parallel keys": 2.5}
+"""How often the error of the gradient through XLA a gradient through kernels may have, by text.
 
-    Texts begin with a state: without one the first outputs are tiny, and the norm of each head
-    makes their rounding as large as others' outputs.
-    """
+Measured, interpreted: 1.3, 1.6, 1.2 and 1.9; errors of 8e-2 at most.
+"""
+
+
+@functools.cache
+def gradient_function(implementation: str, compute_dtype: str):
+    """The configuration, and a gradient that is compiled once for all texts."""
     config = dataclasses.replace(
         GOLDEN_CONFIG,
         implementation=implementation,
         compute_dtype=compute_dtype,
         remat="none",  # JAX cannot differentiate an interpreted kernel within jax.checkpoint
     )
-    rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (1, 71), np.int32))
-    state = init_state(config, 1)
-    state = dataclasses.replace(
-        state, wkv=jnp.asarray(rng.normal(size=state.wkv.shape), jnp.float32)
-    )
 
     @jax.jit
     @jax.grad
-    def gradient(model):
+    def gradient(model, tokens, state):
         hidden, _ = model.hidden(tokens[:, :-1], state)
         head = model.head[...].astype(hidden.dtype)
         return cross_entropy(hidden, head, tokens[:, 1:]).mean()
 
-    return to_official(nnx.state(gradient(golden_model(config))))
+    return config, gradient
 
 
+def gradients(implementation: str, compute_dtype: str, text: str) -> dict[str, np.ndarray]:
+    """Of a loss of the golden model with respect to each parameter, by its official name.
+
+    Texts begin with a state: without one the first outputs are tiny, and the norm of each head
+    makes their rounding as large as others' outputs. Keys are nearly parallel where all embeddings
+    are one direction with 5 % of noise.
+    """
+    config, gradient = gradient_function(implementation, compute_dtype)
+    model, rng = golden_model(config), np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (1, 71), np.int32)
+    state = init_state(config, 1)
+    state = dataclasses.replace(
+        state, wkv=jnp.asarray(rng.normal(size=state.wkv.shape), jnp.float32)
+    )
+    if text in ("one token", "three tokens in turn"):
+        tokens = tokens[:, np.arange(71) % (1 if text == "one token" else 3)]
+    elif text == "nearly parallel keys":
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = rng.normal(size=shape[1:]) + 0.05 * rng.normal(size=shape)
+        model.embedding[...] = jnp.asarray(embedding, config.param_dtype)
+    return to_official(nnx.state(gradient(model, jnp.asarray(tokens), state)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize(
     "interpreted",
     [
@@ -65,18 +88,17 @@ def gradients(implementation: str, compute_dtype: str) -> dict[str, np.ndarray]:
     ],
 )
 @pytest.mark.usefixtures("quick_to_compile")
-def test_gradients_are_as_exact_as_those_of_xla(interpreted):
-    exact = gradients("xla", "float32")
-    by_xla = gradients("xla", "bfloat16")
+def test_gradients_are_as_exact_as_those_of_xla(interpreted, text):
+    exact = gradients("xla", "float32", text)
+    by_xla = gradients("xla", "bfloat16", text)
     target = compile_for(Target(interpret=True)) if interpreted else contextlib.nullcontext()
     with target:
-        by_kernels = gradients("mosaic_gpu", "bfloat16")
+        by_kernels = gradients("mosaic_gpu", "bfloat16", text)
     for name, gradient in exact.items():
         assert by_kernels[name].any() == gradient.any(), name
         if gradient.any():
-            # Measured, interpreted: at most 1.2 times as large, and at most 2.1e-2.
             error, of_xla = (relative_rms(x[name], gradient) for x in (by_kernels, by_xla))
-            assert error < 2 * of_xla, (name, error, of_xla)
+            assert error < TEXTS[text] * of_xla, (name, error, of_xla)
 
 
 def losses(implementation: str | None) -> np.ndarray:

@@ -21,7 +21,14 @@ from pallas_kernels.operators.wkv7_recurrent.mosaic_gpu.differentiable import (
 )
 from tests.helpers import in_mesh_of, relative_rms
 from tests.pallas_kernels.transformations import by_rows, in_shard_map, row_after_row, transformed
-from tests.pallas_kernels.wkv7_cases import NAMES, Case, expected, make_cotangents, make_inputs
+from tests.pallas_kernels.wkv7_cases import (
+    HARD,
+    NAMES,
+    Case,
+    expected,
+    make_cotangents,
+    make_inputs,
+)
 from tests.pallas_kernels.wkv7_checks import assert_matches, run, with_gradients
 
 LIMITS = {
@@ -117,6 +124,9 @@ ROUNDED = {
     "bfloat16, packed": Case((1, 13, 1, 64, 64), dtype="bfloat16", lengths=PACKED[:1]),
     "float16, K 128": Case((1, 9, 1, 128, 64), dtype="float16"),
 }
+HARD_KINDS = {
+    kind: Case((1, 20, 1, 64, 64), dtype="bfloat16", **settings) for kind, settings in HARD.items()
+}
 
 
 def check(function, case: Case) -> None:
@@ -126,6 +136,7 @@ def check(function, case: Case) -> None:
 
 
 SLOW = {
+    *HARD,
     "five tokens, scaled",
     "repeated token",
     "packed, no state",
@@ -136,10 +147,11 @@ SLOW = {
 
 @on_cpu
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES | ROUNDED]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES | ROUNDED | HARD_KINDS],
 )
 def test_interpreted_equals_the_definition(name):
-    check(interpreted, (CASES | ROUNDED)[name])
+    check(interpreted, (CASES | ROUNDED | HARD_KINDS)[name])
 
 
 @on_cpu

@@ -13,6 +13,9 @@ DECAYS = {
     "rwkv7": lambda rng, shape: RWKV7_BOUND / (1 + np.exp(-rng.normal(size=shape))),
     "tiny": lambda rng, shape: np.full(shape, -1e-6),
     "slow": lambda rng, shape: np.full(shape, -3e-3),
+    "-1e-3": lambda rng, shape: np.full(shape, -1e-3),
+    "-1e-4": lambda rng, shape: np.full(shape, -1e-4),
+    "-1e-5": lambda rng, shape: np.full(shape, -1e-5),
     "bound": lambda rng, shape: np.full(shape, RWKV7_BOUND),
     "strong": lambda rng, shape: np.full(shape, -20.0),
     "reset": lambda rng, shape: np.full(shape, -np.inf),
@@ -23,6 +26,20 @@ DECAYS = {
 }
 """Log decays by name."""
 
+_BOUNDED = ("rwkv7", "tiny", "slow", "bound", "-1e-3", "-1e-4", "-1e-5")
+"""Decays that keep RWKV-7's bound."""
+
+HARD = {
+    "nearly parallel keys": {"tokens": "parallel", "decay": "-1e-3"},
+    "three tokens in turn": {"tokens": "in turn", "decay": "-1e-4"},
+    "one token repeated": {"tokens": "identical", "decay": "-1e-5"},
+}
+"""Cases in which rounding operands of products costs much more than rounding the results.
+
+The state forgets nearly nothing, and results are small differences: of what tokens write along
+their common direction, or of sums over tokens that are the same.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -31,8 +48,10 @@ class Case:
     Attributes:
       shape: B, T, H, K, V.
       decay: a name from `DECAYS`.
-      tokens: "random", "repeated" (one token all along, alpha 1: the worst case for the triangular
-        inverse), "near" (almost one token) or "periodic" (four tokens in turn).
+      tokens: "random"; removal keys that are "repeated" (one all along, alpha 1: the worst case for
+        the triangular inverse), "near" (almost one) or "periodic" (four in turn). Or tokens that
+        are alike in k, v and r, too: "identical" (one all along, alpha 1), "in turn" (three, alpha
+        0.99). Or "parallel": all keys are one direction plus 5 % of noise, alpha 0.8.
       lengths: per row, segments as (id, length), id 0 for padding; None without packing.
       num_segments: asks for states per segment.
       scale: factor on the outputs.
@@ -53,7 +72,7 @@ class Case:
     @property
     def min_log_decay(self) -> float | None:
         """The bound that the decays keep, if it is one that helps."""
-        return RWKV7_BOUND if self.decay in ("rwkv7", "tiny", "slow", "bound") else None
+        return RWKV7_BOUND if self.decay in _BOUNDED else None
 
 
 @functools.cache
@@ -64,7 +83,15 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
     r, k, kk, v = (rng.normal(size=(B, T, H, D)) for D in (K, K, K, V))
     alpha = 1 / (1 + np.exp(-rng.normal(size=(B, T, H, K))))
     log_decay = DECAYS[case.decay](rng, (B, T, H, K))
-    if case.tokens != "random":
+    k = 0.3 * k
+    if case.tokens == "parallel":
+        kk = rng.normal(size=(B, 1, H, K)) + 0.05 * kk
+        k, alpha = 0.3 * kk, np.full_like(alpha, 0.8)
+    elif case.tokens in ("identical", "in turn"):
+        period = 3 if case.tokens == "in turn" else 1
+        r, k, v, kk = (x[:, np.arange(T) % period] for x in (r, k, v, kk))
+        alpha = np.full_like(alpha, 0.99 if period == 3 else 1.0)
+    elif case.tokens != "random":
         period = 4 if case.tokens == "periodic" else 1
         kk = kk[:, np.arange(T) % period]
         alpha = np.full_like(alpha, 0.999)
@@ -75,7 +102,7 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
     inputs = {
         "r": r,
         "log_decay": log_decay,
-        "k": 0.3 * k,
+        "k": k,
         "v": v,
         "a": -kk,
         "b": kk * alpha,
