@@ -7,10 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import zlib
 
 import chex
@@ -162,36 +159,6 @@ def test_what_is_not_finite_stops_the_run(folder, capsys):
     saved = run / "checkpoints" / f"{bad_step - 1:08d}"
     assert f"{saved} is from before" in err
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(saved)))
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, module_compilation_cache):
-    out = folder / "interrupted"
-    arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "goose_jax.cli.main", "train", *arguments, "--no-plot",
-         f"--data={folder / 'fox.txt'}", f"--out={out}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT),
-                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                          "JAX_COMPILATION_CACHE_DIR": module_compilation_cache},
-    )  # fmt: skip
-    metrics = out / "fox-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "saving after this step" in stderr
-    step = max(losses_of(out / "fox-1"))
-    assert f"stopped after step {step}" in stdout
-    assert f"goose-jax train --resume {out / 'fox-1'}" in stdout
-    assert load_checkpoint(out / "fox-1")[1].step == step
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,31 @@ def test_a_full_disk(finished, tmp_path, module_compilation_cache):
     chex.assert_trees_all_equal(saved(run)[0], saved(finished)[0])
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number, status, text, tmp_path, module_compilation_cache
+):
+    arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
+    output, run = tmp_path / "output", tmp_path / "fox-1"
+    process = child_process.start(
+        ["train", *arguments, f"--data={text}", f"--out={tmp_path}"],
+        output=output,
+        cache=module_compilation_cache,
+    )
+    while process.is_alive() and steps_made(run) < 4:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(timeout=120)
+    printed = output.read_text()
+    assert process.exitcode == status, printed
+    assert "Traceback" not in printed
+    assert "saving after this step" in printed
+    step = steps_made(run)
+    assert f"stopped after step {step}; to go on from there:\n" in printed
+    assert f"goose-jax train --resume {run}" in printed
+    assert load_checkpoint(run)[1].step == step
+
+
 def test_a_closed_terminal(text, tmp_path, module_compilation_cache):
     """SIGHUP saves, although writing to the terminal is an error from then on."""
     arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
