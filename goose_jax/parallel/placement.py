@@ -32,8 +32,12 @@ def create_sharded[Tree](make: Callable[[], Tree], mesh: Mesh) -> Tree:
       >>> model.head[...].sharding.spec[-2:]
       ('fsdp', None)
     """
-    shardings = tree_shardings(jax.eval_shape(make), mesh)
-    return jax.jit(make, out_shardings=shardings)()
+    return creation(make, mesh)()
+
+
+def creation[Tree](make: Callable[[], Tree], mesh: Mesh) -> Any:
+    """Returns the program of `create_sharded`, a function of `jax.jit`."""
+    return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make), mesh))
 
 
 def place_tree[Tree](tree: Tree, mesh: Mesh) -> Tree:
@@ -149,6 +153,7 @@ def _place(array: Any, sharding: NamedSharding) -> jax.Array:
 __all__ = [
     "constrain_tree",
     "create_sharded",
+    "creation",
     "place_batch",
     "place_rows",
     "place_tree",

@@ -211,7 +211,7 @@ def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
             return jax.value_and_grad(mean)(params, frozen, batch, count)
 
         if batch.inputs.ndim == 3:
-            value, gradient = _sum_over_microbatches(of_microbatch, batch)
+            value, gradient = _sum_over_microbatches(of_microbatch, params, batch)
         else:
             value, gradient = of_microbatch(batch)
         return (value, tokens), gradient
@@ -244,12 +244,17 @@ def _where(changes: Scalar, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=is_schedule)
 
 
-def _sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+def _sum_over_microbatches(
+    function: Callable[[Batch], tuple[Scalar, Parameters]], params: Parameters, batch: Batch
+) -> tuple[Scalar, Parameters]:
+    """Sums the loss of each microbatch and its gradient, which is like `params`."""
+
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    shapes = jax.eval_shape(function, jax.tree.map(lambda array: array[0], batch))
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    value = jax.eval_shape(function, jax.tree.map(lambda array: array[0], batch))[0]
+    # Made from the parameters, zeros vary over a mesh as the gradient does.
+    zeros = jnp.zeros(value.shape, value.dtype), jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zeros, batch)[0]
 
 

@@ -11,6 +11,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +23,8 @@ from goose_jax.checkpoints import (
     load_optimizer_state,
 )
 from goose_jax.data import next_token_batch
-from goose_jax.parallel import create_sharded, make_mesh, place_tree
+from goose_jax.parallel import make_mesh, place_tree
+from goose_jax.parallel.placement import creation
 from goose_jax.training import (
     LoraConfig,
     OptimizerConfig,
@@ -66,10 +68,10 @@ def make_model(remat="none"):
     return nnx.merge(graphdef, noisy)
 
 
-def batch(step):
+def batch(step, rows=B):
     rng = np.random.default_rng(step)
-    tokens = rng.integers(0, CONFIG.vocab_size, (B, T + 1))
-    ids = np.cumsum(rng.random((B, T + 1)) < 0.1, axis=1) + 1  # several segments in a row
+    tokens = rng.integers(0, CONFIG.vocab_size, (rows, T + 1))
+    ids = np.cumsum(rng.random((rows, T + 1)) < 0.1, axis=1) + 1  # several segments in a row
     ids[:, -2:] = 0
     return next_token_batch(tokens, ids)
 
@@ -128,6 +130,12 @@ def main(file):
         step = make_train_step(model, RECIPE, mesh=mesh)
         losses, state = train(step, state)
         add(results, name, losses, state)
+        if name in ("one", "2 x 2 x 2"):
+            large = batch(STEPS, 2 * B)
+            if mesh is not None:  # the same step in two microbatches
+                large = jax.tree.map(lambda array: array.reshape(2, B, T), large)
+            _, metrics = step(jax.tree.map(jnp.copy, state), large)
+            results[f"microbatches {name}"] = [float(metrics.loss), float(metrics.gradient_norm)]
         if name == "fsdp":
             save_and_load(results, pathlib.Path(file).parent, step, state, model)
 
@@ -146,8 +154,13 @@ def main(file):
             state = init_tuning_state(trained, RECIPE, mesh=mesh)
             add(results, f"{kind} {name}", *train(step, state, frozen))
 
-    made = create_sharded(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)), make_mesh(fsdp=4, tensor=2))
-    expected = RWKV7(CONFIG, rngs=nnx.Rngs(0))
+    # A model whose largest matrix is far smaller than all of it.
+    config = dataclasses.replace(CONFIG, num_layers=48)
+    program = creation(lambda: RWKV7(config, rngs=nnx.Rngs(0)), make_mesh(fsdp=4, tensor=2))
+    compiled = program.lower().compile()
+    plan = compiled.memory_analysis()
+    results["bytes of a device"] = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    made, expected = compiled(), RWKV7(config, rngs=nnx.Rngs(0))
     for name, model in {"created": made, "expected": expected}.items():
         for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
             path = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -81,6 +81,12 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(runs, name):
 
 
 @pytest.mark.slow
+def test_microbatches_on_a_mesh_make_the_step_of_one_device(runs):
+    found, expected = runs["microbatches 2 x 2 x 2"], runs["microbatches one"]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "state"])
 def test_five_steps_of_fine_tuning_on_a_mesh_are_those_of_one_device(runs, kind):
     assert_same(runs, f"{kind} mesh", f"{kind} one")
@@ -91,6 +97,8 @@ def test_parameters_created_on_a_mesh_are_those_of_one_device_and_divided(runs):
     expected = under(runs, "expected")
     for key, value in expected.items():
         np.testing.assert_allclose(runs[key.replace("expected", "created")], value, atol=1e-6)
+    size = sum(value.nbytes for value in expected.values())
+    assert runs["bytes of a device"] < size / 2
     shares = {key.removeprefix("share/"): value for key, value in under(runs, "share").items()}
     assert shares["blocks.time_mix.key"] == shares["head"] == shares["embedding"] == 1 / 8
     assert shares["blocks.time_mix.bonus"] == 1 / 2
