@@ -175,9 +175,6 @@ def test_kernels_on_pieces_are_lowered_for_cuda():
         out_specs=(pieces, PartitionSpec()),
     )
 
-    def loss(inputs: dict[str, Any]) -> Any:
-        return sum(x.astype(jnp.float32).sum() for x in run(inputs))
-
-    lowered = jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",))
-    # Maps: inverses and states. Outputs. Two backwards, of which XLA leaves out half of the first.
-    assert lowered.as_text().count("@mosaic_gpu_v2(") == 2 + 1 + 4
+    lowered = jax.jit(run).trace(inputs).lower(lowering_platforms=("cuda",))
+    # The maps of the pieces need inverses and states; then come the outputs.
+    assert lowered.as_text().count("@mosaic_gpu_v2(") == 2 + 1
