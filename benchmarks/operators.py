@@ -25,6 +25,11 @@ from device import copy_rate, product_rate
 import pallas_kernels
 
 HEAD = 64
+VOCAB = 65536
+BASES = (
+    *("decay_base", "alpha_base", "value_residual_base"),
+    *("removal_scale", "replacement_mix"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +40,15 @@ class Operator:
       function: from the arguments and `implementation=` to the results.
       tokens: shapes of the arguments in the dtype of tokens.
       parameters: shapes of the float32 arguments.
-      flops: of the matrix products of the forward; the backward has twice as many.
+      flops: of the matrix products of the forward.
+      backward_share: how many times as many the backward has.
     """
 
     function: Callable[..., Any]
     tokens: tuple[tuple[int, ...], ...]
     parameters: tuple[tuple[int, ...], ...]
     flops: int = 0
+    backward_share: int = 2
 
 
 def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
@@ -51,6 +58,10 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
 
     def channel_mix(x, key, value, mix, **kwargs):
         return pallas_kernels.channel_mix(x, mix, key, value, **kwargs)
+
+    def cross_entropy_sum(hidden, weight, token_weights, **kwargs):
+        targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % VOCAB
+        return pallas_kernels.cross_entropy_sum(hidden, weight, targets, token_weights, **kwargs)
 
     return {
         "token shift, 6 mixes": Operator(pallas_kernels.token_shift_mix, (x,), ((6, C),)),
@@ -62,6 +73,17 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
         ),
         "channel mix": Operator(
             channel_mix, (x, (C, 4 * C), (4 * C, C)), ((C,),), flops=16 * B * T * C * C
+        ),
+        "inputs of wkv7": Operator(
+            lambda *x, **kwargs: pallas_kernels.wkv7_inputs(
+                *x[:6], **dict(zip(BASES, x[6:], strict=True)), **kwargs
+            ),
+            (heads,) * 6,
+            (of_heads,) * len(BASES),
+        ),
+        # Its backward has the product of the forward, too.
+        "cross entropy": Operator(
+            cross_entropy_sum, (x, (C, VOCAB)), ((B, T),), 2 * B * T * C * VOCAB, backward_share=3
         ),
     }
 
@@ -120,7 +142,7 @@ def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any])
     leaves = jax.tree.leaves((arguments, results))
     moved = sum(x.size * x.dtype.itemsize for x in leaves)
     is_backward = isinstance(arguments[0], list)
-    flops = operator.flops * (2 if is_backward else 1)
+    flops = operator.flops * (operator.backward_share if is_backward else 1)
     return 1e3 * (moved / copy_rate() + flops / product_rate())
 
 

@@ -66,8 +66,8 @@ class Settings:
 
 
 _SCOPES = (
-    *("token_shift_mix", "layer_norm", "key_update", "value_residual", "wkv7"),
-    *("output_correction", "channel_mix", "cross_entropy", "log_decay", "alpha"),
+    *("token_shift_mix", "layer_norm", "wkv7_inputs", "wkv7", "output_correction"),
+    *("channel_mix", "cross_entropy", "decay_logits", "alpha_logits"),
     *("value_residual_logits", "gate", "projection", "optimizer"),
 )
 """Names of operators and of parts of modules; an operation belongs to the first one in its path."""

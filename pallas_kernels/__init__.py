@@ -23,6 +23,7 @@ from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
 from pallas_kernels.operators.wkv7 import WKV7_IMPLEMENTATIONS, wkv7
 from pallas_kernels.operators.wkv7.log_decay import MIN_LOG_DECAY, log_decay_from_logits
+from pallas_kernels.operators.wkv7_inputs import wkv7_inputs
 from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
 __version__ = "0.1.0"
@@ -44,5 +45,6 @@ __all__ = [
     "token_shift_mix",
     "value_residual",
     "wkv7",
+    "wkv7_inputs",
     "wkv7_recurrent",
 ]

@@ -287,9 +287,8 @@ class RWKV7(nnx.Module):
 
     def _embed(self, tokens: TokenIds) -> Tokens:
         embedded = look_up(gather_parameters(self.embedding[...], within="embedding"), tokens)
-        if self.embedding_norm is None:
-            return embedded.astype(self.config.compute_dtype)
-        return self.embedding_norm(embedded)
+        embedded = embedded.astype(self.config.compute_dtype)
+        return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def _cast_matrices(self, params: dict[str, Any]) -> dict[str, Any]:
         """Casts the matrices of all layers to the compute dtype, once for all uses.

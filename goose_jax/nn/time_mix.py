@@ -14,12 +14,10 @@ from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
     KEPT,
     MIN_LOG_DECAY,
-    key_update,
-    log_decay_from_logits,
     output_correction,
     token_shift_mix,
-    value_residual,
     wkv7,
+    wkv7_inputs,
     wkv7_recurrent,
 )
 from pallas_kernels.validation import check_segment_ids, is_known
@@ -177,26 +175,31 @@ class TimeMix(nnx.Module):
         x_receptance, x_decay, x_key, x_value, x_alpha, x_gate = mixed
 
         r = self._heads(_project(x_receptance, self.receptance))
-        log_decay = self._heads(self._log_decay(x_decay))
-        alpha = self._heads(self._alpha(x_alpha))
         k = self._heads(_project(x_key, self.key))
-        k, a, b = key_update(
-            k,
-            alpha,
-            self.removal_scale[...],
-            self.replacement_mix[...],
-            implementation=implementation,
-        )
         v = self._heads(_project(x_value, self.value))
-        if v_first is None:
-            v_first = v
-        else:
+        logits = value_residual_base = None
+        if v_first is not None:
             # In the first layer v_first is v: the residual adds exactly zero, and the gradient of
             # its logits is exactly zero.
             v_first = jnp.where(is_first, v, v_first)
             logits = self._heads(self._value_residual_logits(x_value))
-            v = value_residual(v, v_first, logits, implementation=implementation)
-
+            value_residual_base = self._of_heads(self.value_residual_base)
+        projected_v = v
+        log_decay, k, v, a, b = wkv7_inputs(
+            k,
+            v,
+            v_first,
+            self._heads(self._decay_logits(x_decay)),
+            self._heads(self._alpha_logits(x_alpha)),
+            logits,
+            decay_base=self._of_heads(self.decay_base),
+            alpha_base=self._of_heads(self.alpha_base),
+            value_residual_base=value_residual_base,
+            removal_scale=self.removal_scale[...],
+            replacement_mix=self.replacement_mix[...],
+            implementation=self._implementation_of_inputs(x.shape[1]),
+        )
+        v_first = projected_v if v_first is None else v_first
         o, wkv_state = self._wkv(r, log_decay, k, v, a, b, wkv_state, segment_ids)
         y = output_correction(
             o,
@@ -242,20 +245,29 @@ class TimeMix(nnx.Module):
     def _heads(self, x: Tokens) -> Heads:
         return x.reshape(*x.shape[:-1], -1, self.config.head_size)
 
-    @jax.named_scope("log_decay")
-    def _log_decay(self, x: Tokens) -> HeadChannels:
-        low = _multiply(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
-        return log_decay_from_logits(_add_base(low, self.decay_base))
+    def _of_heads(self, parameter: nnx.Param) -> Float[Array, "H K"]:
+        return parameter[...].reshape(-1, self.config.head_size)
 
-    @jax.named_scope("alpha")
-    def _alpha(self, x: Tokens) -> HeadChannels:
-        low = _multiply(_project(x, self.alpha_down), self.alpha_up)
-        return jax.nn.sigmoid(_add_base(low, self.alpha_base)).astype(x.dtype)
+    def _implementation_of_inputs(self, length: int) -> str | None:
+        """Returns the implementation of `wkv7_inputs` for rows of some length.
+
+        Its kernels round the log decay to bfloat16, which only the kernels of `wkv7` do anyway.
+        """
+        implementation = self.config.implementation_around_wkv7
+        exact = _is_short(length) or self.config.precision is not None
+        return "xla" if implementation is None and exact else implementation
+
+    @jax.named_scope("decay_logits")
+    def _decay_logits(self, x: Tokens) -> HeadChannels:
+        return _multiply(jnp.tanh(_project(x, self.decay_down)), self.decay_up)
+
+    @jax.named_scope("alpha_logits")
+    def _alpha_logits(self, x: Tokens) -> HeadChannels:
+        return _multiply(_project(x, self.alpha_down), self.alpha_up)
 
     @jax.named_scope("value_residual_logits")
     def _value_residual_logits(self, x: Tokens) -> HeadChannels:
-        low = _multiply(_project(x, self.value_residual_down), self.value_residual_up)
-        return _add_base(low, self.value_residual_base).astype(x.dtype)
+        return _multiply(_project(x, self.value_residual_down), self.value_residual_up)
 
     @jax.named_scope("gate")
     def _gate(self, x: Tokens) -> HeadChannels:
@@ -273,8 +285,7 @@ class TimeMix(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
-        length = r.shape[1]
-        if is_known(length) and length < CHUNKED_FROM and context_axis() is None:
+        if _is_short(r.shape[1]):
             return wkv7_recurrent(
                 r,
                 log_decay,
@@ -313,6 +324,11 @@ def check_layer(layer: Layer, config: RWKV7Config) -> None:
         raise ValueError(f"{layer=} must be at least 0 and less than {config.num_layers=}")
 
 
+def _is_short(length: int) -> bool:
+    """Returns whether rows are read token by token; not so if their length is a symbol."""
+    return is_known(length) and length < CHUNKED_FROM
+
+
 def _multiply(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
     """Multiplies tokens by a matrix; `jax.checkpoint` may compute the result again.
 
@@ -326,8 +342,3 @@ def _multiply(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, 
 def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
     """Multiplies tokens by a matrix; the result is kept for the backward."""
     return checkpoint_name(_multiply(x, weight), KEPT)
-
-
-def _add_base(low: Tokens, base: nnx.Param) -> Tokens:
-    """Adds a base in float32 at least, because in trained models it is large beside `low`."""
-    return low.astype(jnp.promote_types(low.dtype, jnp.float32)) + base[None, None]  # [1, 1, C]

@@ -27,8 +27,11 @@ from pallas_kernels.hopper.target import is_interpreted
 from pallas_kernels.hopper.vectors import VECTOR, load_if, make_vector, store_if, values_of
 
 _THREADS = 128
-_CHANNELS = VECTOR * _THREADS
+WIDTH = VECTOR * _THREADS
 """Channels that all threads hold in one register each."""
+
+LOWEST = -3e38
+"""Less than any number that is worth computing with; the differences to it stay finite."""
 
 _WARPS = 4
 _AT_ONCE = 4
@@ -52,12 +55,12 @@ class Tokens:
     @property
     def padded(self) -> int:
         """Channels of a vector."""
-        return -(-self.channels // _CHANNELS) * _CHANNELS
+        return -(-self.channels // WIDTH) * WIDTH
 
     @property
     def at_once(self) -> int:
         """Tokens that a block works on at a time."""
-        return max(1, _AT_ONCE * _CHANNELS // self.padded)
+        return max(1, _AT_ONCE * WIDTH // self.padded)
 
     @property
     def blocks(self) -> int:
@@ -169,12 +172,42 @@ class Tokens:
         """
         if is_interpreted():
             return [jnp.broadcast_to(x.sum(), x.shape) for x in vectors]
+        return self._reduce(arith.addf, scratch, vectors)
+
+    def max_channels(self, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns the largest channel of each vector, like `sum_channels`; padding counts."""
+        if is_interpreted():
+            return [jnp.broadcast_to(x.max(), x.shape) for x in vectors]
+        return self._reduce(arith.maximumf, scratch, vectors)
+
+    def channel_numbers(self) -> jax.Array:
+        """Returns the number of each channel, in float32."""
+        if is_interpreted():
+            return jnp.arange(self.padded, dtype=jnp.float32)
+        inline = plgpu.inline_mgpu(arg_types=(), return_type=self._vector_type())
+        return inline(functools.partial(_channel_numbers, self))()
+
+    def store_scalars(self, scalars_gmem: Any, vectors: Sequence[jax.Array]) -> None:
+        """Writes one number of each of four vectors, whose channels are all the same.
+
+        Args:
+          scalars_gmem: `[4]` float32.
+          vectors: four, as `sum_channels` makes them.
+        """
+        if is_interpreted():
+            scalars_gmem[...] = jnp.stack([x[0] for x in vectors])
+            return
+        layout = _layout(self.padded)
+        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (layout,) * len(vectors)))
+        inline(_store_scalars)(scalars_gmem, tuple(vectors))
+
+    def _reduce(self, combine: Any, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
         layout = _layout(self.padded)
         inline = plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), (layout,) * len(vectors)),
             return_type=(self._vector_type(),) * len(vectors),
         )
-        return list(inline(_sum_channels)(scratch, tuple(vectors)))
+        return list(inline(functools.partial(_reduce, combine))(scratch, tuple(vectors)))
 
     def _vector_type(self) -> plgpu.ShapeDtypeStruct:
         layout = _layout(self.padded)
@@ -191,7 +224,7 @@ def _layout(padded: int) -> Any:
 
 def _channel(i: int) -> Any:
     thread = arith.andi(thread_index(), integer(_THREADS - 1))
-    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * _CHANNELS))
+    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * WIDTH))
 
 
 def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
@@ -220,7 +253,7 @@ def _places(tokens: Tokens, ref: Any, position: Any | None, size: int) -> list[t
         row = arith.muli(arith.extsi(i64, position), mgpu.c(tokens.channels * size, i64))
         base = arith.addi(base, row)
     places = []
-    for i in range(tokens.padded // _CHANNELS):
+    for i in range(tokens.padded // WIDTH):
         channel = _channel(i)
         exists = _less(channel, tokens.channels)
         if position is not None:
@@ -273,7 +306,23 @@ def _mask(tokens: Tokens, _: Any, vector: Any) -> Any:
     return _vector(tokens, registers)
 
 
-def _sum_channels(_: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
+def _channel_numbers(tokens: Tokens, _: Any) -> Any:
+    f32, registers = ir.F32Type.get(), []
+    for i in range(tokens.padded // WIDTH):
+        numbers = [arith.addi(_channel(i), integer(n)) for n in range(VECTOR)]
+        registers.append(make_vector([arith.uitofp(f32, number) for number in numbers]))
+    return _vector(tokens, registers)
+
+
+def _store_scalars(_: Any, ref: Any, vectors: Sequence[Any]) -> None:
+    i32, i64 = integer(0).type, ir.IntegerType.get_signless(64)
+    words = [utils.bitcast(values_of(x.registers.flat[0])[0], i32) for x in vectors]
+    thread = arith.andi(thread_index(), integer(_THREADS - 1))
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, thread, integer(0))
+    store_if(is_first, llvm.ptrtoint(i64, utils.memref_ptr(ref)), words)
+
+
+def _reduce(combine: Any, _: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
     index = ir.IndexType.get()
     thread = arith.andi(thread_index(), integer(_THREADS - 1))
     warp = arith.index_cast(index, arith.shrui(thread, integer(5)))
@@ -281,9 +330,9 @@ def _sum_channels(_: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
     totals = []
     for vector in vectors:
         values = [x for register in vector.registers.flat for x in values_of(register)]
-        total = functools.reduce(arith.addf, values)
+        total = functools.reduce(combine, values)
         for distance in (1, 2, 4, 8, 16):
-            total = arith.addf(total, utils.shfl_bfly(total, distance))
+            total = combine(total, utils.shfl_bfly(total, distance))
         totals.append(total)
     with mgpu.when(is_first):
         for i, total in enumerate(totals):
@@ -294,7 +343,7 @@ def _sum_channels(_: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
         of_warps = [
             memref.load(scratch, [mgpu.c(i, index), mgpu.c(w, index)]) for w in range(_WARPS)
         ]
-        register = make_vector([functools.reduce(arith.addf, of_warps)] * VECTOR)
+        register = make_vector([functools.reduce(combine, of_warps)] * VECTOR)
         registers = np.array([register] * vector.registers.size, dtype=object)
         results.append(
             mgpu.FragmentedArray(
@@ -306,4 +355,4 @@ def _sum_channels(_: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
     return results
 
 
-__all__ = ["Tokens"]
+__all__ = ["LOWEST", "WIDTH", "Tokens"]

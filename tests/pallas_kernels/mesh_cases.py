@@ -100,6 +100,13 @@ CASES = {
     "value_residual": Case(
         operators.value_residual, dict.fromkeys(("v", "v_first", "logits"), "B T H V")
     ),
+    "wkv7_inputs": Case(
+        operators.wkv7_inputs,
+        dict.fromkeys(("k", "v", "v_first"), "B T H K")
+        | dict.fromkeys(("decay_logits", "alpha_logits", "value_residual_logits"), "B T H K")
+        | dict.fromkeys(("decay_base", "alpha_base", "value_residual_base"), "H K")
+        | dict.fromkeys(("removal_scale", "replacement_mix"), "H K"),
+    ),
     "output_correction": Case(
         operators.output_correction,
         dict.fromkeys(("o", "r", "k", "v", "gate"), "B T H V")

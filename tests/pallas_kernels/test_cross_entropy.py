@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cross_entropy, cross_entropy_sum
+from pallas_kernels import NotServed, cross_entropy, cross_entropy_sum
+from pallas_kernels.hopper.target import Target, compile_for
+from pallas_kernels.operators.cross_entropy import mosaic_gpu as cross_entropy_kernels
+from pallas_kernels.operators.cross_entropy.statistics import statistics_xla
 from tests.pallas_kernels.operator_checks import (
     assert_close,
     check_shard_map,
@@ -105,6 +108,79 @@ def test_the_sum_equals_the_formula(implementation, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_sum_with_the_weights_of_a_mean_over_many_tokens(dtype):
     judge_sum(INPUTS, dtype, l2wrap=0, token_weights=np.full(TARGETS.shape, 2.0**-12))
+
+
+def large_inputs(vocab, tokens=TARGETS.shape):
+    """Inputs whose logits go up and down, some of them equal."""
+    inputs = draw(3, hidden=(*tokens, CHANNELS), weight=(CHANNELS, vocab))
+    inputs["weight"][:, vocab // 2 :] = inputs["weight"][:, : vocab - vocab // 2]
+    return inputs
+
+
+# A part of the vocabulary has 8 logits; or a loop of one turn, a vector more, and one of 8 logits.
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [64, 8 * (5 * 1024 + 8)])
+def test_interpreted_statistics_of_logits(vocab):
+    inputs, targets = large_inputs(vocab), TARGETS.copy()
+    targets[0, :3] = vocab - 1, vocab // 8, vocab // 8 - 1
+    logits = jnp.asarray(inputs["hidden"] @ inputs["weight"], jnp.float32)
+    with compile_for(Target(multiprocessors=3, interpret=True)):
+        found = cross_entropy_kernels._statistics(logits, jnp.asarray(targets))
+    expected = statistics_xla(logits, jnp.asarray(targets))
+    for name, limit in (("largest", 0), ("log_total", 1e-6), ("first", 0), ("of_target", 0)):
+        x, y = (np.asarray(getattr(statistics, name)) for statistics in (found, expected))
+        np.testing.assert_allclose(x, y, rtol=limit, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize("vocab", [64, 65536, 128256])
+def test_the_sum_compiles_for_cuda(vocab):
+    shapes = {"hidden": (2, 9, 64), "weight": (64, vocab)}
+    arrays = {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n, shape in shapes.items()}
+    integers = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+    weights = jax.ShapeDtypeStruct((2, 9), jnp.float32)
+
+    def loss(arrays, targets, token_weights):
+        return cross_entropy_sum(
+            **arrays, targets=targets, token_weights=token_weights, implementation="mosaic_gpu"
+        )
+
+    gradient = jax.jit(jax.value_and_grad(loss)).trace(arrays, integers, weights)
+    program = gradient.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @mosaic_gpu") == 1
+
+
+def test_a_vocabulary_in_no_multiple_of_64_is_refused():
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in INPUTS.items()}
+    weights = jnp.ones(TARGETS.shape)
+    with pytest.raises(NotServed, match=r"multiples of 64, got .*vocab=50"):
+        cross_entropy_sum(
+            **arrays, targets=TARGETS, token_weights=weights, implementation="mosaic_gpu"
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [64, 65536, 128256])
+def test_the_sum_on_the_gpu(vocab):
+    inputs = large_inputs(vocab, (2, 300))
+    targets = np.random.default_rng(5).integers(0, vocab, (2, 300))
+    weights = np.random.default_rng(6).integers(0, 3, (2, 300)) / 600
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+
+    def run(implementation):
+        def function(arrays):
+            options = {"l2wrap": 0.3, "chunk_size": 256, "implementation": implementation}
+            weight = jnp.asarray(weights, jnp.float32)
+            return cross_entropy_sum(**arrays, targets=targets, token_weights=weight, **options)
+
+        return jax.jit(jax.value_and_grad(function))(arrays)
+
+    value, gradients = run("mosaic_gpu")
+    expected, expected_gradients = run("xla")
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, gradient in gradients.items():
+        assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
 
 
 def test_the_sum_leaves_out_tokens_without_weight():

@@ -20,6 +20,7 @@ from pallas_kernels import (
     layer_norm,
     output_correction,
     token_shift_mix,
+    wkv7_inputs,
 )
 from pallas_kernels.hopper.target import Target, compile_for
 from tests.pallas_kernels.operator_checks import Arrays, draw, judge
@@ -28,6 +29,7 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpre
 PARAMETERS = (
     *("mixes", "mix", "scale", "bias", "removal_scale", "replacement_mix"),
     *("bonus", "norm_scale", "norm_bias"),
+    *("decay_base", "alpha_base", "value_residual_base"),
 )
 SEGMENT_IDS = np.array(
     [
@@ -85,9 +87,22 @@ CALLS = {
     "layer norm": Call(layer_norm, lambda B, T, C: {"x": (B, T, C), "scale": (C,), "bias": (C,)}),
     "key update": Call(key_update, heads(("k", "alpha"), PARAMETERS[4:6])),
     "output correction": Call(
-        output_correction, heads(("o", "r", "k", "v", "gate"), PARAMETERS[6:])
+        output_correction, heads(("o", "r", "k", "v", "gate"), PARAMETERS[6:9])
     ),
     "channel mix": Call(channel_mix, channel_mix_shapes),
+    "inputs of wkv7": Call(
+        wkv7_inputs,
+        heads(
+            ("k", "v", "v_first", "decay_logits", "alpha_logits", "value_residual_logits"),
+            PARAMETERS[4:6] + PARAMETERS[9:],
+        ),
+    ),
+    "inputs of wkv7, first layer": Call(
+        functools.partial(
+            wkv7_inputs, v_first=None, value_residual_logits=None, value_residual_base=None
+        ),
+        heads(("k", "v", "decay_logits", "alpha_logits"), PARAMETERS[4:6] + PARAMETERS[9:11]),
+    ),
 }
 
 
@@ -115,6 +130,8 @@ def judge_kernels(call: Call, inputs: Arrays, limits: tuple[float, float] | None
         ("output correction", 128),
         pytest.param("output correction", 320, marks=pytest.mark.slow),
         pytest.param("channel mix", 64, marks=pytest.mark.slow),
+        pytest.param("inputs of wkv7", 64, marks=pytest.mark.slow),
+        pytest.param("inputs of wkv7, first layer", 320, marks=pytest.mark.slow),
     ],
 )
 def test_interpreted_equals_the_reference(name, C):

@@ -1,5 +1,6 @@
 """The public cross entropy operators: of each token, and their weighted sum."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.operators.cross_entropy.mosaic_gpu import cross_entropy_sum_mosaic_gpu
 from pallas_kernels.operators.cross_entropy.reference import (
     LAYOUT,
     SUM_LAYOUT,
     cross_entropy_reference,
     cross_entropy_sum_reference,
 )
-from pallas_kernels.operators.cross_entropy.sum_xla import cross_entropy_sum_xla
+from pallas_kernels.operators.cross_entropy.statistics import statistics_xla
+from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_with
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
@@ -25,7 +28,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": cross_entropy_reference,
 }
 SUM_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": cross_entropy_sum_xla,
+    "mosaic_gpu": cross_entropy_sum_mosaic_gpu,
+    "xla": functools.partial(cross_entropy_sum_with, statistics_xla),
     "reference": cross_entropy_sum_reference,
 }
 
@@ -89,7 +93,7 @@ def cross_entropy_sum(
     token_weights: Float[Array, "B T"],
     *,
     l2wrap: float = 0.0,
-    chunk_size: int = 4096,
+    chunk_size: int = 2048,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
     """The weighted sum of the cross entropies of all tokens, the loss of a training step:
@@ -112,8 +116,9 @@ def cross_entropy_sum(
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
         at trace time. "reference" ignores it.
       implementation: "xla", which works in chunks and keeps the gradients for the backward, an
-        array like `hidden` and one like `weight` in float32; "reference", the definition, with full
-        logits; or None, which chooses.
+        array like `hidden` and one like `weight` in float32; "mosaic_gpu", the same with a kernel
+        for Hopper GPUs that finds the statistics of float32 logits in one pass, for a vocabulary
+        in multiples of 64; "reference", the definition, with full logits; or None, which chooses.
 
     Returns:
       A scalar, float32 (float64 for float64 inputs), in nats; nan where a target out of range has a

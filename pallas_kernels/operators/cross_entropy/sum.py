@@ -5,15 +5,20 @@ losses and gradients, and are gone. The backward multiplies by the gradient of t
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
-from pallas_kernels.operators.cross_entropy.reference import losses_of, token_of, weighted_sum
+from pallas_kernels.operators.cross_entropy.reference import weighted_sum
+from pallas_kernels.operators.cross_entropy.statistics import Statistics, losses_and_gradients
 from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
 from pallas_kernels.precision import accumulation_dtype, contract
+
+type StatisticsOf = Callable[[jax.Array, jax.Array], Statistics]
+"""Returns the statistics of logits `[B, T, vocab]`, given the targets `[B, T]`."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +43,7 @@ class Residuals:
 
 
 def _sum(
+    statistics_of: StatisticsOf,
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
@@ -45,11 +51,13 @@ def _sum(
     l2wrap: float,
     chunk_size: int,
 ) -> Float[Array, ""]:
+    del statistics_of  # only the gradients need another pass over logits
     losses = cross_entropy_xla(hidden, weight, targets, l2wrap, chunk_size)
     return weighted_sum(token_weights, losses)
 
 
 def _forward(
+    statistics_of: StatisticsOf,
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
@@ -65,13 +73,8 @@ def _forward(
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
         logits = contract("blc,cv->blv", hidden, weight)
-        losses, largest, log_total = losses_of(logits, targets)
-        token = token_of(logits)
-        probabilities = jnp.exp((logits - largest[..., None]) - log_total[..., None])
-        dlogits = probabilities - (token == targets[..., None])
-        if l2wrap:
-            is_first_largest = token == jnp.argmax(logits, axis=-1, keepdims=True)
-            dlogits += jnp.where(is_first_largest, l2wrap * largest[..., None], 0)
+        statistics = statistics_of(logits, targets)
+        losses, dlogits = losses_and_gradients(logits, targets, statistics, l2wrap)
         dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
         dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
         shared = jnp.where(shares == 0, 0, hidden * shares).astype(hidden.dtype)
@@ -87,9 +90,13 @@ def _forward(
 
 
 def _backward(
-    l2wrap: float, chunk_size: int, residuals: Residuals, dsum: Float[Array, ""]
+    statistics_of: StatisticsOf,
+    l2wrap: float,
+    chunk_size: int,
+    residuals: Residuals,
+    dsum: Float[Array, ""],
 ) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], None, Float[Array, "B T"]]:
-    del l2wrap, chunk_size
+    del statistics_of, l2wrap, chunk_size
     dlosses = (residuals.token_weights * dsum)[..., None]
     dhidden = jnp.where(dlosses == 0, 0, residuals.dhidden * dlosses)
     dweight = residuals.dweight * (residuals.scale * dsum)
@@ -103,8 +110,13 @@ def _backward(
     )
 
 
-cross_entropy_sum_xla = jax.custom_vjp(_sum, nondiff_argnums=(4, 5))
-cross_entropy_sum_xla.defvjp(_forward, _backward)
+cross_entropy_sum_with = jax.custom_vjp(_sum, nondiff_argnums=(0, 5, 6))
+"""Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments.
+
+The first argument is the function that passes over logits to find their statistics.
+"""
+
+cross_entropy_sum_with.defvjp(_forward, _backward)
 
 
-__all__ = ["cross_entropy_sum_xla"]
+__all__ = ["cross_entropy_sum_with"]

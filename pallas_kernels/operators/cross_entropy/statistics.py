@@ -1,0 +1,57 @@
+"""What turns a token's logits into its loss, and into the gradients of the logits."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.operators.cross_entropy.reference import token_of
+
+
+class Statistics(NamedTuple):
+    """Statistics of the logits of some tokens, each `[B, T]`.
+
+    Attributes:
+      largest: the largest logit.
+      log_total: logarithm of the sum of `exp(logits - largest)`.
+      first: number of the first of the largest logits, int32.
+      of_target: logit of the target; 0 if it is out of range.
+    """
+
+    largest: Any
+    log_total: Any
+    first: Any
+    of_target: Any
+
+
+def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
+    """Returns the statistics of logits."""
+    largest = logits.max(-1)
+    log_total = jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
+    # A masked sum rather than a gather, so that logits sharded over the vocabulary stay so.
+    of_target = jnp.where(token_of(logits) == targets[..., None], logits, 0).sum(-1)
+    return Statistics(largest, log_total, jnp.argmax(logits, axis=-1), of_target)
+
+
+def losses_and_gradients(
+    logits: Float[Array, "B T vocab"],
+    targets: Int[Array, "B T"],
+    statistics: Statistics,
+    l2wrap: float,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T vocab"]]:
+    """Returns the losses, nan for targets out of range, and the gradients of their logits."""
+    in_range = (targets >= 0) & (targets < logits.shape[-1])
+    largest = jnp.where(in_range, statistics.largest, jnp.nan)
+    losses = statistics.log_total + (largest - statistics.of_target)
+    token = token_of(logits)
+    largest, log_total, first, targets = (
+        x[..., None] for x in (largest, statistics.log_total, statistics.first, targets)
+    )
+    # One after the other: rounded as one number, they would hide differences of huge logits.
+    dlogits = jnp.exp((logits - largest) - log_total) - (token == targets)
+    if l2wrap:
+        dlogits += jnp.where(token == first, l2wrap * largest, 0)
+    return losses, dlogits
+
+
+__all__ = ["Statistics", "losses_and_gradients", "statistics_xla"]
