@@ -167,9 +167,9 @@ def test_partitioned_function_within_shard_map_over_some_axes(in_context):
 
 def dtype_on_kernels(case: Case, name: str) -> Any:
     """Activations are bfloat16, parameters and states float32."""
-    if name == "segment_ids":
+    if name in ("segment_ids", "targets"):
         return jnp.int32
-    narrow = "T" in case.dimensions[name] or name.endswith("_weight") or name == "state"
+    narrow = "T" in case.dimensions[name] or name.endswith("weight") or name == "state"
     return jnp.bfloat16 if narrow else jnp.float32
 
 
@@ -194,8 +194,10 @@ KERNELS = {
     "packed token_shift_mix": 2,
     "layer_norm": 2,
     "key_update": 2,
+    "wkv7_inputs": 2,
     "output_correction": 2,
     "channel_mix": 2,
+    "cross_entropy_sum": 1,
 }
 
 
