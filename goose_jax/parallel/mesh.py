@@ -62,19 +62,19 @@ def make_mesh(
             check_positive(name, size)
     devices = jax.devices() if devices is None else list(devices)
     count, others = len(devices), fsdp * tensor * context
-    named = ", ".join(f"{name}={size}" for name, size in sizes.items() if size not in (None, 1))
+    named = ", ".join(f"{name} of {size}" for name, size in sizes.items() if size not in (None, 1))
     if data is None:
         if count % others:
             raise ValueError(
-                f"a mesh of {named} needs a multiple of {others} devices, but there are {count}; "
+                f"a mesh with {named} needs a multiple of {others} devices, but there are {count}; "
                 f"the product of its sizes must divide {count}"
             )
         data = count // others
     needed = data * others
     if needed > count or (needed < count and jax.process_count() > 1):
         raise ValueError(
-            f"a mesh of {named or 'data=1'} has {needed} devices, but there are {count}"
-            + (f"; data={count // others} would fit" if count % others == 0 else "")
+            f"a mesh with {named or 'data of 1'} has {needed} devices, but there are {count}"
+            + (f"; data of {count // others} would fit" if count % others == 0 else "")
         )
     shape = tuple(
         {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}[axis] for axis in _ORDER
@@ -140,9 +140,9 @@ def check_mesh(
     if batch_size is not None and batch_size % rows:
         nearest = math.ceil(batch_size / rows) * rows
         raise ValueError(
-            f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} cannot divide batch_size="
-            f"{batch_size}: the batch must be a multiple of {rows}, such as {nearest}, or data x "
-            f"fsdp one of {_divisors(batch_size)}"
+            f"the mesh axes data and fsdp, of {sizes['data']} x {sizes['fsdp']} devices, cannot "
+            f"divide {batch_size=}: the batch must be a multiple of {rows}, such as {nearest}, or "
+            f"their product one of {_divisors(batch_size)}"
         )
     wanted = [
         ("fsdp", "hidden_size", config.hidden_size),

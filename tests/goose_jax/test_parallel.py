@@ -177,9 +177,11 @@ def test_a_wrong_text_of_a_mesh_names_the_part(text, message):
 
 
 def test_a_mesh_of_another_number_of_devices_says_what_fits():
-    with pytest.raises(ValueError, match=r"tensor=3 needs a multiple of 3 devices, but .* are 8"):
+    with pytest.raises(
+        ValueError, match=r"tensor of 3 needs a multiple of 3 devices, but .* are 8"
+    ):
         make_mesh(tensor=3, devices=[object()] * 8)
-    with pytest.raises(ValueError, match=r"data=4, fsdp=4 has 16 devices, .* 8; data=2 would fit"):
+    with pytest.raises(ValueError, match=r"data of 4, fsdp of 4 has 16 devices, .* 8; data of 2"):
         make_mesh(data=4, fsdp=4, devices=[object()] * 8)
     with pytest.raises(ValueError, match="fsdp"):
         make_mesh(fsdp=0)
@@ -190,7 +192,7 @@ def test_a_mesh_of_another_number_of_devices_says_what_fits():
     [
         (
             {"data": 2, "fsdp": 2},
-            "data=2 x fsdp=2 cannot divide batch_size=6: .* multiple of 4, such as 8",
+            "data and fsdp, of 2 x 2 devices, cannot divide batch_size=6: .* multiple of 4, such as 8",
         ),
         ({"tensor": 8}, "tensor=8 cannot divide num_heads=4; sizes that would fit: 1, 2, 4"),
         ({"fsdp": 3}, "fsdp=3 cannot divide hidden_size=64; .* 1, 2, 4, 8, 16, 32, 64"),
