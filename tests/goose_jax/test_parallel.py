@@ -192,7 +192,7 @@ def test_a_mesh_of_another_number_of_devices_says_what_fits():
     [
         (
             {"data": 2, "fsdp": 2},
-            "data and fsdp, of 2 x 2 devices, cannot divide batch_size=6: .* multiple of 4, such as 8",
+            "data and fsdp, of 2 x 2 devices, cannot divide batch_size=6: .* of 4, such as 8",
         ),
         ({"tensor": 8}, "tensor=8 cannot divide num_heads=4; sizes that would fit: 1, 2, 4"),
         ({"fsdp": 3}, "fsdp=3 cannot divide hidden_size=64; .* 1, 2, 4, 8, 16, 32, 64"),
