@@ -265,6 +265,7 @@ def test_decoding_kernels_are_partitioned_for_cuda(tmp_path):
     assert not any(re.search(rf"\b{rows},", kernel.split("custom-call")[0]) for kernel in kernels)
 
 
+@pytest.mark.slow
 def test_mapped_kernels_are_partitioned_for_cuda(tmp_path):
     case = CASES["key_update"]
     run = functools.partial(operators.key_update, implementation="mosaic_gpu")
