@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from goose_jax import RWKV7Config
 from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
 from goose_jax.cli.main import main
+from goose_jax.data import next_token_batch
 from goose_jax.nn import abstract_model
 from goose_jax.parallel import (
     PARTITION_RULES,
@@ -31,6 +32,7 @@ from goose_jax.training import (
     init_tuning_state,
     init_wkv,
     make_train_step,
+    mean_loss,
 )
 from tests.goose_jax.parallel_runs import MESHES
 from tests.goose_jax.random_parameters import make_model
@@ -227,3 +229,27 @@ def test_a_divided_model_generates_what_one_device_does(tmp_path, capsys):
     texts = capsys.readouterr().out
     assert len(texts) > 12
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_model_on_a_mesh_with_explicit_axes_is_that_of_one_device():
+    """`jax.make_mesh` makes such a mesh; there, the types of arrays say how they are divided."""
+    mesh = jax.make_mesh((4,), ("rows",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    model = make_model(compute_dtype="float32")
+    graphdef, params = nnx.split(model)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 6), np.int32)
+    batch = next_token_batch(tokens)
+
+    @jax.jit
+    def differentiate(params, batch):
+        return jax.value_and_grad(lambda p: mean_loss(nnx.merge(graphdef, p), batch))(params)
+
+    expected, of_one = differentiate(params, batch)
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(batch, NamedSharding(mesh, P("rows")))
+        found, gradient = differentiate(jax.device_put(params, NamedSharding(mesh, P())), divided)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_one), strict=True):
+        assert relative_rms(a, b) < 1e-4, relative_rms(a, b)
