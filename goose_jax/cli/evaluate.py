@@ -11,6 +11,7 @@ from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.data_settings import read_texts
 from goose_jax.config import Dtype
 from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
+from pallas_kernels.types import Precision
 from pallas_kernels.validation import check_positive
 
 
@@ -23,6 +24,7 @@ def evaluate(
     strict: bool = False,
     tokenizer: str | None = None,
     dtype: Dtype | None = None,
+    precision: Precision = None,
     state: Path | None = None,
     batch_size: int = 8,
     sequence_length: int = 1024,
@@ -49,6 +51,7 @@ def evaluate(
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.
+      precision: high keeps float32's digits in the matrix products of the wkv operator.
       state: State that each window begins with, as for goose-jax generate. By default a trained
         initial state that lies beside the weights, or zeros.
       batch_size: Number of windows that are read at once.
@@ -61,7 +64,9 @@ def evaluate(
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
     documents = read_texts(text, pattern=pattern, field=field, strict=strict)
-    model, found = load_model_and_tokenizer(checkpoint, tokenizer=tokenizer, dtype=dtype)
+    model, found = load_model_and_tokenizer(
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+    )
     start = starting_state(checkpoint, state, model)
     measure = make_evaluation(
         model,

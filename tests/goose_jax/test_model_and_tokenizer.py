@@ -48,6 +48,14 @@ def test_the_dtype_is_that_of_parameters_and_computation(checkpoint):
     assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")
 
 
+def test_the_precision_that_is_given_or_recorded(checkpoint, tmp_path):
+    model = load_model_and_tokenizer(checkpoint, precision="high")[0]
+    assert model.config.precision == "high"
+    assert load_model_and_tokenizer(checkpoint)[0].config.precision is None
+    save_checkpoint(tmp_path / "high", model, CheckpointMetadata(tokenizer="byte"))
+    assert load_model_and_tokenizer(tmp_path / "high")[0].config.precision == "high"
+
+
 @pytest.mark.parametrize("name", ["tiny_official.pth", "tiny_fla_hf"])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_one_rule_of_dtypes_for_foreign_checkpoints(name, backend, monkeypatch):
