@@ -285,7 +285,7 @@ class TimeMix(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
-        if _is_short(r.shape[1]):
+        if _is_short(r.shape[1]) and context_axis() is None:
             return wkv7_recurrent(
                 r,
                 log_decay,
