@@ -44,6 +44,12 @@ class Storage:
 
 
 class _Pickler(pickle._Pickler):  # the one that can be shown modules that do not exist
+    # The package dill, which `datasets` imports, changes how pickle writes functions.
+    dispatch = pickle._Pickler.dispatch | {
+        types.FunctionType: pickle._Pickler.save_global,
+        type: pickle._Pickler.save_type,
+    }
+
     def persistent_id(self, value):
         return value.identity if isinstance(value, Storage) else None
 
