@@ -38,8 +38,8 @@ def render_conversation(messages: Sequence[Any]) -> tuple[str, tuple[tuple[int, 
       counted: ranges of characters, in ascending order.
 
     Raises:
-      ValueError: if a message has another form, or nobody or not the assistant speaks. The error
-        names the message.
+      ValueError: if a message has another form (the error names it), or there is no reply of the
+        assistant.
 
     Example:
       >>> text, counted = render_conversation(

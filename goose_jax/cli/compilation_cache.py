@@ -12,7 +12,7 @@ def use_compilation_cache() -> None:
 
     JAX decides what it keeps: programs that took more than a second to compile. The environment
     variable `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=0`
-    turns the cache off. A folder that cannot be made is told on stderr.
+    turns the cache off. If the folder cannot be made, a line on stderr says so.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return

@@ -36,7 +36,8 @@ class DocumentSettings:
       pattern: which files of a folder are read: all whose names fit one of these, as in "*.txt".
       field: the field of JSONL and data sets that holds the text or the conversation; by default
         text, messages or conversations.
-      strict: whether a file in a folder that is not UTF-8 text is an error; else it is left out.
+      strict: treat a file of a folder that is not UTF-8 text as an error. Without it, such files
+        are left out.
     """
 
     data: Path | None = None
@@ -78,12 +79,13 @@ class DataSettings(DocumentSettings):
         data.
       held_out_bytes: without --held-out, bytes of the data that are not trained on, but used to
         measure bits per byte; at most a tenth of it.
-      sampling: how batches are made. windows: windows at random, over the ends of documents;
+      sampling: how batches are made. windows: windows at random, which may span several documents;
         packed: documents side by side, each a segment of its own, all of them in each epoch;
         magic-prime: the windows of the official training code, in its order.
-      magic_prime: with --sampling magic-prime, the prime that the order comes from; by default the
-        one that make_data.py of RWKV-LM names.
-      prefetch: number of batches that are made ahead; 0 makes each when it is needed.
+      magic_prime: with --sampling magic-prime, the prime that determines the order; by default the
+        one that make_data.py of RWKV-LM prints.
+      prefetch: number of batches that are made ahead, by each process that makes batches; 0 makes
+        each batch when it is needed.
       data_workers: number of processes that encode text and make batches; 0 does it in threads of
         the process that trains.
     """

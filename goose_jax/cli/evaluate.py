@@ -32,7 +32,7 @@ def evaluate(
     """Measures how well a model predicts a text, in bits per byte.
 
     Bits per byte can be compared between models with different tokenizers. The text is read in
-    windows, each without memory of the window before it; so longer windows give a smaller number.
+    windows, each without memory of the window before it, so longer windows give a smaller number.
     Of conversations only what the assistant says is measured.
 
     In use:
@@ -47,7 +47,8 @@ def evaluate(
       pattern: Which files of a folder are read, as in "*.txt".
       field: The field of JSONL and data sets that holds the text or the conversation; by default
         text, messages or conversations.
-      strict: Whether a file in a folder that is not UTF-8 text is an error; else it is left out.
+      strict: Treat a file of a folder that is not UTF-8 text as an error. Without it, such files
+        are left out.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the
         tokenizer that the checkpoint names.
       dtype: Dtype of parameters and computation; by default parameters keep their dtype.

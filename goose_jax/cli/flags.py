@@ -10,7 +10,7 @@ def option(name: str) -> str:
 
 
 def name_flags(message: str, names: Iterable[str]) -> str:
-    """Writes flags in place of the names of arguments in an error, where it speaks of their values.
+    """Replaces names of arguments in an error by their flags, where `=` or `must` follows the name.
 
     Args:
       message: the error, as in "top_p must be in [0, 1]" or "self.head_size=64 must be at least 2".

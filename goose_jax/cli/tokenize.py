@@ -47,8 +47,8 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
     """Encodes documents once, for training: OUT.bin and OUT.idx, as RWKV-LM reads them.
 
     Each text file, line of JSONL or row of a data set is a document. Of conversations a file
-    OUT.counted says which tokens are the assistant's. If it is interrupted, the same command goes
-    on where it was.
+    OUT.counted says which tokens are the assistant's. After an interruption the same command
+    goes on where it stopped.
 
     In use:
       goose-jax tokenize --data my-texts.jsonl --out my-texts
@@ -82,7 +82,7 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
 
 
 class _Report:
-    """Shows how far it is."""
+    """A progress bar: how much of the source is encoded, and the speed since the start."""
 
     def __init__(self, source: DocumentSource):
         self._source = source

@@ -50,7 +50,7 @@ for the peaks of the learning rate of 24 layers, which are those of the official
 def with_defaults(settings: TrainSettings) -> TrainSettings:
     """Fills in a value for each setting that was left out and has a default.
 
-    A setting of the preset goes before the default. Settings that depend on the model's checkpoint
+    A setting of the preset overrides the default. Settings that depend on the model's checkpoint
     (`tokenizer` with `from_`), on the machine (`compute_dtype`, `implementation`) or on the text
     (`prompt`) stay None, and so do sizes that `RWKV7Config` derives from others.
 

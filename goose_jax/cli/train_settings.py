@@ -40,9 +40,9 @@ class TrainSettings(DataSettings):
 
     Attributes:
       config: YAML file with settings by the names of these flags, such as the settings.yaml of a
-        run. Flags that are given, too, go before it.
+        run. Flags on the command line override it.
       preset: settings of an official training: sizes of the model, batches, number of steps and the
-        optimizer. Flags that are given, too, go before it.
+        optimizer. Other flags and --config override it.
       out: the run gets a numbered folder of its own in this folder.
       resume: folder of a run to continue, with the settings of that run.
       from_: checkpoint of a model to fine-tune: a .pth or safetensors file, a folder of Hugging
@@ -95,19 +95,20 @@ class TrainSettings(DataSettings):
       decay_base_rate: factor on the learning rate of the base of the log decay.
       l2wrap: factor of the pull on each token's largest logit; 0 turns it off.
       log_every: number of steps that make one line of metrics.
-      tensorboard: write the metrics for TensorBoard, too.
-      wandb: send the metrics to this project at Weights & Biases, too (needs wandb).
-      peak_tflops: operations that all devices make per second at most, in 10^12; the metric mfu is
-        the share of it that the model needs. By default what the GPU's maker says, if it is known.
-      non_finite: what a loss or gradient does that is infinite or NaN. stop: it ends the run. skip:
-        the step is left out, but ten one after another end the run. The batch is kept in both.
+      tensorboard: also write the metrics for TensorBoard.
+      wandb: also send the metrics to this project at Weights & Biases (needs wandb).
+      peak_tflops: peak speed of all devices together, in 10^12 floating-point operations per
+        second. The metric mfu is the share of it that the model uses. By default the peak that the
+        GPU's maker states, if it is known.
+      non_finite: what happens if the loss or gradient is infinite or NaN. stop: the run ends. skip:
+        the step is left out, but ten such steps in a row end the run. Both save the batch.
       evaluate_every: number of steps between two measurements. The run also measures before the
         first step and after the last.
       save_every: number of steps between two checkpoints. The run also saves at the end and at
         Ctrl-C.
       keep: number of newest checkpoints to keep; older ones are removed.
-      keep_best: keep the checkpoint at whose step held-out text was measured best, too.
-      keep_every: keep the checkpoints whose step is a multiple of this number, too.
+      keep_best: also keep the checkpoint with the fewest bits per byte on held-out text.
+      keep_every: also keep the checkpoints whose step is a multiple of this number.
       plot: draw the loss curve (needs matplotlib).
       prompt: text that the sample at the end continues; by default the beginning of the held-out
         text.

@@ -118,8 +118,8 @@ class Binidx:
     def check_size(self) -> None:
         """Checks that the file of tokens is as long as it was when it was opened.
 
-        To read mapped tokens that have been cut off would end the process by a signal. A file that
-        was removed or replaced stays as it was.
+        Reading mapped tokens that have been cut off ends the process by a signal. A file that was
+        removed or replaced can still be read as it was.
 
         Raises:
           ValueError: if the file has been cut.
@@ -135,8 +135,8 @@ class Binidx:
     def checksum(self) -> str:
         """Identifies the tokens: a SHA-256 of the index and the tokens, in hexadecimal digits.
 
-        Of a `.bin` of more than 1 GiB, 1024 blocks of 1 MiB enter, which are spread evenly. A
-        change between them that keeps the sizes of all items is not noticed.
+        Of a `.bin` of more than 1 GiB only 1024 blocks of 1 MiB are hashed, spread evenly. A change
+        between them that keeps the sizes of all items is not noticed.
         """
         digest = hashlib.sha256()
         for file in (self._idx, self._bin, Path(f"{self.prefix}.counted")):
@@ -152,7 +152,7 @@ def prefix_of(path: Path | str) -> Path:
 
 
 def files_of(prefix: Path) -> tuple[Path, Path]:
-    """Returns the paths of the index and of the tokens."""
+    """Returns the paths of the index and of the tokens, in this order."""
     return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
 
 

@@ -22,7 +22,7 @@ class Written:
     Attributes:
       tokens: number of tokens.
       items: number of complete items.
-      pending: tokens of the item that is not complete.
+      pending: number of tokens of the last item, if it is not complete; else 0.
     """
 
     tokens: int = 0
@@ -79,9 +79,9 @@ class BinidxWriter:
         """Appends tokens.
 
         Args:
-          tokens: ids in the range of the dtype.
-          counted: whether the loss counts a token; None counts all.
-          ends_item: whether the item is complete.
+          tokens: `[N]` integers, ids below `vocab_size`.
+          counted: `[N]`, whether the loss counts a token; None counts all.
+          ends_item: whether these tokens are the last of their item.
 
         Raises:
           OSError: if the disk is full.
@@ -104,7 +104,11 @@ class BinidxWriter:
         )
 
     def sync(self) -> Written:
-        """Forces what has been written to the disk, and returns how much that is."""
+        """Forces what has been written to the disk, and returns how much that is.
+
+        Raises:
+          OSError: if the disk is full.
+        """
         for stream in self._files.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -129,10 +133,12 @@ class BinidxWriter:
 
     @classmethod
     def complete(cls, prefix: Path) -> bool:
-        """Goes on where a process was killed in `finish`, after the tokens had got their name.
+        """Gives the other files their names, if `.bin` has its name already, as in `finish`.
+
+        A process may have been killed between these steps.
 
         Returns:
-          Whether it was so, and the files are complete now.
+          Whether all files have their names now.
         """
         idx, bin_file = files_of(prefix)
         if not bin_file.exists() or _partial(prefix, ".bin").exists():

@@ -35,7 +35,7 @@ class EncodedDocument:
     Attributes:
       tokens: `[N]` int32.
       counted: `[N]`, whether the loss counts a token; None counts all.
-      ends: whether the document is complete.
+      ends: whether these are the last tokens of the document.
       num_bytes: length of the text's UTF-8.
     """
 
@@ -58,7 +58,7 @@ def encode_stream(
       documents: documents, each with the position after it.
       tokenizer: the tokenizer.
       workers: number of processes that encode; 0 encodes in this one.
-      follows: whether the first document goes on where another one ended that `continues`.
+      follows: whether the first document is the next piece of a text that began before.
 
     Yields:
       Encoded documents, in the order of the documents, and the position after the last of them.

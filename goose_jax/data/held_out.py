@@ -18,8 +18,8 @@ class HeldOutChoice:
     """What is held out of a stream of documents, and what is left out of it.
 
     Attributes:
-      whole: numbers of the documents that are held out.
-      repeated: numbers of the documents whose text came before; they are left out.
+      whole: numbers of the documents that are held out whole.
+      repeated: numbers of the documents whose text occurred before; they are left out.
       cut: number of the document whose end is held out, and the number of bytes before that end;
         None if whole documents are held out.
       num_documents: number of documents in the stream.
@@ -34,7 +34,7 @@ class HeldOutChoice:
 def choose_in_stream(
     documents: Iterable[Document], *, source: str, held_out_bytes: int, skipped: Sequence[str] = ()
 ) -> HeldOutChoice:
-    """Chooses as `split_documents` does. Of each document 16 bytes are kept in memory.
+    """Chooses as `split_documents` does, but keeps only 16 bytes of each document in memory.
 
     Args:
       documents: the documents; a long one may be in pieces.

@@ -31,7 +31,7 @@ class BinidxBatches(abc.ABC):
       microbatches: A; 1 gives batches without the leading axis.
       process_index: which process reads, from 0. It gets its share of the B rows.
       process_count: number of processes; it divides B.
-      num_tokens: only the first so many tokens are read; None reads all.
+      num_tokens: number of tokens that are read, from the first; None reads all.
       source: what messages call the tokens; by default their path.
     """
 
@@ -117,7 +117,7 @@ class BinidxBatches(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class RandomBinidxWindows(BinidxBatches):
-    """Windows drawn at random, as `random_batch` draws them, over the ends of documents.
+    """Windows drawn at random, as `random_batch` draws them. They may span several documents.
 
     Attributes:
       seed: another seed gives other windows.
@@ -143,8 +143,8 @@ class MagicPrimeWindows(BinidxBatches):
 
     The text is divided into slots of T tokens. The row number n of the training, counted from 1,
     begins at slot `(f n^3) mod p`, where p is a prime of the form 3 k + 2 a little below the number
-    of slots, and f is about 0.618 p. So p rows in a row are p different slots. A window is one
-    token longer than its slot, and reaches over the ends of documents.
+    of slots, and f is about 0.618 p. So any p consecutive rows are p different slots. A window is
+    one token longer than its slot, and may span several documents.
 
     Rows follow each other over microbatches and steps, so that a run sees, at each step, the rows
     of an official run with the same number of rows per step. Source: `dataset.py` in
@@ -214,9 +214,9 @@ class PackedDocuments(BinidxBatches):
     epoch the rows have another order. There is no padding, and each token is a target once in an
     epoch (fewer than T tokens twice, in the last row).
 
-    A document begins with `start_token`, which predicts its first token, and its last token only is
-    predicted. Without a start token the first token of a document is predicted by nothing, and its
-    last predicts nothing.
+    `start_token` is read before the first token of each document and predicts it. The last token of
+    a document is a target, but not an input. Without a start token the first token of a document
+    is no target, and its last token is an input without a target.
 
     Attributes:
       seed: another seed gives another order.

@@ -139,13 +139,13 @@ class DocumentSource:
 
     @property
     def num_bytes(self) -> int:
-        """The size of all files on disk."""
+        """The size of all files on disk, in bytes; of packed files, the packed size."""
         return sum(self._sizes)
 
     def bytes_before(self, position: Position) -> int:
         """Returns how much of `num_bytes` lies before a position, as far as that is known.
 
-        Of an item that is packed nothing counts until its end.
+        A `.gz` file counts only when it has been read to its end.
         """
         whole = sum(self._sizes[: position.item])
         if position.item == len(self.items) or position.offset == 0:
@@ -236,9 +236,10 @@ def read_documents(
     strict: bool = False,
     on_skipped: Callable[[Path, str], None] | None = None,
 ) -> list[Document]:
-    """Reads all documents of `open_documents` into memory, which has the same arguments.
+    """Reads all documents of `open_documents`, which has the same arguments, into memory.
 
-    Empty documents are left out. `on_skipped` is called as `DocumentSource.read` does.
+    Empty documents are left out. `on_skipped` is called with each file that is left out, and what
+    is wrong with it.
 
     Raises:
       FileNotFoundError: if there is nothing at `path`.

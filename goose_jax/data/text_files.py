@@ -85,7 +85,7 @@ def read_pieces(file: Path, start: int = 0) -> Iterator[tuple[str, int, bool]]:
     """Reads a text file in pieces.
 
     A file is cut where a line begins with an ASCII letter or digit, if there is such a place. No
-    token of the World vocabulary reaches over it, so that the tokens of the pieces are those of the
+    token of the World vocabulary spans such a cut, so the tokens of the pieces are those of the
     whole text.
 
     Args:

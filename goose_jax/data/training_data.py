@@ -43,7 +43,7 @@ class TrainingData:
     Attributes:
       source: what messages call the data, such as its path.
       data: the tokens.
-      num_tokens: the first so many of them are trained on.
+      num_tokens: number of tokens to train on, from the first.
       held_out: the documents to measure on.
       tokenizer: the tokenizer of the tokens.
       num_skipped: number of files that were left out, because they are not text.
@@ -84,8 +84,8 @@ class TrainingData:
           magic_prime: the prime of "magic-prime"; None takes the default.
 
         Raises:
-          ValueError: if the tokens do not fill a row, or something is held out of the tokens of
-            "magic-prime", which the official order reads all.
+          ValueError: if the tokens do not fill a row, `magic_prime` does not fit them, or some of
+            them are held out with "magic-prime", which reads all tokens.
         """
         common: dict[str, Any] = {
             "data": self.data,
@@ -121,7 +121,7 @@ def open_tokens(
     Args:
       path: path of the binidx, with or without `.bin` or `.idx`.
       tokenizer: the tokenizer that made the tokens.
-      held_out_bytes: how much text to hold out at most, but a tenth of the tokens at most.
+      held_out_bytes: how much text to hold out at most; never more than a tenth of the tokens.
       held_out: documents to measure on. None holds out the last items, as many as fit whole, or
         else the last tokens.
 
