@@ -25,7 +25,7 @@ class SkippedFiles:
             tqdm.tqdm.write(f"left out: {file} {why}", file=sys.stderr)
 
     def tell_count(self) -> None:
-        """Prints the number of files, if not all of them were named."""
+        """Prints the number of files on stderr, if not all of them were named."""
         if self.count > _NAMED:
             print(f"{self.count} files were left out, which are not text", file=sys.stderr)
 

@@ -18,7 +18,7 @@ _MAY_CHANGE = (
     *("evaluate_every", "save_every", "keep", "keep_best", "keep_every"),
     *("plot", "prompt", "sample_length", "mesh"),
 )
-"""The settings that a run may be resumed with other values of.
+"""The settings whose values may change when a run is resumed.
 
 The data and the model of `from_` may have moved, but the trainer compares what they hold.
 """
@@ -59,7 +59,7 @@ def _recorded(run: RunDirectory) -> TrainSettings:
 
 
 def check_changes(settings: TrainSettings, run: RunDirectory) -> None:
-    """Checks that a run is resumed with no other settings than those that may change.
+    """Checks that only settings that may change differ from those of the run.
 
     Args:
       settings: complete settings.
