@@ -34,18 +34,21 @@ def check_context_axis(operator: str, context_axis: Any) -> None:
 
 
 def is_device(index: int | jax.Array, axis: ContextAxis) -> jax.Array:
-    """Returns whether this is a device of the axis, counted from its end if negative."""
+    """Returns, as a boolean scalar, whether this device has an index on the axis.
+
+    A negative index counts from the end: -1 is the last device.
+    """
     index = index + jax.lax.axis_size(axis) if index < 0 else index
     return jax.lax.axis_index(axis) == index
 
 
 def own(values: Any, axis: ContextAxis) -> Any:
-    """Returns this device's part of a pytree of arrays `[n, ...]`."""
+    """Returns this device's entries of a pytree of arrays `[n, ...]`, one entry per device."""
     return jax.tree.map(lambda x: x[jax.lax.axis_index(axis)], values)
 
 
 def from_device(x: jax.Array, index: int, axis: ContextAxis) -> jax.Array:
-    """Returns the value that one device has, on all of them."""
+    """Returns the `x` of the device with this index, on all devices; -1 is the last device."""
     return jax.lax.psum(jnp.where(is_device(index, axis), x, jnp.zeros_like(x)), axis)
 
 
@@ -56,7 +59,7 @@ def find_entries(segment_ids: Int[Array, "m B L"], axis: ContextAxis) -> Bool[Ar
     in a piece before.
 
     Args:
-      segment_ids: of the m pieces of this device.
+      segment_ids: integers of the m pieces of this device; 0 is padding.
       axis: the mesh axis.
 
     Returns:
@@ -95,8 +98,8 @@ def token_before(
       axis: the mesh axis.
 
     Returns:
-      The token before each row's first one of this piece, zero where a segment begins there.
-      The last token of each whole row that is not padding; `state` if all are.
+      The token before each row's first one of this piece; zero where a segment begins there.
+      The last token of each whole row that is not padding; `state` where all are padding.
     """
     initial = jnp.zeros_like(x[:, 0]) if state is None else state
     x, segment_ids, initial = vary_alike(x, segment_ids, initial)

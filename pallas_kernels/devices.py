@@ -52,7 +52,7 @@ def device_in_context() -> Device:
 
 @contextlib.contextmanager
 def assume_device(device: Device) -> Iterator[None]:
-    """Traces for a device that was in context before, when JAX calls back without the context."""
+    """Makes `device_in_context` return a device, where JAX calls back without its context."""
     token = _assumed.set(device)
     try:
         yield

@@ -139,7 +139,7 @@ def _run_backward(
 ) -> tuple[tuple[Any, ...]]:
     del forward
     gradients = backward(*inputs, cotangents=cotangents)
-    # Gradients of parameters are rounded here, when they have been summed over all devices.
+    # Round gradients of parameters only here, after they have been summed over all devices.
     return (
         tuple(
             gradient if x is None or not _is_float(x) else gradient.astype(x.dtype)

@@ -35,7 +35,7 @@ DEVICE_CHECKS: Mapping[str, Callable[[], None]] = {"mosaic_gpu": _check_hopper}
 
 
 def _check_sizes(name: str, args: Any, kwargs: Any) -> None:
-    """Raises NotServed if a kernel, which is compiled for its sizes, would get symbols of them."""
+    """Raises NotServed if a kernel would get symbolic sizes: it is compiled for numbers."""
     for x in jax.tree.leaves((args, kwargs)) if name in DEVICE_CHECKS else ():
         if not is_known(*getattr(x, "shape", ())):
             raise NotServed(f"{name} needs sizes that are numbers, got shape={x.shape}")

@@ -75,14 +75,17 @@ def partitioned[R](
 
 
 def _is_interpreted(traced: Any) -> bool:
-    """Returns whether a function calls the interpreter, in an order that cannot be divided."""
+    """Returns whether a traced function calls the interpreter of kernels.
+
+    The interpreter's calls have an order, so the compiler cannot divide them.
+    """
     from jax._src.effects import ordered_effects
 
     return any(map(ordered_effects.contains, traced.effects))
 
 
 def _without_references(traced: Any) -> Any:
-    """Returns a traced function whose kernels write results instead of references."""
+    """Returns a traced function without references: arrays that they held become results."""
     from jax._src.state.discharge import discharge_state
 
     return discharge_state(traced)
@@ -94,7 +97,7 @@ def partitioned_backward(
     *,
     units: Mapping[str, int] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
-    """Does the same for a function from inputs and `cotangents` to gradients.
+    """Lets the compiler divide the calls of a backward, as `partitioned` does for a forward.
 
     Args:
       function: from inputs, and cotangents as a keyword argument, to the gradients of the inputs.
@@ -118,9 +121,9 @@ class _Context:
     Attributes:
       device: the device in context.
       mesh: the mesh in context.
-      variables: of Python.
+      variables: the context variables of Python.
       x64: whether JAX's 64-bit types are enabled.
-      precision: of matrix products.
+      precision: JAX's default precision of matrix products.
     """
 
     device: Device
@@ -189,7 +192,7 @@ class _Call:
         def _(
             axis_size: int, is_mapped: Sequence[bool], *leaves: jax.Array
         ) -> tuple[list[jax.Array], list[bool]]:
-            del axis_size  # of a part it is less
+            del axis_size  # not kept: one device's part of the mapped axis may be shorter
             results = self._mapped(is_mapped, leaves).run(*leaves)
             return results, [True] * len(results)
 
@@ -220,7 +223,7 @@ class _Call:
         return jax.core.eval_jaxpr(self.whole.jaxpr, constants, *leaves)
 
     def _sharding_rule(self) -> tuple[str, dict[str, Any]]:
-        """Returns what Shardy, the compiler's propagation of shardings, must know."""
+        """Returns the rule for Shardy, the part of the compiler that propagates shardings."""
         whole: list[str] = []  # a name for each dimension, because one array may have two alike
 
         def factor(name: str) -> str:
@@ -270,6 +273,7 @@ class _Call:
 
 
 def _sum_parts(x: jax.Array, dimensions: Dimensions, divided: Mapping[str, Axes]) -> jax.Array:
+    """Sums a result over the axes of the divided dimensions that it lacks."""
     axes = tuple(axis for name, axes in divided.items() if name not in dimensions for axis in axes)
     return jax.lax.psum(x, axes) if axes else x
 
@@ -327,6 +331,7 @@ def _meshes(mesh: Mesh, sharding: Sharding, context: AbstractMesh) -> tuple[Mesh
 
 
 def _spec(sharding: Sharding, rank: int, mesh: Mesh) -> PartitionSpec:
+    """Returns how an array of this rank is divided over the axes of the mesh."""
     from jax._src.sharding_impls import parse_flatten_op_sharding
 
     if isinstance(sharding, NamedSharding):

@@ -29,7 +29,7 @@ ROWS = "B"
 """The dimension that distinguishes activations and states from parameters."""
 
 TOKENS = "T"
-"""The dimension in which parts of an array may follow one another, instead of being independent."""
+"""The dimension of tokens. Its parts depend on one another: each needs the part before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,9 @@ def over_explicit_axes[R](
       function: from the arguments to the results.
       layout: of arguments and results.
       *arguments: arrays, pytrees of arrays, or None.
-      over_context: whether the function has a keyword argument `context_axis`. It then gets the
-        axes that divide tokens, and pieces of the rows: these axes are Manual in the function.
+      over_context: whether the function has a keyword argument `context_axis`. If axes divide the
+        tokens, it gets their names as `context_axis`, and this device's pieces of the rows. These
+        axes are Manual in the function.
     """
     leaves = jax.tree.leaves(arguments)
     mesh = _mesh_with_explicit_axes(leaves)

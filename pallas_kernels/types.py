@@ -22,7 +22,7 @@ from typing import Any, Literal
 from jaxtyping import Array, Bool, Float, Int
 
 type Size = Any
-"""An integer; or, while `jax.export` traces a program for any size, a symbol of it."""
+"""An integer; or the symbol of one, while `jax.export` traces a program for any size."""
 
 type FloatArray = Float[Array, "..."]
 """Any floating-point array; the docstring of the function gives its shape."""
@@ -37,6 +37,6 @@ type Mask = Bool[Array, "..."]
 """A boolean array; the docstring of the function gives its shape."""
 
 type Precision = Literal["high"] | None
-"""Of products. None: kernels may round operands to 16 bits. "high": float32 keeps its digits."""
+"""Precision of products. None: kernels may round operands to 16 bits. "high": full float32."""
 
 __all__ = ["FloatArray", "Mask", "Precision", "Scalar", "SegmentIds", "Size"]

@@ -155,7 +155,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def is_known(*sizes: Any) -> bool:
-    """Returns whether sizes are numbers, and none a symbol of `jax.export.symbolic_shape`."""
+    """Returns whether all sizes are integers, none a symbol of `jax.export.symbolic_shape`."""
     return all(isinstance(size, (int, np.integer)) for size in sizes)
 
 
@@ -170,7 +170,11 @@ def check_eps(eps: Any) -> None:
 
 
 def check_precision(name: str, value: Any) -> None:
-    """Raises ValueError if it is not a `pallas_kernels.types.Precision`."""
+    """Checks a precision: None or "high".
+
+    Raises:
+      ValueError: naming the argument and its value.
+    """
     if not (value is None or (isinstance(value, str) and value == "high")):
         raise ValueError(f"{name} must be None or 'high', got {value!r}")
 

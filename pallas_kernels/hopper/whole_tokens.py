@@ -31,7 +31,7 @@ WIDTH = VECTOR * _THREADS
 """Channels that all threads hold in one register each."""
 
 LOWEST = -3e38
-"""Less than any number that is worth computing with; the differences to it stay finite."""
+"""Stands for minus infinity, close to the lowest float32: differences to it stay finite."""
 
 _WARPS = 4
 _AT_ONCE = 4
@@ -175,7 +175,7 @@ class Tokens:
         return self._reduce(arith.addf, scratch, vectors)
 
     def max_channels(self, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
-        """Returns the largest channel of each vector, like `sum_channels`; padding counts."""
+        """Returns the largest channel of each vector, like `sum_channels`, but with padding."""
         if is_interpreted():
             return [jnp.broadcast_to(x.max(), x.shape) for x in vectors]
         return self._reduce(arith.maximumf, scratch, vectors)

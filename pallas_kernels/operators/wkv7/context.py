@@ -39,7 +39,7 @@ _SHORTEST_PIECE = 512
 """Tokens of a piece, at least: every piece adds a step to the chain of states."""
 
 _CHUNK = 64
-"""Pieces are whole chunks of any implementation."""
+"""Tokens; a piece is a multiple of it, and so has whole chunks in every implementation."""
 
 
 @jax.tree_util.register_dataclass
@@ -130,17 +130,19 @@ class _Pieces:
         self.rows, self.count = rows, count
 
     def divide(self, x: jax.Array) -> jax.Array:
+        """Returns `[B m, T / m, ...]`, given `[B, T, ...]`."""
         return x.reshape(self.rows * self.count, x.shape[1] // self.count, *x.shape[2:])
 
     def join(self, x: jax.Array) -> jax.Array:
+        """Returns `[B, T, ...]`, given `[B m, T / m, ...]`."""
         return x.reshape(self.rows, x.shape[1] * self.count, *x.shape[2:])
 
     def states(self, x: jax.Array) -> jax.Array:
-        """Returns `[m, B, ...]` of one value for each piece, `[B m, ...]`."""
+        """Returns `[m, B, ...]`, given one value for each piece, `[B m, ...]`."""
         return jnp.swapaxes(x.reshape(self.rows, self.count, *x.shape[1:]), 0, 1)
 
     def of_states(self, x: jax.Array) -> jax.Array:
-        """Does the opposite."""
+        """Returns `[B m, ...]`, given `[m, B, ...]`: the inverse of `states`."""
         return jnp.swapaxes(x, 0, 1).reshape(self.rows * self.count, *x.shape[2:])
 
 
@@ -169,8 +171,8 @@ def wkv7_over_context(
     Args:
       run: computes a call for pieces that count as rows.
       inputs: this device's tokens.
-      call: what else the call asks for; no states of segments.
-      axis: the mesh axis.
+      call: what else the call asks for; its `num_segments` is None.
+      axis: the mesh axis that divides the tokens.
       pieces: into how many pieces the tokens of a device are divided; None chooses.
     """
     (B, T, H, K), V = inputs.k.shape, inputs.v.shape[-1]
