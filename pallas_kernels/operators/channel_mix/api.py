@@ -57,7 +57,7 @@ def channel_mix(
         axis divides need no `context_axis`.
       implementation: "mosaic_gpu", whose token shift runs in kernels, for bfloat16 on Hopper GPUs,
         with C a multiple of 64; "xla"; "reference", the definition; or None, which chooses. The
-        first two keep the inputs and `relu(mixed @ key_weight)` for the backward.
+        first two keep the inputs and `relu(mixed @ key_weight)^2` for the backward.
 
     Returns:
       y: `[B, T, C]`, in the dtype of `x`; zero at padding.

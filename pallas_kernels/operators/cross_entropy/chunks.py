@@ -9,11 +9,14 @@ from pallas_kernels.types import Size
 from pallas_kernels.validation import is_known
 
 LENGTH_OF_UNKNOWN = 64
-"""Tokens of each row in a chunk, where the number of rows is a symbol until a program runs."""
+"""Tokens of each row in a chunk, where the number of rows is a symbol."""
 
 
 def chunk_length_of(shape: tuple[Size, ...], chunk_size: int) -> int:
-    """Returns how many tokens of each row a chunk has, for at most `chunk_size` in all rows."""
+    """Returns how many tokens of each row a chunk has.
+
+    All rows together have at most `chunk_size` tokens in a chunk, but each has at least one.
+    """
     rows, length = shape
     if not is_known(rows):
         return LENGTH_OF_UNKNOWN

@@ -18,7 +18,7 @@ from pallas_kernels.partitioning import partitioned
 from pallas_kernels.sharding import Layout
 
 PARTS = 8
-"""Parts of the vocabulary, each of which the kernel reads by itself: devices may share them."""
+"""Parts of the vocabulary. The kernel reads each by itself, so that devices may divide them."""
 
 _AT_ONCE = 4
 """Vectors of logits that are loaded before any of them is worked on."""
@@ -36,7 +36,8 @@ def _statistics_of_parts(
     Returns:
       largest: the largest logit.
       total: sum of `exp(logits - largest)`.
-      first: number of the first of the largest logits, counted from the beginning of the part.
+      first: position of the largest logit, counted from the beginning of the part; the first of
+        equals.
       of_target: logit of the target; 0 if the part does not have it.
     """
     *shape, size = logits.shape
@@ -75,9 +76,9 @@ def _statistics_of_parts(
             first = jnp.where(largest == of_all, -(where_largest + numbers), zeros + LOWEST)
             (first,) = vector.max_channels(scratch[1], [first])
             (total,) = vector.sum_channels(scratch[2], [total * jnp.exp(largest - of_all)])
-            target = targets_gmem[row]
-            is_here = (target >= 0) & (target < size)
-            of_target = logits_gmem[row, jnp.clip(target, 0, size - 1)]
+            token = targets_gmem[row]
+            is_here = (token >= 0) & (token < size)
+            of_target = logits_gmem[row, jnp.clip(token, 0, size - 1)]
             of_target = zeros + jnp.where(is_here, of_target, jnp.float32(0))
             vector.store_scalars(results_gmem.at[row], (of_all, total, -first, of_target))
 
@@ -101,9 +102,12 @@ def _add_logits(
     """Adds vectors of logits to what has been found in those before, channel by channel.
 
     Args:
-      carry: the largest logit; the sum of `exp(logits - largest)`; the number of the first logit of
-        the vector that had the largest one.
-      vectors: each with the number of its first logit.
+      carry: the largest logit; the sum of `exp(logits - largest)`; the position of the first logit
+        of the vector that had the largest one.
+      vectors: each with the position of its first logit.
+
+    Returns:
+      The carry, with these vectors.
     """
     before, total, where_largest = carry
     largest = before

@@ -1,4 +1,4 @@
-"""What turns a token's logits into its loss, and into the gradients of the logits."""
+"""The statistics that turn the logits of tokens into losses, and into gradients of the logits."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ class Statistics(NamedTuple):
     Attributes:
       largest: the largest logit.
       log_total: logarithm of the sum of `exp(logits - largest)`.
-      first: number of the first of the largest logits, int32.
+      first: position of the largest logit in the vocabulary, int32; the first of equals.
       of_target: logit of the target; 0 if it is out of range.
     """
 

@@ -28,11 +28,12 @@ class Residuals:
 
     Attributes:
       losses: `[B, T]`; the gradients of the tokens' weights.
-      dhidden: `[B, T, C]`, in the dtype of hidden and of the head's weight; for each token the
-        gradient of its own loss.
-      token_weights: `[B, T]`; weights the gradients of hidden.
-      dweight: `[C, vocab]`, in the dtype of sums; for the tokens' weights divided by the largest.
-      scale: scalar, the largest of the tokens' weights.
+      dhidden: `[B, T, C]`, in the dtype of hidden and of the head's weight; the gradient of each
+        token's own loss, without its weight.
+      token_weights: `[B, T]`; multiplied with `dhidden`.
+      dweight: `[C, vocab]`, in the dtype of sums; the gradient for weights of tokens divided by
+        `scale`.
+      scale: scalar, the largest absolute value of the tokens' weights.
     """
 
     losses: jax.Array

@@ -116,7 +116,8 @@ def wkv7(
       final_state: `[B, H, K, V]` or `[B, N, H, K, V]`, float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: for wrong shapes, sizes, segment ids or names, with the argument and its value.
+      ValueError: for wrong shapes, sizes, segment ids or names, with the argument and its value;
+        for `num_segments` where the tokens of rows are divided over devices.
       TypeError: for wrong dtypes. All arrays except log_decay, initial_state and segment_ids
         share one of bfloat16, float16, float32, float64.
       NotServed: if a named implementation does not serve these arguments.

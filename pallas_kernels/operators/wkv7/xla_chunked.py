@@ -73,7 +73,7 @@ MATRICES_ELSEWHERE = 2048
 accelerator, few enough to stay in the caches of a CPU."""
 
 GROUP_OF_UNKNOWN = 4
-"""Chunks in a group where the numbers of rows and tokens are symbols, until a program runs."""
+"""Chunks in a group, where the number of rows or of tokens is a symbol."""
 
 UNROLL = 4
 """Chunks in one step of the scan that carries the state, so that their work overlaps."""
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
       scale: factor on the outputs.
       bounded: whether decays are promised to be weak enough for `bounded_products`.
       lossless: whether products of float32 lose no digits, whatever JAX's setting: for inputs of
-        32 bits, and where a call asks for high precision.
+        32 bits or more, and where a call asks for high precision.
     """
 
     chunk: int
