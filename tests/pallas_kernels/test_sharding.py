@@ -100,14 +100,19 @@ def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def check_sums(function: Callable[..., Any], spec: PartitionSpec, x: np.ndarray, **options) -> str:
+def check_sums(
+    function: Callable[..., Any],
+    spec: PartitionSpec,
+    x: np.ndarray,
+    plain: Callable[..., Any] = sums,
+) -> str:
     """Compares a divided call with the whole one, and returns its compiled program."""
     weight = draw(x.shape[-1])
     mesh = mesh_of(AxisType.Auto)
     divided = jax.device_put(x, NamedSharding(mesh, spec))
     everywhere = jax.device_put(weight, NamedSharding(mesh, PartitionSpec()))
     results = jax.jit(function)(divided, everywhere)
-    for result, expected in zip(results, options.get("plain", sums)(x, weight), strict=True):
+    for result, expected in zip(results, plain(x, weight), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
     return jax.jit(function).lower(divided, everywhere).compile().as_text()
 

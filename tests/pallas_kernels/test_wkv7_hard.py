@@ -1,6 +1,6 @@
 """WKV7 on inputs where rounding operands of products costs much more than rounding the results.
 
-`wkv7_cases.HARD` says what they are. The kernels round operands; XLA in high precision does not.
+`wkv7_cases.HARD` lists them. The kernels round operands; XLA in high precision does not.
 """
 
 import functools

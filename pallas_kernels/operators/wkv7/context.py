@@ -33,7 +33,8 @@ from pallas_kernels.sharding import vary_alike
 from pallas_kernels.types import Mask, SegmentIds
 
 type Pair = tuple[jax.Array, jax.Array]
-"""Outputs and states, where pieces count as rows in one of them or in both."""
+"""Outputs of pieces `[B m, T / m, H, V]`; and states, of pieces `[B m, H, K, V]` or of rows
+`[B, H, K, V]`."""
 
 _SHORTEST_PIECE = 512
 """Tokens of a piece, at least: every piece adds a step to the chain of states."""
@@ -80,7 +81,7 @@ def _multiply(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _apply(maps: Float[Array, "*n B H K L"], state: jax.Array) -> jax.Array:
-    """Applies maps `[P, N]` with their two matrices side by side."""
+    """Returns `P state + N`. The last axis of `maps` has the K columns of P, then those of N."""
     K = state.shape[-2]
     return _multiply(maps[..., :K], state) + maps[..., K:]
 
