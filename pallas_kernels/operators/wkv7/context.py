@@ -165,7 +165,6 @@ def wkv7_over_context(
     inputs: WKVInputs,
     call: WKVCall,
     axis: ContextAxis,
-    pieces: int | None = None,
 ) -> Results:
     """Computes `pallas_kernels.wkv7`, which documents `context_axis`.
 
@@ -174,10 +173,9 @@ def wkv7_over_context(
       inputs: this device's tokens.
       call: what else the call asks for; its `num_segments` is None.
       axis: the mesh axis that divides the tokens.
-      pieces: into how many pieces the tokens of a device are divided; None chooses.
     """
     (B, T, H, K), V = inputs.k.shape, inputs.v.shape[-1]
-    of = _Pieces(B, number_of_pieces(B * H, T) if pieces is None else pieces)
+    of = _Pieces(B, number_of_pieces(B * H, T))
     initial = jnp.zeros((B, H, K, V)) if call.initial_state is None else call.initial_state
     initial = initial.astype(accumulation_dtype(*inputs))
     inputs, initial, segment_ids = vary_alike(inputs, initial, call.segment_ids)
