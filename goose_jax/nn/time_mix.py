@@ -197,7 +197,7 @@ class TimeMix(nnx.Module):
             value_residual_base=value_residual_base,
             removal_scale=self.removal_scale[...],
             replacement_mix=self.replacement_mix[...],
-            implementation=self._implementation_of_inputs(x.shape[1]),
+            implementation=self._implementation_of_inputs(x),
         )
         v_first = projected_v if v_first is None else v_first
         o, wkv_state = self._wkv(r, log_decay, k, v, a, b, wkv_state, segment_ids)
@@ -248,13 +248,13 @@ class TimeMix(nnx.Module):
     def _of_heads(self, parameter: nnx.Param) -> Float[Array, "H K"]:
         return parameter[...].reshape(-1, self.config.head_size)
 
-    def _implementation_of_inputs(self, length: int) -> str | None:
-        """Returns the implementation of `wkv7_inputs` for rows of some length.
+    def _implementation_of_inputs(self, x: Tokens) -> str | None:
+        """Returns the implementation of `wkv7_inputs` for rows as long as those of x.
 
         Its kernels round the log decay to bfloat16, which only the kernels of `wkv7` do anyway.
         """
         implementation = self.config.implementation_around_wkv7
-        exact = _is_short(length) or self.config.precision is not None
+        exact = _is_short(x) or self.config.precision is not None
         return "xla" if implementation is None and exact else implementation
 
     @jax.named_scope("decay_logits")
@@ -285,7 +285,7 @@ class TimeMix(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
         implementation = self.config.implementation
-        if _is_short(r.shape[1]) and context_axis() is None:
+        if _is_short(r) and context_axis() is None:
             return wkv7_recurrent(
                 r,
                 log_decay,
@@ -324,8 +324,9 @@ def check_layer(layer: Layer, config: RWKV7Config) -> None:
         raise ValueError(f"{layer=} must be at least 0 and less than {config.num_layers=}")
 
 
-def _is_short(length: int) -> bool:
+def _is_short(x: jax.Array) -> bool:
     """Returns whether rows are read token by token; not so if their length is a symbol."""
+    length = x.shape[1]
     return is_known(length) and length < CHUNKED_FROM
 
 
