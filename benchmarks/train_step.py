@@ -67,7 +67,7 @@ class Settings:
 
 _SCOPES = (
     *("token_shift_mix", "layer_norm", "wkv7_inputs", "wkv7", "output_correction"),
-    *("channel_mix", "cross_entropy", "decay_logits", "alpha_logits"),
+    *("channel_mix", "cross_entropy_sum", "decay_logits", "alpha_logits"),
     *("value_residual_logits", "gate", "projection", "optimizer"),
 )
 """Names of operators and of parts of modules; an operation belongs to the first one in its path."""

@@ -136,7 +136,9 @@ def cross_entropy_sum(
     def run(*arrays: jax.Array) -> jax.Array:
         settings = (float(l2wrap), chunk_size)
         arrays = vary_alike(*arrays)
-        return dispatch("cross_entropy", SUM_IMPLEMENTATIONS, implementation, *arrays, *settings)
+        return dispatch(
+            "cross_entropy_sum", SUM_IMPLEMENTATIONS, implementation, *arrays, *settings
+        )
 
     return over_explicit_axes(run, SUM_LAYOUT, hidden, weight, targets, token_weights)
 
