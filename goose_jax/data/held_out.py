@@ -84,7 +84,7 @@ class HeldOutFilter:
       choice: what is held out.
 
     Attributes:
-      held_out: the documents held out, after `training` has given all of its documents.
+      held_out: the documents held out. Read it when all documents of `training` have been read.
       num_documents: number of documents read.
     """
 

@@ -36,8 +36,7 @@ def make_mesh(
 ) -> Mesh:
     """Arranges devices in a mesh with the axes "data", "fsdp", "tensor" and "context".
 
-    The axes have the type `AxisType.Auto`: the compiler derives how intermediate values are
-    divided from the parameters and the batch.
+    The axes have the type `AxisType.Auto`. Training steps make them manual, by `jax.shard_map`.
 
     Args:
       data: size of the axis "data"; None takes all devices that the other axes leave.
