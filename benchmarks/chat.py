@@ -9,6 +9,7 @@ the time of the whole reply; each is the median of `--rounds` messages.
 """
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import tyro
 from decode import random_model
+from results import write_results
 
 from goose_jax import RWKV7Config
 from goose_jax.chat.session import BLOCK_SIZE, ChatSession, ReplySettings
@@ -33,6 +35,7 @@ class Settings:
       compute_dtype: dtype of the computation; None takes bfloat16 on a GPU and float32 on a CPU.
       new_tokens: length of a reply.
       rounds: number of messages.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     model: tuple[int, int] | None = None
@@ -41,6 +44,7 @@ class Settings:
     compute_dtype: str | None = None
     new_tokens: int = 100
     rounds: int = 5
+    json: pathlib.Path | None = None
 
 
 class LetterTokenizer(ByteTokenizer):
@@ -91,6 +95,15 @@ def main(settings: Settings) -> None:
     print("| first text at the first message, s | first text, ms | tokens/s | whole reply, s |")
     print("| --- | --- | --- | --- |")
     print(f"| {compiling:.1f} | {1e3 * first:.0f} | {rate:.1f} | {whole:.2f} |")
+    row = {
+        "device": jax.devices()[0].device_kind,
+        "layers": num_layers,
+        "width": hidden_size,
+        "first_ms": round(1e3 * first, 1),
+        "tokens_per_s": round(rate, 1),
+        "reply_s": round(whole, 3),
+    }
+    write_results(settings.json, [row])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ copy of an array reads and writes in the time of a token.
 
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ import numpy as np
 import tyro
 from device import copy_rate
 from flax import nnx
+from results import Row, write_results
 
 from goose_jax import (
     RWKV7,
@@ -61,6 +63,7 @@ class Settings:
       new_tokens: the two numbers of tokens to generate, few and many.
       block_size: tokens per block of `generate`.
       rounds: number of rounds whose median is reported.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     model: tuple[int, int] | None = None
@@ -73,6 +76,7 @@ class Settings:
     new_tokens: tuple[int, int] = (64, 256)
     block_size: int = 32
     rounds: int = 3
+    json: pathlib.Path | None = None
 
 
 def random_model(config: RWKV7Config) -> RWKV7:
@@ -108,7 +112,8 @@ def bytes_per_token(model: RWKV7, batch_size: int) -> int:
     return read + 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
+def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> list[Row]:
+    """Prints the lines of a model, and returns its rows."""
     on_cpu = jax.default_backend() == "cpu"
     name = f"{model.config.num_layers} x {model.config.hidden_size}"
     tokens = np.random.default_rng(0)
@@ -140,6 +145,17 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
     print(
         f"| {name} | prefill | {len(prompt)} | {1e3 * reading:.2f} | {rate:,.0f} | | |", flush=True
     )
+    sizes = {"layers": model.config.num_layers, "width": model.config.hidden_size}
+    rows: list[Row] = [
+        {**sizes, "measure": "first token", "tokens": len(prompt), "s": round(first, 2)},
+        {
+            **sizes,
+            "measure": "prefill",
+            "tokens": len(prompt),
+            "ms": round(1e3 * reading, 3),
+            "tokens_per_s": round(rate),
+        },
+    ]
     position = settings.position or (1_000 if on_cpu else 100_000)
     late = prefill(prepared, [tokens.integers(1, model.config.vocab_size, position)])
 
@@ -156,6 +172,19 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> None:
                     f"{size / seconds:,.0f} | {bandwidth / rate_of_copy:.0%} | {first:.1f} |",
                     flush=True,
                 )
+                rows.append(
+                    {
+                        **sizes,
+                        "measure": "decode" if row == f"{size}" else "decode, late",
+                        "implementation": implementation,
+                        "batch": size,
+                        "ms": round(1e3 * seconds, 4),
+                        "tokens_per_s": round(size / seconds),
+                        "share_of_copy": round(bandwidth / rate_of_copy, 3),
+                        "first_call_s": round(first, 1),
+                    }
+                )
+    return rows
 
 
 def seconds_per_token(
@@ -203,6 +232,7 @@ def main(settings: Settings) -> None:
     print(f"{jax.devices()[0].device_kind}, {dtype}; a copy moves {rate / 1e9:,.0f} GB/s")
     print("| model | | batch | ms per token | tokens/s | of the rate of a copy | first call, s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[Row] = []
     for num_layers, hidden_size in models if settings.model is None else (settings.model,):
         config = RWKV7Config(
             vocab_size=settings.vocab_size or (257 if on_cpu else 65536),
@@ -211,7 +241,8 @@ def main(settings: Settings) -> None:
             param_dtype=dtype,
             compute_dtype=dtype,
         )
-        measure(settings, random_model(config), rate)
+        rows += measure(settings, random_model(config), rate)
+    write_results(settings.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ against the definition in float64, at a small size.
 
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from device import copy_rate, product_rate
+from results import Row, write_results
 
 import pallas_kernels
 
@@ -98,6 +100,7 @@ class Settings:
       implementations: names of implementations; None takes those that suit the device.
       rounds: number of rounds whose median is reported.
       calls: calls before a wait.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -105,6 +108,7 @@ class Settings:
     implementations: tuple[str, ...] | None = None
     rounds: int = 5
     calls: int = 20
+    json: pathlib.Path | None = None
 
 
 def make_arguments(operator: Operator, dtype: str) -> list[jax.Array]:
@@ -184,6 +188,7 @@ def main(settings: Settings) -> None:
     print(f"B, T, C = {shape}, {dtype}, {jax.devices()[0].device_kind}")
     print("| operator | direction | implementation | ms | floor ms | share of the floor | error |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[Row] = []
     for name in settings.operators or operators:
         runs = {x: programs_of(operators[name], x, dtype) for x in implementations}
         errors = {x: error(small[name], x, dtype) for x in implementations}
@@ -201,6 +206,17 @@ def main(settings: Settings) -> None:
                 f"| {least:.3f} | {least / median:.0%} | {errors[implementation]:.1e} |",
                 flush=True,
             )
+            rows.append(
+                {
+                    "operator": name,
+                    "direction": ("forward", "backward")[i],
+                    "implementation": implementation,
+                    "ms": round(median, 4),
+                    "floor_ms": round(least, 4),
+                    "error": float(f"{errors[implementation]:.2e}"),
+                }
+            )
+    write_results(settings.json, rows)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 import tyro
 from flax import nnx
 from jax.sharding import Mesh
+from results import Row, write_results
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.data import next_token_batch
@@ -57,6 +58,7 @@ class Settings:
       row: tokens of the row in the case context, for each device.
       remat: what the backward computes again in the cases data and fsdp.
       small: tiny sizes, to try the script.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     case: Annotated[tuple[Case, ...], tyro.conf.UseAppendAction] = ()
@@ -65,6 +67,7 @@ class Settings:
     row: int = 65536
     remat: str = "dots"
     small: bool = False
+    json: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,8 @@ def batch_of(model: Model, config: RWKV7Config, mesh: Mesh) -> Any:
     return place_batch(next_token_batch(tokens), mesh)
 
 
-def measure_step(settings: Settings, model: Model, mesh: Mesh) -> float:
-    """Prints the speed of a whole training step, and returns tokens per second."""
+def measure_step(settings: Settings, model: Model, mesh: Mesh) -> Row:
+    """Prints the speed of a whole training step, and returns its row."""
     config, recipe = model.config(settings.small), OptimizerConfig(total_steps=1000)
     made = create_sharded(lambda: RWKV7(config, rngs=nnx.Rngs(0)), mesh)
     state = init_train_state(made, recipe, mesh=mesh)
@@ -114,8 +117,8 @@ def measure_step(settings: Settings, model: Model, mesh: Mesh) -> float:
     return report(settings, config, model, mesh, step, run)
 
 
-def measure_gradient(settings: Settings, model: Model, mesh: Mesh) -> float:
-    """Prints the speed of forward and backward without an optimizer."""
+def measure_gradient(settings: Settings, model: Model, mesh: Mesh) -> Row:
+    """Prints the speed of forward and backward without an optimizer, and returns its row."""
     config = model.config(settings.small)
     made = create_sharded(lambda: RWKV7(config, rngs=nnx.Rngs(0)), mesh)
     params = nnx.to_pure_dict(nnx.state(made, nnx.Param))
@@ -140,7 +143,7 @@ def report(
     mesh: Mesh,
     program: Any,
     run: Callable[[], Any],
-) -> float:
+) -> Row:
     seconds = []
     for _ in range(settings.rounds + 1):
         start = time.perf_counter()
@@ -154,14 +157,30 @@ def report(
     plan = program.memory_analysis()
     gib = (plan.argument_size_in_bytes + plan.temp_size_in_bytes) / 2**30
     everything, exposed = time_in_collectives(run)
-    print(
+    case = (
         f"{config.num_layers} x {config.hidden_size}, {model.rows} x {model.length}, remat "
-        f"{config.remat}, {describe_mesh(mesh)}: {speed:,.0f} tokens/s, {speed / count:,.0f} for "
+        f"{config.remat}, {describe_mesh(mesh)}"
+    )
+    print(
+        f"{case}: {speed:,.0f} tokens/s, {speed / count:,.0f} for "
         f"each device, {1e3 * per_step:.1f} ms, {gib:.1f} GiB planned; collectives "
         f"{1e3 * everything:.1f} ms, {100 * exposed / per_step:.1f}% of the step exposed",
         flush=True,
     )
-    return speed
+    row = {
+        "case": case,
+        "devices": count,
+        "tokens_per_s": round(speed),
+        "tokens_per_s_per_device": round(speed / count),
+        "ms_per_step": round(1e3 * per_step, 2),
+        "planned_gib": round(gib, 2),
+    }
+    if count > 1:
+        row |= {
+            "collectives_ms": round(1e3 * everything, 2),
+            "exposed_percent": round(100 * exposed / per_step, 2),
+        }
+    return row
 
 
 def time_in_collectives(run: Callable[[], Any]) -> tuple[float, float]:
@@ -200,6 +219,7 @@ def main(settings: Settings) -> None:
     print(f"{n} x {devices[0].device_kind}")
     length = 128 if settings.small else 4096
     row = 256 if settings.small else settings.row
+    measured: list[Row] = []
     for case in settings.case or ("data", "fsdp", "fsdp2048", "context", "tensor"):
         gc.collect()
         print(f"\n{case}")
@@ -209,23 +229,29 @@ def main(settings: Settings) -> None:
                 alone = measure_step(settings, Model(24, 1024, 8, length, remat), one)
                 mesh = make_mesh(**({"data": n} if case == "data" else {"fsdp": n}))
                 together = measure_step(settings, Model(24, 1024, 8 * n, length, remat), mesh)
-                print(f"{together / alone:.3f} times one device")
+                print(f"{together['tokens_per_s'] / alone['tokens_per_s']:.3f} times one device")
+                measured += [alone, together]
             case "fsdp2048":
                 model = Model(24, 2048, 4 * n, length, settings.remat)
-                measure_step(settings, model, make_mesh(fsdp=n))
+                measured.append(measure_step(settings, model, make_mesh(fsdp=n)))
             case "context":
                 rows = row // length
                 alone = measure_step(settings, Model(24, 1024, rows, length, "full"), one)
                 mesh = make_mesh(data=1, context=n)
                 together = measure_step(settings, Model(24, 1024, 1, row * n, "full"), mesh)
-                print(f"{together / n / alone:.3f} of the tokens/s of short rows, for each device")
+                ratio = together["tokens_per_s_per_device"] / alone["tokens_per_s_per_device"]
+                print(f"{ratio:.3f} of the tokens/s of short rows, for each device")
+                measured += [alone, together]
             case "tensor":
                 part = measure_gradient(
                     settings, Model(max(32 // n, 1), 4096, 1, length, "full"), one
                 )
                 mesh = make_mesh(data=1, tensor=n)
                 whole = measure_gradient(settings, Model(32, 4096, 1, length, "full"), mesh)
-                print(f"{whole / (part / n):.3f} times one device, by layers")
+                ratio = whole["tokens_per_s"] / (part["tokens_per_s"] / n)
+                print(f"{ratio:.3f} times one device, by layers")
+                measured += [part, whole]
+    write_results(settings.json, measured)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ between hosts. It leaves out latencies.
 import collections
 import dataclasses
 import os
+import pathlib
 import re
 import time
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ import tyro
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
+from results import Row, write_results
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.data import next_token_batch
@@ -67,6 +69,7 @@ class Settings:
       remat: what the backward computes again.
       implementation: implementation of the operators.
       list_collectives: print every collective, too.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -78,6 +81,7 @@ class Settings:
     remat: str = "dots"
     implementation: str | None = None
     list_collectives: bool = False
+    json: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +227,8 @@ def _groups(line: str) -> list[list[int]]:
     return (ids.transpose(order) if order else ids).reshape(shape).tolist()
 
 
-def report(settings: Settings, text_of_mesh: str) -> None:
-    """Prints a line of the table for one mesh."""
+def report(settings: Settings, text_of_mesh: str) -> Row:
+    """Prints a line of the table for one mesh, and returns its row."""
     sizes = parse_mesh(text_of_mesh)
     compiled, seconds = compile_step(settings, sizes)
     plan, found = compiled.memory_analysis(), collectives(compiled.as_text())
@@ -248,13 +252,21 @@ def report(settings: Settings, text_of_mesh: str) -> None:
         ):
             where = "between hosts" if across else "in a host"
             print(f"  {count} x {times} {kind} {shape}: {sent / 1e6:.3f} MB sent, {where}")
+    return {
+        "model": f"{settings.num_layers} x {settings.hidden_size}, "
+        f"{settings.rows_per_device} x {settings.sequence_length}, {settings.remat}",
+        "gpus": int(np.prod(list(sizes.values()))),
+        "mesh": text_of_mesh,
+        "planned_gib": round(gib, 2),
+        "sent_gb": {kind: round(moved[kind] / 1e9, 3) for kind in _KINDS if moved[kind] > 5e6},
+        "forecast_ms": round(1e3 * forecast, 2),
+    }
 
 
 def main(settings: Settings) -> None:
     print("| mesh | GiB per GPU | GB that each GPU sends per step | ms at the links' rate |")
     print("| --- | --- | --- | --- |")
-    for mesh in settings.mesh or ("data=1",):
-        report(settings, mesh)
+    write_results(settings.json, [report(settings, mesh) for mesh in settings.mesh or ("data=1",)])
 
 
 if __name__ == "__main__":

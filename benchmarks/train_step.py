@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
+from results import Row, write_results
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.data import next_token_batch
@@ -49,6 +50,7 @@ class Settings:
       rounds: number of rounds whose median is reported.
       steps: steps per round.
       profile: whether to print the time by operator, on a GPU.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     num_layers: int = 4
@@ -63,6 +65,7 @@ class Settings:
     rounds: int = 3
     steps: int = 4
     profile: bool = False
+    json: pathlib.Path | None = None
 
 
 _SCOPES = (
@@ -169,12 +172,26 @@ def main(settings: Settings) -> None:
         f"{1e3 * per_step:.1f} ms per step, {peak / 2**30:.2f} GiB, "
         f"compiled in {compile_seconds:.0f} s, loss {loss:.3f}"
     )
-    if settings.profile:
-        print_profile(step, state, batch)
+    row = {
+        "layers": settings.num_layers,
+        "width": settings.hidden_size,
+        "parameters_millions": round(count / 1e6),
+        "batch_size": settings.batch_size,
+        "sequence_length": settings.sequence_length,
+        "compute_dtype": settings.compute_dtype,
+        "remat": settings.remat,
+        "unroll_layers": settings.unroll_layers,
+        "tokens_per_s": round(settings.batch_size * settings.sequence_length / per_step),
+        "ms_per_step": round(1e3 * per_step, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "compile_s": round(compile_seconds, 1),
+    }
+    profile = print_profile(step, state, batch) if settings.profile else []
+    write_results(settings.json, profile or [row])
 
 
-def print_profile(step: Any, state: Any, batch: Any) -> None:
-    """Prints a table of the time of a step by operator and direction."""
+def print_profile(step: Any, state: Any, batch: Any) -> list[Row]:
+    """Prints a table of the time of a step by operator and direction, and returns its rows."""
 
     def run() -> None:
         jax.block_until_ready(step(state, batch))
@@ -190,6 +207,18 @@ def print_profile(step: Any, state: Any, batch: Any) -> None:
     for scope, total in sums.most_common(40):
         columns = (times.get((scope, direction), 0.0) for direction in directions)
         print(f"| {scope} | {' | '.join(f'{x:.2f}' for x in columns)} | {total:.2f} |")
+    return [
+        {
+            "operator": scope,
+            **{
+                f"{direction or 'neither'}_ms": round(times[scope, direction], 2)
+                for direction in directions
+                if (scope, direction) in times
+            },
+            "all_ms": round(total, 2),
+        }
+        for scope, total in sums.most_common()
+    ]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ kernels for minutes before its first result.
 import dataclasses
 import functools
 import importlib.util
+import pathlib
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from results import Row, write_results
 
 from pallas_kernels import MIN_LOG_DECAY, wkv7, wkv7_recurrent
 
@@ -52,6 +54,7 @@ class Settings:
 
     Attributes:
       shape: B, T, H, K; values have K channels, too. None takes four shapes on a GPU, one on a CPU.
+      lengths: values of T to take in place of that of each shape.
       dtype: dtype of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
       implementations: names from `IMPLEMENTATIONS`, or "FLA"; None takes those that suit the
         device.
@@ -59,14 +62,17 @@ class Settings:
       rounds: number of rounds whose median is reported.
       calls: calls before a wait; None takes 3 on a CPU, 20 on a GPU, and 200 on a GPU if a call
         takes less than 1 ms.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     shape: Shape | None = None
+    lengths: tuple[int, ...] = ()
     dtype: str | None = None
     implementations: tuple[str, ...] | None = None
     hard: bool | None = None
     rounds: int = 5
     calls: int | None = None
+    json: pathlib.Path | None = None
 
 
 def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
@@ -207,6 +213,8 @@ def main(settings: Settings) -> None:
         if settings.shape is None
         else (settings.shape,)
     )
+    if settings.lengths:
+        shapes = tuple((B, T, H, K) for B, _, H, K in shapes for T in settings.lengths)
     B, T, H, K = shapes[0]
     small = (min(B, 2), min(T, 2048), min(H, 4), K)
     errors = measure_errors(names, *make_inputs(small, dtype))
@@ -217,6 +225,7 @@ def main(settings: Settings) -> None:
         "| o | gradients |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[Row] = []
     for shape in shapes:
         programs = make_programs(names, *make_inputs(shape, dtype))
         for name, (forward_ms, both_ms) in median_times(programs, settings).items():
@@ -227,12 +236,27 @@ def main(settings: Settings) -> None:
                 f"| {errors[name][0]:.1e} | {max(errors[name][1:]):.1e} |",
                 flush=True,
             )
+            rows.append(
+                dict(zip("BTHK", shape, strict=True))
+                | {
+                    "implementation": name,
+                    "dtype": dtype,
+                    "forward_ms": round(float(forward_ms), 4),
+                    "forward_backward_ms": round(float(both_ms), 4),
+                    "temp_mib": round(both.memory() / 2**20, 1),
+                    "compile_s": round(both.compile_seconds, 1),
+                    "error_o": float(f"{errors[name][0]:.2e}"),
+                    "error_gradients": float(f"{max(errors[name][1:]):.2e}"),
+                }
+            )
     if settings.hard or (settings.hard is None and dtype in ("bfloat16", "float16")):
-        print_hard_errors(names, (*HARD_SHAPE, K), dtype)
+        rows += print_hard_errors(names, (*HARD_SHAPE, K), dtype)
+    write_results(settings.json, rows)
 
 
-def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> None:
-    """Prints a table of errors on hard tokens, also of high precision."""
+def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> list[Row]:
+    """Prints a table of errors on hard tokens, also of high precision, and returns its rows."""
+    rows: list[Row] = []
     print(f"\n{dtype}, errors at B, T, H, K = {shape}")
     print("| tokens | implementation | o | dr | dlog_decay | dk | dv | da | db |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -241,6 +265,10 @@ def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> None:
         for name, errors in measure_errors(names, *hard_inputs(kind, shape, dtype)).items():
             row = " | ".join(f"{x:.1e}" for x in errors)
             print(f"| {kind} | {name} | {row} |", flush=True)
+            results = zip(("o", "dr", "dlog_decay", "dk", "dv", "da", "db"), errors, strict=True)
+            named = {f"error_{result}": float(f"{x:.2e}") for result, x in results}
+            rows.append({"tokens": kind, "implementation": name, "dtype": dtype, **named})
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ backward of each call gets random gradients.
 
 import dataclasses
 import functools
+import pathlib
 import time
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from device import copy_rate
+from results import Row, write_results
 from wkv7 import IMPLEMENTATIONS, make_inputs
 
 
@@ -32,6 +34,7 @@ class Settings:
       implementations: names from `wkv7.IMPLEMENTATIONS`; None takes those that suit the device.
       calls: calls in one program.
       rounds: number of rounds whose median is reported.
+      json: file to write the rows to, in the format of `results.py`.
     """
 
     batch_sizes: tuple[int, ...] = (1, 128)
@@ -41,6 +44,7 @@ class Settings:
     implementations: tuple[str, ...] | None = None
     calls: int = 100
     rounds: int = 5
+    json: pathlib.Path | None = None
 
 
 def forward(function, inputs, _, state, calls):
@@ -87,6 +91,7 @@ def main(settings: Settings) -> None:
     print(f"{settings.dtype}, {jax.devices()[0].device_kind}; a copy moves {rate / 1e9:,.0f} GB/s")
     print("| B, T, H, K | implementation | forward ms | of a copy | forward + backward ms |")
     print("| --- | --- | --- | --- | --- |")
+    rows: list[Row] = []
     for T in settings.tokens:
         for B in settings.batch_sizes:
             inputs, do = make_inputs((B, T, H, 64), settings.dtype)
@@ -101,6 +106,18 @@ def main(settings: Settings) -> None:
                     f"| {2e3 * state.nbytes / forward_ms / rate:.0%} | {both_ms:.4f} |",
                     flush=True,
                 )
+                rows.append(
+                    {
+                        "B": B,
+                        "T": T,
+                        "H": H,
+                        "K": 64,
+                        "implementation": name,
+                        "forward_ms": round(forward_ms, 5),
+                        "forward_backward_ms": round(both_ms, 5),
+                    }
+                )
+    write_results(settings.json, rows)
 
 
 if __name__ == "__main__":

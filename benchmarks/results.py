@@ -1,0 +1,137 @@
+"""Files of measurements: the benchmarks write them, tables and figures are made from them.
+
+Every benchmark takes `--json FILE`. `FILE` belongs into `benchmarks/results`; `python
+benchmarks/publish.py` then brings the tables of the pages and the figures up to date. A file holds
+
+    date       day of the measurement, or of the commit that wrote it down
+    hardware   the device in words
+    versions   of jax, CUDA and Python; of the peers, where there are any
+    commit     that was measured, with "+ changes" if files differed from it
+    command    which repeats the measurement
+    note       how it was measured, where the command does not say it; may be missing
+    rows       objects of names and values; the name says the unit
+
+What is not known is "not recorded". Where the files are without their repository, the environment
+variable `MEASURED_COMMIT` names the commit.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FOLDER = pathlib.Path(__file__).with_name("results")
+NOT_RECORDED = "not recorded"
+
+type Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The contents of a file; see the module for its fields."""
+
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    commit: str
+    command: str
+    rows: list[Row]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an empty field."""
+        for name in ("date", "hardware", "versions", "commit", "command", "rows"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} of a file of measurements is empty")
+        if self.date != NOT_RECORDED:
+            datetime.date.fromisoformat(self.date)
+
+
+def read_results(name: str) -> Results:
+    """Returns the file of a name in `benchmarks/results`, without `.json`.
+
+    Raises:
+      ValueError: the file lacks a field or has one that is not known.
+    """
+    path = FOLDER / f"{name}.json"
+    try:
+        return Results(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
+    """Writes what a benchmark measured in this process, unless `path` is None.
+
+    Args:
+      path: of the file, which may exist.
+      rows: what was measured.
+    """
+    if path is None:
+        return
+    arguments = [x for x in sys.argv[1:] if x not in ("--json", str(path), f"--json={path}")]
+    script = pathlib.Path(sys.argv[0]).name
+    results = Results(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        hardware=_hardware(),
+        versions=_versions(),
+        commit=_commit(),
+        command=shlex.join(["python", f"benchmarks/{script}", *arguments]),
+        rows=[*rows],
+    )
+    save_results(path, results)
+
+
+def save_results(path: pathlib.Path, results: Results) -> None:
+    """Writes a file, a line for each row."""
+    fields = dataclasses.asdict(results)
+    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in fields.pop("rows"))
+    head = {name: value for name, value in fields.items() if value}
+    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    path.write_text(f'{text},\n  "rows": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+
+
+def _hardware() -> str:
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return f"CPU, {len(names) or 'unknown number of'} cores of {(names or ['unknown kind'])[0]}"
+
+
+def _versions() -> dict[str, str]:
+    import jax
+    import jaxlib
+
+    versions = {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+    }
+    if jax.default_backend() == "gpu":
+        runtime = jax.extend.backend.get_backend().platform_version
+        versions["platform"] = " ".join(runtime.split())
+    return versions
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(FOLDER), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("MEASURED_COMMIT", NOT_RECORDED)
+    return f"{commit} + changes" if git("status", "--porcelain", "-uno") else commit
