@@ -261,7 +261,7 @@ class PackedDocuments(BinidxBatches):
             ends = np.isin(following, self._begins(int(following[0])))
             targets = np.where(ends, NOT_COUNTED, self._tokens_at(following))
         else:
-            inputs = np.where(begins, self.start_token, self._tokens_at(places - 1))
+            inputs = np.where(begins, self.start_token, self._tokens_at((places - 1) % total))
             targets, following = tokens, places
         if self.data.counted is not None:
             targets = np.where(self.data.counted[following], targets, NOT_COUNTED)

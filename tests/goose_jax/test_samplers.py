@@ -246,6 +246,21 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path, kind):
         [source(step) for step in range(20)]
 
 
+@pytest.mark.parametrize("start_token", [0, None])
+def test_packing_reads_only_its_first_tokens(tmp_path, start_token):
+    """Also where a row begins with the first token, which has none before it."""
+    data = Binidx(write_by_hand(tmp_path / "a", [[1] * 15 + [0], [2] * 15 + [0], [300, 300]]))
+    packed = PackedDocuments(
+        data=data,
+        **sizes_of(batch_size=1, vocab_size=300),
+        num_tokens=32,
+        seed=0,
+        start_token=start_token,
+    )
+    for step in range(3 * packed.rows_per_epoch):
+        assert set(packed(step).inputs.ravel().tolist()) <= {0, 1, 2}
+
+
 @pytest.mark.parametrize("kind", [RandomBinidxWindows, MagicPrimeWindows, PackedDocuments])
 def test_tokens_that_are_cut_off_meanwhile_are_an_error(tmp_path, kind):
     """Else a mapped page that is gone would end the process by a signal."""
