@@ -129,4 +129,4 @@ def _raised_by_us(traceback: TracebackType | None) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -55,10 +55,11 @@ def test_version(capsys):
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_ends_the_program_silently(checkpoint, tmp_path):
-    """Also: `python -m goose_jax` is the program, and it keeps compiled programs."""
+@pytest.mark.parametrize("module", ["goose_jax", "goose_jax.cli.main"])
+def test_a_closed_pipe_ends_the_program_silently(checkpoint, tmp_path, module):
+    """Also: both modules are the program, which keeps compiled programs."""
     with subprocess.Popen(
-        [sys.executable, "-m", "goose_jax", "inspect", str(checkpoint)],
+        [sys.executable, "-m", module, "inspect", str(checkpoint)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
