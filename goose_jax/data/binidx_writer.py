@@ -1,8 +1,10 @@
 """Writes tokens as `.bin` and `.idx`, in a stream that can be interrupted and resumed."""
 
+import contextlib
 import dataclasses
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -93,15 +95,19 @@ class BinidxWriter:
                 f"item {self.written.items} has {pending} tokens, at most 2^31 - 1 fit"
             )
         counted = np.ones(len(tokens), bool) if counted is None else counted
-        self._files[".bin"].write(tokens.astype(self._dtype).tobytes())
-        self._files[".counted"].write(counted.astype(np.uint8).tobytes())
+        self._write(".bin", tokens.astype(self._dtype).tobytes())
+        self._write(".counted", counted.astype(np.uint8).tobytes())
         if ends_item:
-            self._files[".sizes"].write(np.int32(pending).tobytes())
+            self._write(".sizes", np.int32(pending).tobytes())
         self.written = Written(
             self.written.tokens + len(tokens),
             self.written.items + ends_item,
             0 if ends_item else pending,
         )
+
+    def _write(self, kind: str, data: bytes) -> None:
+        with errors_name(self._partial(kind)):
+            self._files[kind].write(data)
 
     def sync(self) -> Written:
         """Forces what has been written to the disk, and returns how much that is.
@@ -109,9 +115,10 @@ class BinidxWriter:
         Raises:
           OSError: if the disk is full.
         """
-        for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+        for kind, stream in self._files.items():
+            with errors_name(self._partial(kind)):
+                stream.flush()
+                os.fsync(stream.fileno())
         return self.written
 
     def finish(self) -> None:
@@ -155,6 +162,7 @@ class BinidxWriter:
     def _write_index(self) -> None:
         items, codes = self.written.items, {np.dtype(v): k for k, v in DTYPES.items()}
         with (
+            errors_name(self._partial(".idx")),
             self._partial(".idx").open("wb") as index,
             self._partial(".sizes").open("rb") as sizes,
         ):
@@ -174,10 +182,16 @@ class BinidxWriter:
             os.fsync(index.fileno())
 
     def close(self) -> None:
-        """Closes the files; those that are not finished keep their temporary names."""
-        for stream in self._files.values():
-            stream.close()
-        self._files = {}
+        """Closes the files; those that are not finished keep their temporary names.
+
+        Raises:
+          OSError: if the disk is full. All files are closed then, too.
+        """
+        with contextlib.ExitStack() as stack:
+            for kind, stream in self._files.items():
+                stack.enter_context(errors_name(self._partial(kind)))
+                stack.callback(stream.close)
+            self._files = {}
 
     def discard(self) -> None:
         """Removes the temporary files."""
@@ -204,6 +218,17 @@ def _partial(prefix: Path, kind: str) -> Path:
     return Path(f"{prefix}{kind}.partial")
 
 
+@contextlib.contextmanager
+def errors_name(file: Path) -> Iterator[None]:
+    """Puts the name of a file into an `OSError`, which lacks it where an open file is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
+
+
 def _open_at(file: Path, size: int) -> BinaryIO:
     """Opens a file to append to its first `size` bytes; the rest is removed."""
     stream: Any = file.open("ab")
@@ -225,4 +250,4 @@ def _has_zero(file: Path) -> bool:
         return any(b"\0" in block for block in iter(lambda: stream.read(_BLOCK), b""))
 
 
-__all__ = ["BinidxWriter", "Written"]
+__all__ = ["BinidxWriter", "Written", "errors_name"]

@@ -1,6 +1,7 @@
 """Turns a source of documents into a binidx, in a stream that can be interrupted and resumed."""
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from goose_jax.data.binidx import Binidx, files_of
-from goose_jax.data.binidx_writer import BinidxWriter, Written
+from goose_jax.data.binidx_writer import BinidxWriter, Written, errors_name
 from goose_jax.data.encoding import encode_stream, tokenizer_fingerprint
 from goose_jax.data.sources import DocumentSource, Position, no_text
 from goose_jax.text import Tokenizer
@@ -56,7 +57,8 @@ def tokenize(
     same order. If the source has conversations, `PREFIX.counted` says which tokens the loss counts.
 
     The files have temporary names until they are complete. `PREFIX.progress.json` says how far they
-    are; if a process was interrupted or killed, the same call goes on from there.
+    are; after an interruption, an error or a kill the same call goes on from there. A kill and a
+    full disk lose the work of up to 20 seconds.
 
     Args:
       source: the documents.
@@ -137,9 +139,10 @@ def _run(
                     saved = time.monotonic()
                 if on_progress is not None:
                     on_progress(progress)
-        except (KeyboardInterrupt, ValueError):
-            writer.sync()
-            record.save(progress)
+        except (KeyboardInterrupt, OSError, ValueError):
+            with contextlib.suppress(OSError):  # if the disk is full, the last record stays
+                writer.sync()
+                record.save(progress)
             raise
         if not progress.tokens:
             writer.discard()
@@ -185,7 +188,7 @@ class _Record:
     def save(self, progress: TokenizeProgress) -> None:
         temporary = self._file.with_suffix(".tmp")
         values = dataclasses.asdict(progress) | {"of": self._of}
-        with temporary.open("w") as stream:
+        with errors_name(temporary), temporary.open("w") as stream:
             json.dump(values, stream)
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,8 +1,11 @@
 """From documents to `.bin` and `.idx`, also where it is interrupted."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -177,6 +180,51 @@ def test_ctrl_c_saves_what_is_done(mixed, tmp_path, small_tasks):
     seen = []
     data = tokenize(open_documents(folder), ByteTokenizer(), out, on_progress=seen.append)
     assert seen[0].documents == 15
+    assert [data[i].tolist() for i in range(len(data))] == [by_bytes(text) for text in documents]
+
+
+def test_it_goes_on_after_a_file_that_cannot_be_read(mixed, tmp_path, small_tasks):
+    folder, documents = mixed
+    source = open_documents(folder)
+    away = tmp_path / "away"
+
+    def unmount(progress):
+        if progress.documents > 12 and not away.exists():
+            (folder / "d.jsonl").rename(away)
+
+    with pytest.raises(FileNotFoundError, match=r"d\.jsonl"):
+        tokenize(source, ByteTokenizer(), tmp_path / "a", on_progress=unmount)
+    away.rename(folder / "d.jsonl")
+    seen = []
+    data = tokenize(source, ByteTokenizer(), tmp_path / "a", on_progress=seen.append)
+    assert seen[0].documents > 12
+    assert [data[i].tolist() for i in range(len(data))] == [by_bytes(text) for text in documents]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Makes it an error to write more than `size` bytes to a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 1e9], ids=["saved always", "saved never"])
+def test_it_goes_on_after_a_full_disk(mixed, tmp_path, small_tasks, monkeypatch, save_seconds):
+    folder, documents = mixed
+    monkeypatch.setattr(tokenization, "_SAVE_SECONDS", save_seconds)
+    source, seen = open_documents(folder), []
+    with (
+        pytest.raises(OSError, match=r"a\.bin\.partial") as raised,
+        files_of_at_most(3000),
+    ):
+        tokenize(source, ByteTokenizer(), tmp_path / "a")
+    assert raised.value.errno == errno.EFBIG
+    data = tokenize(source, ByteTokenizer(), tmp_path / "a", on_progress=seen.append)
+    assert (seen[0].documents > 0) == (save_seconds == 0.0)
     assert [data[i].tolist() for i in range(len(data))] == [by_bytes(text) for text in documents]
 
 
