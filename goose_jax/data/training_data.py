@@ -1,15 +1,16 @@
 """The data of a training run on disk: tokens to train on, and held-out documents."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -211,7 +212,8 @@ def prepare_documents(
 
     Text is held out as `split_documents` does, and a text that occurs several times is used once.
     The folder has a folder for each combination of files (by their paths, sizes and times of
-    change), tokenizer and settings, and may be removed at any time but while a run uses it.
+    change), tokenizer and settings, and may be removed at any time but while a run uses it. Of
+    several processes that call this at once, one encodes, and the others wait for it.
 
     Args:
       source: the documents.
@@ -251,22 +253,51 @@ def _keep(
     held_out_bytes: int | None,
     workers: int,
 ) -> None:
-    """Encodes documents into a new folder, which has its name only when it is complete."""
+    """Encodes documents into a new folder, which has its name only when it is complete.
+
+    If several processes want the same folder, one of them encodes and the others wait for it.
+    """
     missing = [folder for folder in (kept.parent, kept.parent.parent) if not folder.exists()]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=kept.parent))
+    temporary = kept.with_name(f".{kept.name}")
     try:
-        _encode(source, tokenizer, temporary, held_out_bytes, workers)
-        try:
-            os.rename(temporary, kept)
-        except OSError:
-            if not kept.is_dir():  # else another process was faster
+        with _locked(kept.with_name(f".{kept.name}.lock")):
+            if kept.is_dir():
+                return
+            shutil.rmtree(temporary, ignore_errors=True)  # left behind by a killed process
+            temporary.mkdir()
+            try:
+                _encode(source, tokenizer, temporary, held_out_bytes, workers)
+                os.rename(temporary, kept)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
                 raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in missing:
-            if not any(folder.iterdir()):
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for folder in missing:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Waits until no other process is in this context. The file exists only while one is."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_at(stream, file):  # the process that had the lock has removed its file
+                continue
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _is_at(stream: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _encode(

@@ -1,7 +1,10 @@
 """Tokens and held-out documents of a training run, which stay on disk."""
 
+import fcntl
 import json
-import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,20 +118,56 @@ def test_texts_are_encoded_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
-def test_another_process_may_be_faster(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_of_several_processes_one_encodes_while_the_others_wait(tmp_path, monkeypatch, first_fails):
     file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
-    rename, others = os.rename, []
+    encode, lock, calls, is_waiting = (
+        training_data.encode_stream,
+        fcntl.flock,
+        [],
+        threading.Event(),
+    )
 
-    def slow(old, new):
-        if not others:
-            others.append(new)
-            others.append(prepare(file, tmp_path / "kept"))
-        rename(old, new)
+    def encode_slowly(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            assert is_waiting.wait(60)
+            if first_fails:
+                raise OSError("full")
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(os, "rename", slow)
-    data = prepare(file, tmp_path / "kept")
-    assert data.data.checksum == others[1].data.checksum
-    assert len(list((tmp_path / "kept").iterdir())) == 1
+    def tell(stream, operation):
+        if calls:
+            is_waiting.set()
+        lock(stream, operation)
+
+    monkeypatch.setattr(training_data, "encode_stream", encode_slowly)
+    monkeypatch.setattr(fcntl, "flock", tell)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(prepare, file, tmp_path / "new" / "kept")
+        while not calls and not first.done():
+            time.sleep(0.001)
+        second = pool.submit(prepare, file, tmp_path / "new" / "kept").result()
+    if first_fails:
+        assert isinstance(first.exception(), OSError)
+        assert len(calls) == 2
+    else:
+        assert first.result().data.checksum == second.data.checksum
+        assert len(calls) == 1
+    assert second.tokens.size > 0
+    assert [folder.name[0] != "." for folder in (tmp_path / "new" / "kept").iterdir()] == [True]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    expected = prepare(file, tmp_path / "kept").tokens.tolist()
+    (folder,) = (tmp_path / "kept").iterdir()
+    (folder / "tokens.idx").rename(folder / "tokens.idx.partial")
+    folder.rename(folder.with_name(f".{folder.name}"))
+    folder.with_name(f".{folder.name}.lock").touch()
+    assert prepare(file, tmp_path / "kept").tokens.tolist() == expected
+    assert list((tmp_path / "kept").iterdir()) == [folder]
+    assert not (folder / "tokens.idx.partial").exists()
 
 
 def test_nothing_stays_of_a_source_that_fails(tmp_path):
