@@ -4,13 +4,14 @@
     python benchmarks/publish.py                                         # anywhere
 
 A page has what is made between `<!-- results: NAME -->` and `<!-- /results -->`; names are those of
-`tables.py`. Figures are those of `figures.py`, each as SVG for light and for dark pages.
+`tables.py` and `paragraphs.py`. Figures are those of `figures.py`, each as SVG for light and for
+dark pages.
 """
 
 import pathlib
 import re
 
-from tables import TABLES
+from paragraphs import BLOCKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLACE = re.compile(
@@ -28,7 +29,7 @@ def with_tables(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         indent, name, _ = match.groups()
-        lines = [f"<!-- results: {name} -->", "", TABLES[name].markdown(), "", "<!-- /results -->"]
+        lines = [f"<!-- results: {name} -->", "", BLOCKS[name].markdown(), "", "<!-- /results -->"]
         return re.sub(r"^(?=.)", indent, "\n".join(lines), flags=re.MULTILINE)
 
     return PLACE.sub(table, text)

@@ -411,6 +411,14 @@ TABLES = {
             "prepared, ms": "{prepared_ms:.2f}",
         },
     ),
+    "finetuning-cpu": Table(
+        ("finetuning-cpu",),
+        {
+            "": "{tune}",
+            "before": "{before_bits_per_byte:.2f}",
+            "after": "{after_bits_per_byte:.2f}",
+        },
+    ),
     "parallel-plan-h100": Table(
         ("parallel-plan-h100",),
         {

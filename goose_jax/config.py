@@ -15,6 +15,7 @@ from pallas_kernels.types import Precision
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive, check_precision
 
 type Remat = Literal["none", "dots", "full"]
+"""What the backward computes again: nothing, all but matrix products, or all of each layer."""
 
 
 @dataclasses.dataclass(frozen=True)

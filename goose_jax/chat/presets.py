@@ -17,6 +17,7 @@ from typing import Literal
 from goose_jax.generation import SamplingConfig
 
 type SamplingPreset = Literal["demo", "think", "chat", "creative", "precise", "tools"]
+"""The names of `SAMPLING_PRESETS`."""
 
 SAMPLING_PRESETS: dict[SamplingPreset, SamplingConfig] = {
     "demo": SamplingConfig(

@@ -16,6 +16,7 @@ from goose_jax.text.tokenizer import REPLACEMENT
 from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
+"""Why a reply ended: by itself, at its greatest length, or by the user."""
 
 _REPLACED = REPLACEMENT.decode()
 """Stands in texts for bytes that are not UTF-8, and for unknown ids."""

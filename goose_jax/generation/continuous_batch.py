@@ -35,6 +35,7 @@ from goose_jax.state import RWKV7State, check_state, init_state, join_states, ta
 from pallas_kernels.validation import check_positive
 
 type FinishReason = Literal["stop", "length", "cancelled"]
+"""Why a request ended: by a stop token, at its greatest length, or because it was cancelled."""
 
 _MAX_PREFILL_TOKENS = 8 * MAX_PIECE
 """Maximum number of prompt tokens that are read at once. It bounds the memory for reading."""

@@ -11,16 +11,19 @@ import pallas_kernels
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 def test_readme_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {}
-    exec(compile(block, "README.md", "exec"), names)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    names = {"__name__": "readme"}
+    exec(compile("\n".join(blocks), "README.md", "exec"), names)
+    assert names["o"].shape == (2, 128, 4, 64)
+    assert names["x"].shape == (2, 16, 128)
     assert names["logits"].shape == (2, 16, 257)
     assert names["result"].tokens.shape == (1, 32)
 
@@ -41,12 +44,30 @@ def test_tests_run_on_the_releases_of_jax_that_the_extra_cuda_admits():
     assert f"JAX from {oldest.removeprefix('>=')} to " in README
 
 
+def test_the_workflow_runs_the_oldest_and_the_newest_jax():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    oldest, newest = re.findall(r'jax: "([\d.]+)"', workflow)
+    (cuda,) = PROJECT["optional-dependencies"]["cuda"]
+    assert f">={oldest},<" in cuda
+    assert f"JAX from {oldest} to {newest} on GPUs" in README
+    pythons = re.findall(r'{python: "([\d.]+)"', workflow)
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+    known = [name for name in PROJECT["classifiers"] if " :: 3." in name]
+    assert known[0].endswith(pythons[0])
+    assert known[-1].endswith(pythons[-1])
+
+
+def test_citation_has_the_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {goose_jax.__version__}\n" in citation
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_pages_name_exist(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
-    folders = ("goose_jax", "pallas_kernels", "tests", "benchmarks", "examples")
+    folders = ("goose_jax", "pallas_kernels", "tests", "benchmarks", "examples", "website")
     files = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     for name in re.findall(r"[\w/]+\.py\b", text):
         assert any(f"/{path}".endswith(f"/{name}") for path in files), name

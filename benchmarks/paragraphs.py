@@ -1,0 +1,140 @@
+"""Sentences with measurements, made from the files in `benchmarks/results` like the tables."""
+
+import dataclasses
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from results import Row, read_results
+from tables import TABLES, Table, cell, has
+
+
+@dataclasses.dataclass(frozen=True)
+class Paragraph:
+    """Sentences of a page.
+
+    Attributes:
+      files: whose numbers they show.
+      markdown: returns the sentences.
+    """
+
+    files: tuple[str, ...]
+    markdown: Callable[[], str]
+
+
+def _row(file: str, **wanted: Any) -> Row:
+    (row,) = has(**wanted)(read_results(file).rows)
+    return row
+
+
+def _wrap(text: str, first: str = "", later: str = "") -> str:
+    return textwrap.fill(
+        text,
+        110,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+LARGE = {"B": 8, "T": 4096, "H": 64, "K": 64}
+MIDDLE = {**LARGE, "H": 32}
+
+
+def caption() -> str:
+    """Says where the numbers of the main figure come from."""
+    ours, peers = read_results("train-step-h200"), read_results("peers-train-step-h200")
+    step = _row("train-step-h200", layers=24, width=1024, unroll_layers=True)
+    return _wrap(
+        f"A model of {step['layers']} x {step['width']} trains with {step['tokens_per_s']:,} tokens/s on "
+        f"one H200. WKV7 is measured at 8 rows of 4,096 tokens with 32 heads of 64, training at 8 x "
+        f"4,096 tokens (12 x 768: 16 x 512), all in bfloat16 on NVIDIA H200s, ours with JAX "
+        f"{ours.versions['jax']}, others with torch {peers.versions['torch']} and Triton "
+        f"{peers.versions['triton']} or their own CUDA, in different runs. Ours keep matrix products and "
+        f'compute the rest again (`remat="dots"`); the others keep everything. '
+        f"[All measurements](docs/performance.md) are files in [benchmarks/results](benchmarks/results), "
+        f"with date, versions, commit and command."
+    )
+
+
+def errors() -> str:
+    """Returns a table of errors on random and on hard tokens."""
+    random = [
+        ("kernels", _row("wkv7-h200", **LARGE)),
+        (
+            "FLA 0.6.0",
+            _row("wkv7-beside-fla-h200", implementation="FLA 0.6.0 (torch 2.11, Triton 3.6)"),
+        ),
+    ]
+    cells = {who: cell("{error_o:.1e}, {error_gradients:.1e}", row) for who, row in random}
+    xla = _row("wkv7-beside-fla-h200", implementation="xla, bounded")
+    lines = [
+        "| bfloat16: relative RMS error of outputs, of the worst gradient | kernels "
+        '| `precision="high"` | FLA 0.6.0 |',
+        "| --- | --- | --- | --- |",
+        f"| random tokens | {cells['kernels']} | {cell('{error_o:.1e}', xla)}, "
+        f"{cell('{error_gradients:.1e}', xla)} | {cells['FLA 0.6.0']} |",
+        *TABLES["wkv7-hard-tokens"].markdown().splitlines()[2:],
+    ]
+    return "\n".join(lines)
+
+
+def losses() -> str:
+    """Lists where others, or plain XLA, are better."""
+    kernel, floor = _row("wkv7-h200", **LARGE), _row("wkv7-floor-h200", **LARGE)
+    xla, middle = (
+        _row("wkv7-xla-h200", implementation="xla, bounded", **MIDDLE),
+        _row("wkv7-h200", **MIDDLE),
+    )
+    shift = {
+        x["implementation"]: x["ms"]
+        for x in has(operator="token shift, six mixes", direction="forward")(
+            read_results("operators-h200").rows
+        )
+    }
+    share = _row("decode-copy-share", layers=24, width=1024, gpu="H200")
+    recurrent = _row("wkv7-recurrent", B=1, T=1)
+    cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
+    parallel = {x["case"]: x for x in read_results("parallel-h200x2").rows}
+    two = parallel["the same, `fsdp=2`"]["tokens_per_s"]
+    one = parallel["24 x 1024, 8 x 4096 for each device"]["tokens_per_s"]
+    compiled = _row("train-step-h200", layers=24, width=1024, unroll_layers=True)["compile_s"]
+    ratio = kernel["forward_backward_ms"] / floor["forward_backward_ms"]
+    slower = xla["forward_backward_ms"] / middle["forward_backward_ms"]
+    items = (
+        f"**GPUs that are not Hopper, and TPUs, have no kernels.** There everything runs through XLA, which on "
+        f"an H200 takes {slower:.0f} times as long for WKV7 (8 x 4096 tokens, 32 heads, forward and "
+        "backward). FLA's Triton kernels run on such GPUs, too.",
+        "**Hard tokens in 16 bits.** Where keys are nearly parallel, or tokens take turns and nothing is "
+        "forgotten, the kernels' errors grow to the percents in the table above. "
+        '`precision="high"` avoids them, through XLA.',
+        f"**WKV7 is {ratio:.1f} times above the floor of memory traffic** "
+        f"({kernel['forward_backward_ms']:.1f} instead of {floor['forward_backward_ms']:.1f} ms at 8, 4096, 64 "
+        "on an H200).",
+        f"**Some kernels do not pay.** Token shift with six mixes takes {shift['mosaic_gpu']:.3f} ms forward, "
+        f"XLA {shift['xla']:.3f}; one token of `wkv7_recurrent` with its backward takes "
+        f"{recurrent['forward_backward_ratio']:.2f} of the time of the scan.",
+        f"**One row of a small model does not fill a GPU.** Decoding 24 x 1024 moves its weights and states at "
+        f"{share['percent_1']} % of the rate of a copy on an H200.",
+        f"**On a CPU, outputs alone** are faster by the plain scan ({cpu['reference']:.1f} ms) than in chunks "
+        f"({cpu['xla, bounded']:.1f} ms, 2,048 tokens, 4 heads); chunks pay with gradients.",
+        f"**More than two GPUs are not measured.** Two H200s with FSDP are {two / one:.2f} times as fast as one.",
+        f"**Compiling takes time**: {compiled} s for a training step of 24 unrolled layers.",
+        "**Not there**: quantised weights, RWKV-7a and 7b, and kernels for rows of more than 128 keys per head.",
+    )
+    return "\n".join(_wrap(item, "- ", "  ") for item in items)
+
+
+BLOCKS: dict[str, Table | Paragraph] = {
+    **TABLES,
+    "readme-caption": Paragraph(("train-step-h200", "peers-train-step-h200"), caption),
+    "readme-errors": Paragraph(("wkv7-h200", "wkv7-beside-fla-h200", "wkv7-hard-tokens"), errors),
+    "readme-losses": Paragraph(
+        (
+            *("wkv7-h200", "wkv7-floor-h200", "wkv7-xla-h200", "operators-h200", "wkv7-cpu"),
+            *("decode-copy-share", "wkv7-recurrent", "parallel-h200x2", "train-step-h200"),
+        ),
+        losses,
+    ),
+}

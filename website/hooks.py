@@ -1,0 +1,55 @@
+"""Changes pages of the documentation on their way to the site.
+
+Pages are Markdown that is read on GitHub, too. For the site, formulas that are code get mathematics
+beside them (MathML, which browsers draw by themselves), and links to files that are not pages lead
+to the repository.
+"""
+
+import html
+import pathlib
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+from mathematics import NotMathematics, formulas
+
+ROOT = pathlib.Path(__file__).parents[1]
+BLOB = "https://github.com/goose-jax/goose-jax/blob/main/"
+FORMULA = re.compile(r"^```python (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CELL = re.compile(r"(?<=\|)([^`|\n]*\de)-(?=\d)")  # numbers that would break at the sign
+LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Returns the text of a page as the site shows it."""
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+
+    def link(match: re.Match[str]) -> str:
+        target = (folder / match[2]).resolve()
+        if "://" in match[2] or target.is_relative_to(ROOT / "docs"):
+            return match[0]
+        if not target.exists():
+            raise FileNotFoundError(
+                f"{page.file.src_uri} links to {match[2]}, which does not exist"
+            )
+        return f"{match[1]}{BLOB}{target.relative_to(ROOT)}{match[3]}"
+
+    markdown = LINK.sub(link, markdown)
+    markdown = CELL.sub("\\1\N{NON-BREAKING HYPHEN}", markdown)
+    return FORMULA.sub(lambda match: with_mathematics(match[1], match[2]), markdown)
+
+
+def with_mathematics(name: str, code: str) -> str:
+    """Returns a block of code, and its formulas above it where it has some."""
+    block = f"```python\n{code}```"
+    try:
+        lines = formulas(code)
+    except NotMathematics:
+        return block
+    shown = "".join(
+        f'<div class="formula" style="--depth: {depth}">{convert(latex, display="inline")}'
+        f"<span>{html.escape(comment)}</span></div>"
+        for depth, latex, comment in lines
+    )
+    indented = "".join(f"    {line}\n" if line else "\n" for line in block.split("\n"))
+    return f'<div class="formulas" id="{name}">{shown}</div>\n\n??? example "As code"\n\n{indented}'
