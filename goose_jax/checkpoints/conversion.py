@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Shape, axis_sizes
@@ -16,12 +17,18 @@ from goose_jax.checkpoints.layouts import Layout
 from goose_jax.checkpoints.stored_tensor import StoredTensor
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
+from goose_jax.parallel import tree_shardings
 
 _ALIGNMENT = 64  # bytes; JAX adopts arrays with this alignment without copying them
 _ROWS_AT_ONCE = 16  # transposing 16 rows at a time is several times as fast as all at once
 
 
-def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWKV7Config) -> RWKV7:
+def build_model(
+    tensors: Mapping[str, StoredTensor],
+    layout: Layout,
+    config: RWKV7Config,
+    mesh: Mesh | None = None,
+) -> RWKV7:
     """Builds a model from the tensors of a file.
 
     One parameter at a time is filled layer by layer on the host and then passed to JAX, which on a
@@ -32,6 +39,8 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
         residual of the first layer may be missing.
       layout: layout of the file.
       config: configuration of the model. Values are rounded to its `param_dtype`.
+      mesh: the mesh that each parameter is divided over, by `goose_jax.parallel.PARTITION_RULES`;
+        None passes all to the default device.
 
     Raises:
       CheckpointError: if a value is out of the range of float16 and `param_dtype` is float16.
@@ -39,9 +48,11 @@ def build_model(tensors: Mapping[str, StoredTensor], layout: Layout, config: RWK
     layout = layout.for_config(config)
     graphdef, state = nnx.split(abstract_model(config))
     params = nnx.to_pure_dict(state)
+    shardings = None if mesh is None else tree_shardings(params, mesh)
     for path in dict.fromkeys(entry.parameter for entry in layout.entries):
         entries = [entry for entry in layout.entries if entry.parameter == path]
-        _replace(params, path, functools.partial(_fill, tensors, entries, config))
+        sharding = None if shardings is None else _get(shardings, path)
+        _replace(params, path, functools.partial(_fill, tensors, entries, config, sharding))
     return nnx.merge(graphdef, params)
 
 
@@ -85,7 +96,11 @@ def split_model(model: RWKV7, layout: Layout) -> Iterator[tuple[str, np.ndarray]
 
 
 def _fill(
-    tensors: Mapping[str, StoredTensor], entries: list[Entry], config: RWKV7Config, leaf: Any
+    tensors: Mapping[str, StoredTensor],
+    entries: list[Entry],
+    config: RWKV7Config,
+    sharding: NamedSharding | None,
+    leaf: Any,
 ) -> jax.Array:
     sizes = axis_sizes(config)
     values = _aligned(leaf.shape, leaf.dtype)
@@ -98,7 +113,12 @@ def _fill(
                 check_range(name, target, tensors[name].dtype)
             else:
                 target[...] = 0
-    return jax.device_put(values).block_until_ready()  # so that only one array is on the host
+    placed = (
+        jax.device_put(values)
+        if sharding is None
+        else jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    )
+    return placed.block_until_ready()  # so that only one array is on the host
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:

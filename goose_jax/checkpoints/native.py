@@ -30,6 +30,7 @@ from goose_jax.checkpoints.errors import CheckpointError, cause, list_names, sho
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer, locate_tokenizer
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
+from goose_jax.parallel import check_mesh
 
 _CONFIG, _METADATA = "config.json", "metadata.json"
 _PARAMS = "params"
@@ -148,11 +149,13 @@ def load_checkpoint(
       FileNotFoundError: if `path` does not exist.
       CheckpointError: if it is not a checkpoint, is damaged, or its parameters do not fit its
         configuration.
-      ValueError: if an override is out of range.
+      ValueError: if an override is out of range, or the mesh does not divide the model.
     """
     path = find_checkpoint(path)
     verify_directory(path, leave_out=OPTIMIZER)
     config, metadata = read_description(path, **overrides)
+    if mesh is not None:
+        check_mesh(mesh, config)
     graphdef, state = nnx.split(abstract_model(config))
     params = read_arrays(path / _PARAMS, nnx.to_pure_dict(state), mesh)
     return nnx.merge(graphdef, params), metadata

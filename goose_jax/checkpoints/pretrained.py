@@ -45,7 +45,7 @@ from goose_jax.config import (
     dtype_name,
 )
 from goose_jax.nn import RWKV7, abstract_model
-from goose_jax.parallel import place_tree
+from goose_jax.parallel import check_mesh
 
 _CHANGEABLE = (
     "compute_dtype",
@@ -124,8 +124,8 @@ def load_pretrained(
         the model then computes in the dtype that a checkpoint of goose-jax records, and, for other
         checkpoints, in `default_compute_dtype()`: float32 on CPUs, else bfloat16.
       mesh: the mesh to divide the parameters over (see `goose_jax.parallel`); None loads to JAX's
-        default device. Only a checkpoint of goose-jax is read in parts. Others must fit in one
-        device first.
+        default device. A device only receives its part. Of a checkpoint of goose-jax, each process
+        reads the parts of its devices; other files it reads as a whole, one parameter at a time.
       **overrides: values for `compute_dtype`, `remat`, `unroll_layers`, `implementation`,
         `precision`, `norm_eps` or `head_norm_eps` of `RWKV7Config`. `compute_dtype` goes before the
         rule above.
@@ -141,7 +141,7 @@ def load_pretrained(
         be malicious; if tensors are missing, unknown or of wrong shapes (the message names a few);
         if a file holds several dtypes and `dtype` is None; or if values are out of the range of
         float16.
-      ValueError: if an argument is out of range.
+      ValueError: if an argument is out of range, or the mesh does not divide the model.
 
     Example:
       >>> model, metadata = load_pretrained("RWKV-x070-World-0.4B.pth", dtype="bfloat16")
@@ -164,8 +164,9 @@ def load_pretrained(
     found = open_foreign(path, **overrides)
     dtype = dtype or _dtype_of(found.tensors, path)
     config = dataclasses.replace(found.config, param_dtype=dtype)
-    model = build_model(found.tensors, found.layout, config)
-    return (model if mesh is None else place_tree(model, mesh)), found.metadata
+    if mesh is not None:
+        check_mesh(mesh, config)
+    return build_model(found.tensors, found.layout, config, mesh), found.metadata
 
 
 def save_pretrained(

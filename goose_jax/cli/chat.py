@@ -27,6 +27,7 @@ from goose_jax.chat import (
 )
 from goose_jax.chat.prompt import clean, reply_prefix
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.model_devices import mesh_for_one_text
 from goose_jax.config import Dtype
 from goose_jax.generation import NonFiniteLogitsError, SamplingConfig
 from goose_jax.nn import RWKV7
@@ -50,6 +51,7 @@ def chat(
     load: Path | None = None,
     preset: SamplingPreset | None = None,
     tools: Path | None = None,
+    mesh: str | None = None,
 ) -> None:
     """Holds a conversation with a model. In the session, /help lists the commands.
 
@@ -58,6 +60,7 @@ def chat(
       goose-jax chat rwkv7-g1.pth --tools functions.json --preset tools
       goose-jax chat my-model/ --dtype bfloat16 --system "Be brief." --temperature 0.8
       goose-jax chat my-model/ --load yesterday.chat
+      goose-jax chat runs/large-1 --mesh tensor=4
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
@@ -74,6 +77,8 @@ def chat(
       preset: Recommended sampling, in place of all settings of sampling; /set changes single ones.
       tools: File with a JSON list of functions that the model may call: objects with name,
         description and parameters (a JSON schema).
+      mesh: Devices to divide the model over, as in fsdp=2,tensor=4 (see docs/parallel.md); by
+        default it is on one device.
 
     Raises:
       ValueError: if an argument is out of range, a file is damaged, or it belongs to another model.
@@ -83,9 +88,10 @@ def chat(
         if settings.sampling != ReplySettings().sampling:
             raise ValueError(f"give either --preset {preset} or settings of sampling, not both")
         settings = dataclasses.replace(settings, sampling=SAMPLING_PRESETS[preset])
+    devices = mesh_for_one_text(mesh)
     functions = [] if tools is None else _read_tools(tools)
     model, found = load_model_and_tokenizer(
-        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision, mesh=devices
     )
     start = starting_state(checkpoint, state, model)
     session = ChatSession(model, found, settings, start, functions)

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 from flax import nnx
 
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.data_settings import read_texts
+from goose_jax.cli.model_devices import mesh_for_batches
+from goose_jax.cli.train_devices import describe_devices
 from goose_jax.config import Dtype
+from goose_jax.parallel import place_tree
 from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
 from pallas_kernels.types import Precision
 from pallas_kernels.validation import check_positive
@@ -28,6 +30,7 @@ def evaluate(
     state: Path | None = None,
     batch_size: int = 8,
     sequence_length: int = 1024,
+    mesh: str | None = None,
 ) -> None:
     """Measures how well a model predicts a text, in bits per byte.
 
@@ -39,6 +42,7 @@ def evaluate(
       goose-jax evaluate runs/stdlib-1 book.txt
       goose-jax evaluate rwkv7.pth my-texts/ --pattern "*.md" --sequence-length 4096
       goose-jax evaluate rwkv7-g1.pth chats.jsonl
+      goose-jax evaluate runs/large-1 book.txt --mesh data=2,fsdp=4
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
@@ -57,6 +61,8 @@ def evaluate(
         initial state that lies beside the weights, or zeros.
       batch_size: Number of windows that are read at once.
       sequence_length: Tokens of a window.
+      mesh: Devices to divide the model and the windows over, as in data=2,fsdp=4 (see
+        docs/parallel.md); by default the model is on one device.
 
     Raises:
       ValueError: if an argument is out of range, or a file is damaged.
@@ -64,9 +70,10 @@ def evaluate(
     """
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
+    devices = mesh_for_batches(mesh, batch_size=batch_size, sequence_length=sequence_length)
     documents = read_texts(text, pattern=pattern, field=field, strict=strict)
     model, found = load_model_and_tokenizer(
-        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision
+        checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision, mesh=devices
     )
     start = starting_state(checkpoint, state, model)
     measure = make_evaluation(
@@ -76,14 +83,19 @@ def evaluate(
         batch_size=batch_size,
         sequence_length=sequence_length,
         loss=None if start is None else state_loss(model),
+        mesh=devices,
     )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    bits = measure(params) if start is None else measure(wkv_of(start), params)
+    if start is None:
+        bits = measure(params)
+    else:
+        wkv = wkv_of(start)
+        bits = measure(wkv if devices is None else place_tree(wkv, devices), params)
     num_bytes = sum(document.num_counted_bytes for document in documents)
     print(
         f"{bits:.4f} bits per byte: {len(documents):,} documents, {num_bytes:,} bytes, "
         f"{measure.num_tokens:,} tokens in windows of {sequence_length}, "
-        f"on {jax.devices()[0].device_kind} in {model.config.compute_dtype}"
+        f"on {describe_devices(devices)} in {model.config.compute_dtype}"
     )
 
 

@@ -2,17 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.model_devices import mesh_for_one_text
 from goose_jax.cli.prompts import read_prompt
 from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
-from goose_jax.parallel import make_mesh, parse_mesh
 from goose_jax.text import TextStop, TextStream
 from goose_jax.training import starting_state
 from pallas_kernels.types import Precision
@@ -61,8 +61,8 @@ def generate(
       stop: Texts that end the generation; they are not printed.
       seed: The same seed gives the same text.
       echo: Print the prompt, too.
-      mesh: Devices to divide the model over, as in tensor=4 (see docs/parallel.md); by default it
-        is on one device.
+      mesh: Devices to divide the model over, as in fsdp=2,tensor=4 (see docs/parallel.md); by
+        default it is on one device.
 
     Raises:
       ValueError: if an argument is out of range, or the checkpoint is damaged.
@@ -70,8 +70,8 @@ def generate(
       NonFiniteLogitsError: if the logits are NaN or infinite.
     """
     stop_texts = TextStop(stop)
+    devices = mesh_for_one_text(mesh)
     prompt = read_prompt(prompt, prompt_file)
-    devices = None if mesh is None else make_mesh(**dict[str, Any](parse_mesh(mesh)))
     model, found = load_model_and_tokenizer(
         checkpoint, tokenizer=tokenizer, dtype=dtype, precision=precision, mesh=devices
     )
@@ -97,8 +97,6 @@ def generate(
         seed=seed,
         state=start,
         on_tokens=write_tokens,
-        # Kernels would gather divided parameters; the modules do not.
-        implementation=None if devices is None else "xla",
     )
     _write(stream.finish() + "\n")
 

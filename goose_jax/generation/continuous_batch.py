@@ -195,7 +195,7 @@ class ContinuousBatch:
         self._config = model.config
         self._weights = prepare_decoding(model)
         self._block_size = block_size
-        self._implementation = implementation
+        self._implementation = self._weights.decode_implementation(implementation)
         self._ids = itertools.count()
         self._queue: collections.deque[_Request] = collections.deque()
         self._unfinished: dict[int, _Request] = {}

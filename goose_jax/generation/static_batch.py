@@ -142,6 +142,7 @@ def generate(
     )
     state = _initial_state(state, config, len(rows))
     weights = prepare_decoding(model)
+    implementation = weights.decode_implementation(implementation)
     progress = _read_and_compile(weights, rows, state, settings, block_size, implementation)
     blocks: Iterable[_Block] = _dispatch_blocks(
         functools.partial(

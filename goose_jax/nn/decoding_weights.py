@@ -39,6 +39,16 @@ class DecodingWeights:
         """Returns the modules with these parameters."""
         return nnx.merge(self.graphdef, self.params)
 
+    def decode_implementation(self, implementation: str | None) -> str | None:
+        """Returns the implementation of `RWKV7.decode` for these parameters.
+
+        Args:
+          implementation: a name, which is returned; None returns "xla" if parameters are divided
+            over devices, because the kernels would gather them, and else None.
+        """
+        divided = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(self.params))
+        return "xla" if implementation is None and divided else implementation
+
 
 def prepare_decoding(model: RWKV7 | DecodingWeights) -> DecodingWeights:
     """Casts and pads the matrices of a model once, so that no decoding step has to.

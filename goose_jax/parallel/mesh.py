@@ -134,15 +134,8 @@ def check_mesh(
       ValueError: if an axis does not divide what it must divide. The message names the axis, the
         size, and sizes that would fit.
     """
+    check_mesh_of_batches(mesh, batch_size=batch_size, sequence_length=sequence_length)
     sizes = axis_sizes(mesh)
-    rows = sizes["data"] * sizes["fsdp"]  # both divide the rows of a batch
-    if batch_size is not None and batch_size % rows:
-        nearest = math.ceil(batch_size / rows) * rows
-        raise ValueError(
-            f"the mesh axes data and fsdp, of {sizes['data']} x {sizes['fsdp']} devices, cannot "
-            f"divide {batch_size=}: the batch must be a multiple of {rows}, such as {nearest}, or "
-            f"their product one of {_divisors(batch_size)}"
-        )
     wanted = [
         ("fsdp", "hidden_size", config.hidden_size),
         ("tensor", "num_heads", config.num_heads),
@@ -154,6 +147,30 @@ def check_mesh(
                 f"mesh axis {axis}={sizes[axis]} cannot divide {name}={total}; sizes that would "
                 f"fit: {_divisors(total)}"
             )
+
+
+def check_mesh_of_batches(
+    mesh: Mesh, *, batch_size: int | None = None, sequence_length: int | None = None
+) -> None:
+    """Checks that the axes of a mesh divide batches. `check_mesh` includes this.
+
+    Args:
+      mesh: a mesh of `make_mesh`.
+      batch_size: B, rows of each microbatch; None leaves it unchecked.
+      sequence_length: T, tokens of each row; None leaves it unchecked.
+
+    Raises:
+      ValueError: if an axis does not divide what it must divide, as for `check_mesh`.
+    """
+    sizes = axis_sizes(mesh)
+    rows = sizes["data"] * sizes["fsdp"]  # both divide the rows of a batch
+    if batch_size is not None and batch_size % rows:
+        nearest = math.ceil(batch_size / rows) * rows
+        raise ValueError(
+            f"the mesh axes data and fsdp, of {sizes['data']} x {sizes['fsdp']} devices, cannot "
+            f"divide {batch_size=}: the batch must be a multiple of {rows}, such as {nearest}, or "
+            f"their product one of {_divisors(batch_size)}"
+        )
     # The loss divides the tokens over "tensor", too.
     parts = sizes["context"] * sizes["tensor"]
     if sequence_length is not None and sequence_length % parts:
@@ -168,4 +185,12 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
 
 
-__all__ = ["AXES", "axis_sizes", "check_mesh", "describe_mesh", "make_mesh", "parse_mesh"]
+__all__ = [
+    "AXES",
+    "axis_sizes",
+    "check_mesh",
+    "check_mesh_of_batches",
+    "describe_mesh",
+    "make_mesh",
+    "parse_mesh",
+]

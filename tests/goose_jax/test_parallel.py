@@ -1,5 +1,6 @@
 """Meshes of 8 devices of a CPU give what one device gives; partition rules; wrong meshes."""
 
+import io
 import os
 import pathlib
 import subprocess
@@ -13,7 +14,13 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from goose_jax import RWKV7Config
-from goose_jax.checkpoints import CheckpointMetadata, save_checkpoint
+from goose_jax.checkpoints import (
+    CheckpointMetadata,
+    load_pretrained,
+    save_checkpoint,
+    save_pretrained,
+)
+from goose_jax.checkpoints.state_files import write_time_states
 from goose_jax.cli.main import main
 from goose_jax.data import next_token_batch
 from goose_jax.nn import abstract_model
@@ -35,7 +42,7 @@ from goose_jax.training import (
     mean_loss,
 )
 from tests.goose_jax.parallel_runs import MESHES
-from tests.goose_jax.random_parameters import make_model
+from tests.goose_jax.random_parameters import assert_same_params, make_model
 from tests.helpers import relative_rms
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -217,18 +224,97 @@ def test_a_train_step_refuses_a_mesh_before_it_compiles():
         )
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_to_compile")
-def test_a_divided_model_generates_what_one_device_does(tmp_path, capsys):
-    path = tmp_path / "model"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
     sizes = {"vocab_size": 258, "hidden_size": 64, "head_size": 16, "intermediate_size": 64}
     model = make_model(**sizes, compute_dtype="float32")
     save_checkpoint(path, model, CheckpointMetadata("byte"))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_divided_model_generates_what_one_device_does(checkpoint, capsys):
     for mesh in ([], ["--mesh=fsdp=2,tensor=4"]):
-        main(["generate", str(path), "--prompt=a", "--max-new-tokens=12", "--seed=3", *mesh])
+        main(["generate", checkpoint, "--prompt=a", "--max-new-tokens=12", "--seed=3", *mesh])
     texts = capsys.readouterr().out
     assert len(texts) > 12
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_divided_model_chats_as_one_device_does(checkpoint, capsys, monkeypatch, tmp_path):
+    """Also where it goes on with a conversation that was saved on other devices."""
+    one, divided = [], ["--mesh=tensor=2,fsdp=2"]
+
+    def say(message, *arguments, save):
+        lines = f"{message}\n/save {tmp_path / save}\n/history\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        main(["chat", checkpoint, "--max-new-tokens=6", "--temperature=0", *arguments])
+        return capsys.readouterr().out.replace(save, "FILE")
+
+    first = say("Hi", *one, save="one.chat")
+    assert "[saved in" in first
+    assert first == say("Hi", *divided, save="divided.chat")
+    second = say("Why?", f"--load={tmp_path / 'divided.chat'}", *one, save="again.chat")
+    assert "Why?" in second
+    assert second == say("Why?", f"--load={tmp_path / 'one.chat'}", *divided, save="other.chat")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_divided_model_is_evaluated_as_on_one_device(checkpoint, capsys, tmp_path):
+    text, state = tmp_path / "text.txt", tmp_path / "state.pth"
+    text.write_text("the quick brown fox jumps over the lazy dog")
+    values = 1e4 * np.random.default_rng(0).normal(size=(2, 4, 16, 16))
+    write_time_states(state, list(values.astype(np.float32)))
+    bits = []
+    for start in ([], [f"--state={state}"]):
+        for mesh in ([], ["--mesh=data=2,fsdp=2,tensor=2"]):
+            sizes = ["--batch-size=4", "--sequence-length=8"]
+            main(["evaluate", checkpoint, str(text), *sizes, *start, *mesh])
+            out = capsys.readouterr().out
+            bits.append(float(out.split()[0]))
+            assert ("on 8 x cpu (cpu), mesh data=2 x fsdp=2 x tensor=2" in out) == bool(mesh)
+    np.testing.assert_allclose(bits[::2], bits[1::2], atol=2e-4)
+    assert abs(bits[0] - bits[2]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("command", "mesh", "message"),
+    [
+        ("generate", "tensor=3", "mesh axis tensor=3 cannot divide num_heads=4; sizes that would"),
+        ("generate", "rows=2", "mesh 'rows=2' has 'rows=2', but each part must be AXIS=SIZE"),
+        ("generate", "tensor=16", "tensor of 16 has 16 devices, but there are 8"),
+        ("chat", "tensor=2,data=2", "data divides batches, but this command works on one text"),
+        ("chat", "context=2", "context divides batches, but this command works on one text"),
+        ("chat", "fsdp=6", "mesh axis fsdp=6 cannot divide hidden_size=64"),
+        ("evaluate", "fsdp=8", "of 1 x 8 devices, cannot divide --batch-size=4"),
+        ("evaluate", "data=1,context=8", "context=8 x tensor=1 cannot divide --sequence-length=12"),
+        ("evaluate", "data=1,fsdp=3", "of 1 x 3 devices, cannot divide --batch-size=4"),
+    ],
+)
+def test_commands_refuse_a_mesh_that_does_not_fit(
+    checkpoint, capsys, tmp_path, command, mesh, message
+):
+    arguments = []
+    if command == "evaluate":
+        (tmp_path / "text").write_text("text")
+        arguments = [str(tmp_path / "text"), "--batch-size=4", "--sequence-length=12"]
+    with pytest.raises(SystemExit):
+        main([command, checkpoint, *arguments, f"--mesh={mesh}"])
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_another_program_is_divided_as_it_is_read(checkpoint, tmp_path):
+    model, _ = load_pretrained(checkpoint)
+    save_pretrained(model, tmp_path / "model.pth", "pth")
+    found, _ = load_pretrained(tmp_path / "model.pth", mesh=make_mesh(fsdp=2, tensor=4))
+    assert_same_params(found, model)
+    assert found.head[...].sharding.spec == P("fsdp", None)
+    assert found.blocks.time_mix.key[...].sharding.spec == P(None, "fsdp", "tensor")
 
 
 @pytest.mark.slow
