@@ -6,9 +6,10 @@ DEBS is a folder of `.deb` files, which `apt-get download` puts into the current
 downloads nothing. docs/proofs.md names the packages and what follows: `goose-jax tokenize` and
 `goose-jax train`.
 
-Taken are the files whose names end in `SUFFIXES`, unpacked. Texts that occur again and files of
-less than 1 KiB are left out. About one text in `HELD_OUT_SHARE` goes to TEXT/held-out, all others
-go to TEXT/train. Which ones depends only on their names.
+Taken are the files whose names end in `SUFFIXES`, unpacked. Bytes that are not UTF-8 become U+FFFD,
+and zeros are left out. So are texts that occur again, and files of less than 1 KiB. About one text
+in `HELD_OUT_SHARE` goes to TEXT/held-out, all others go to TEXT/train. Which ones depends only on
+their names.
 """
 
 import gzip
@@ -27,7 +28,7 @@ SMALLEST = 1024
 
 
 def texts(package: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """Yields path and unpacked contents of each text in a Debian package.
+    """Yields path and contents, in UTF-8, of each text in a Debian package.
 
     Raises:
       subprocess.CalledProcessError: if `dpkg-deb` cannot read the package.
@@ -41,7 +42,8 @@ def texts(package: pathlib.Path) -> Iterator[tuple[str, bytes]]:
                     contents = files.extractfile(member).read()  # type: ignore[union-attr]
                     if member.name.endswith((".gz", ".dz")):
                         contents = gzip.decompress(contents)
-                    yield member.name.removeprefix("./"), contents
+                    text = contents.decode(errors="replace").replace("\0", "")
+                    yield member.name.removeprefix("./"), text.encode()
         process.stdout.read()  # what pads the archive
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)

@@ -87,18 +87,19 @@ def environment() -> dict[str, Any]:
         "hardware": cores if device.platform == "cpu" else f"{device.device_kind}, {cores}",
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
-        "commit": _git("describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": _commit(),
         "command": shlex.join(["python", "-m", "examples.proofs", *sys.argv[1:]]),
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """Returns what git says of the commit of this file; None outside of a clone."""
+def _commit() -> str:
+    """Returns the commit of this file; outside of a clone the variable MEASURED_COMMIT names it."""
+    command = ["git", "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
     folder = pathlib.Path(__file__).parent
-    result = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() if result.returncode == 0 else None
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return os.environ.get("MEASURED_COMMIT", "not recorded")
+    return result.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Digit reversal, the task of RWKV-LM's `rwkv7_train_simplified.py`, with its sizes.
 
-A model of width 32 reads numbers of up to 60 digits, and writes each of them backwards.
+A model of width 32 reads numbers of up to 60 digits, and writes each of them backwards. Sizes and
+numbers of the optimizer are those of that script; initial values are those of this package.
 """
 
 import dataclasses
@@ -60,7 +61,8 @@ def run(settings: Settings) -> dict[str, Any]:
         settings.hidden_size,
         settings.num_layers,
         settings.head_size,
-        "float32",  # as in the official script
+        "float32",
+        **dict.fromkeys(("decay_rank", "alpha_rank", "value_rank", "gate_rank"), 8),
     )
     trained = train(config, settings.recipe, task)
     held_out = dataclasses.replace(task, seed=HELD_OUT)

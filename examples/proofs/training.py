@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,22 +41,32 @@ class Trained:
 
 
 def small_model(
-    vocab_size: int, hidden_size: int, num_layers: int, head_size: int, compute_dtype: str
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    head_size: int,
+    compute_dtype: str,
+    **others: Any,
 ) -> RWKV7Config:
-    """Returns the configuration of a small model, whose low ranks are a quarter of its width."""
-    rank = max(8, hidden_size // 4)
+    """Returns the configuration of a model that keeps all values for its backward.
+
+    Args:
+      vocab_size: number of token ids.
+      hidden_size: width.
+      num_layers: number of layers.
+      head_size: channels of a head.
+      compute_dtype: dtype of activations.
+      **others: other fields of `RWKV7Config`.
+    """
     return RWKV7Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
         head_size=head_size,
-        decay_rank=rank,
-        alpha_rank=rank,
-        value_rank=rank,
-        gate_rank=rank,
         compute_dtype=compute_dtype,
         remat="none",
         unroll_layers=True,
+        **others,
     )
 
 

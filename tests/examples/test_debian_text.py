@@ -43,7 +43,7 @@ def test_texts_are_unpacked_once_and_divided(collect, tmp_path, capsys):
             "doc/a.rst.gz": gzip.compress(LONG.encode()),
             "doc/7.txt": numbered["doc/7.txt"],
             "doc/short.txt": b"too short",
-            "doc/words.dict.dz": gzip.compress(b"word: " + LONG.encode()),
+            "doc/words.dict.dz": gzip.compress(b"w\xf6rd\0: " + LONG.encode()),
         },
     )
     package(tmp_path, "repeated", {"doc/again.txt": LONG.encode()})
@@ -56,7 +56,7 @@ def test_texts_are_unpacked_once_and_divided(collect, tmp_path, capsys):
     assert 0 < len(held_out) < 10  # 1 in 200
     assert {name.split("/", 1)[1]: text for name, text in texts.items() if name not in many} == {
         "packed/doc_a.rst": LONG.encode(),
-        "packed/doc_words.dict": b"word: " + LONG.encode(),
+        "packed/doc_words.dict": f"w\ufffdrd: {LONG}".encode(),
     }
     assert "packed: 2 texts, 0.0 MB" in capsys.readouterr().out
 
