@@ -1,6 +1,7 @@
 """The settings of `goose-jax train`: its flags, as they are typed and as a run records them."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -189,9 +190,11 @@ class TrainSettings(DataSettings):
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 check_positive(option(name), getattr(self, name))
-        for name in ("sample_length", "seed", "l2wrap"):
+        for name in ("sample_length", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.l2wrap < math.inf:
+            raise ValueError(f"--l2wrap must be a finite number >= 0, got {self.l2wrap}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak-tflops must be more than 0, got {self.peak_tflops}")
         if self.sample_length and self.prompt == "":
@@ -210,7 +213,7 @@ class TrainSettings(DataSettings):
         elif self.sampling == "packed":
             raise ValueError(
                 "--sampling packed cannot be given with --tune state: in a row only the first "
-                "document would begin with the state"
+                "document would begin with the state; use --sampling windows"
             )
         if self.tune in (None, "full"):
             self._refuse(("frozen_dtype",), "needs --tune lora or state: else nothing is frozen")

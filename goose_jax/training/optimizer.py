@@ -33,6 +33,8 @@ DECAYED_WEIGHTS = (
 FASTER_PARAMETERS = ("time_mix.decay_base",)
 """Ends of the paths of the parameters with a learning rate of their own."""
 
+_SMALLEST_EPS = 1.2e-38  # rounded to 0 in float32, less would divide 0 by 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -46,7 +48,7 @@ class OptimizerConfig:
       warmup_steps: number of steps over which the rate climbs from 1% of the cosine to all of it.
       beta1: decay of Adam's first moment.
       beta2: decay of Adam's second moment.
-      eps: added to the square root of the second moment.
+      eps: added to the square root of the second moment; more than 0.
       weight_decay: each step takes this share, times the learning rate, off the decayed parameters.
         The official recipe has 0.1 for large corpora and 0.001 for small ones.
       max_gradient_norm: a gradient with a larger global norm is scaled down to this norm.
@@ -74,15 +76,19 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
         for name, low, high in (
             ("learning_rate", 0.0, math.inf),
-            ("final_learning_rate", 0.0, self.learning_rate),
             ("beta1", 0.0, 1.0),
             ("beta2", 0.0, 1.0),
-            ("eps", 0.0, math.inf),
+            ("eps", _SMALLEST_EPS, math.inf),
             ("weight_decay", 0.0, math.inf),
             ("decay_base_rate", 0.0, math.inf),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)!r}")
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"{name} must lie in [{low}, {high}), got {getattr(self, name)!r}")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate must lie in [0, {self.learning_rate}], up to the learning "
+                f"rate at the peak, got {self.final_learning_rate!r}"
+            )
         if self.total_steps <= self.warmup_steps:
             raise ValueError(f"{self.total_steps=} must be more than {self.warmup_steps=}")
         if not self.max_gradient_norm > 0:

@@ -122,6 +122,14 @@ def test_a_schedule_without_warmup_begins_at_the_peak():
     assert float(learning_rate_schedule(config)(0)) == pytest.approx(1e-3)
 
 
+def test_the_smallest_eps_keeps_parameters_without_gradient():
+    transformation = make_optimizer(dataclasses.replace(CONFIG, eps=1.2e-38, weight_decay=0.0))
+    weights = {"head": jnp.ones(3)}
+    gradient = {"head": jnp.zeros(3)}
+    updates, _ = jax.jit(transformation.update)(gradient, transformation.init(weights), weights)
+    assert not np.asarray(updates["head"]).any()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -130,10 +138,14 @@ def test_a_schedule_without_warmup_begins_at_the_peak():
         ("warmup_steps", 1.5),
         ("learning_rate", -1e-3),
         ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
         ("final_learning_rate", 1.0),
-        ("beta1", 1.1),
+        ("final_learning_rate", math.nan),
+        ("beta1", 1.0),
         ("beta2", -0.1),
         ("eps", -1e-8),
+        ("eps", 0.0),
+        ("weight_decay", math.inf),
         ("weight_decay", -0.1),
         ("max_gradient_norm", 0.0),
         ("decay_base_rate", math.nan),
