@@ -1,5 +1,6 @@
 """The share of a device's arithmetic that training uses, and its memory."""
 
+import re
 import resource
 import sys
 
@@ -7,12 +8,13 @@ import jax
 
 from goose_jax.config import RWKV7Config
 
-# Products of dense bfloat16 matrices, in 10^12 operations per second, by a part of
-# `jax.Device.device_kind`. The first part that fits counts. Source: the makers' data sheets.
+# Products of dense bfloat16 matrices, in 10^12 operations per second, by words of
+# `jax.Device.device_kind`. The first words that fit count. Source: the makers' data sheets.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
     "H100": 989.4,
     "A100": 312.0,
     "L40S": 362.0,
@@ -56,8 +58,10 @@ def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
     """
     if compute_dtype not in ("bfloat16", "float16"):
         return None
+    if "Laptop" in device.device_kind:  # it has the name of a faster card
+        return None
     for name, tflops in _PEAK_TFLOPS.items():
-        if name in device.device_kind:
+        if re.search(rf"\b{name}\b", device.device_kind):
             return tflops * 1e12
     return None
 

@@ -80,6 +80,10 @@ def test_peaks_of_devices():
 
     assert peak_flops(Device("NVIDIA H100 80GB HBM3"), "bfloat16") == 989.4e12
     assert peak_flops(Device("NVIDIA H100 PCIe"), "bfloat16") == 756e12
+    assert peak_flops(Device("NVIDIA H100 NVL"), "bfloat16") == 835.5e12
+    assert peak_flops(Device("NVIDIA L4"), "bfloat16") == 121e12
+    for other in ("NVIDIA L40", "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_flops(Device(other), "bfloat16") is None
     assert peak_flops(Device("NVIDIA H100 80GB HBM3"), "float32") is None
     assert peak_flops(jax.devices("cpu")[0], "bfloat16") is None
 
