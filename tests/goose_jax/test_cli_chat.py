@@ -157,10 +157,14 @@ def test_a_second_ctrl_c_takes_the_message_back(checkpoint, vocabulary_file, cap
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)  # until the interruption arrives
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    # Background jobs ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(ChatSession, "reply", interrupted_twice)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/regenerate\n/history\n"))
-    command.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file))
+    try:
+        command.chat(checkpoint, SHORT, tokenizer=str(vocabulary_file))
+    finally:
+        signal.signal(signal.SIGINT, before)
     output = capsys.readouterr().out
     assert "[stopped at once: this message and its reply are forgotten]" in output
     assert "User: error: there is no message to reply to again\nUser: \nUser: \n" in output
@@ -192,12 +196,14 @@ class PseudoTerminal:
     def interrupt(self, pattern):
         """Presses Ctrl-C until the pattern is seen.
 
-        Python sees one that comes just before `input` begins to wait only at the next key.
+        Python sees one that comes just before `input` begins to wait only at the next key. It is
+        pressed again only when nothing comes any more: each one that is seen gives an answer.
         """
         for _ in range(30):
             self.send("\x03")
-            if self._read(2) and re.search(pattern, self._seen):
-                return
+            while self._read(5):
+                if re.search(pattern, self._seen):
+                    return
         raise AssertionError(f"no {pattern!r} in {self._seen!r}")
 
     def _read(self, seconds):
@@ -208,7 +214,7 @@ class PseudoTerminal:
         self._seen += text.replace("\r", "")
         return True
 
-    def wait_for(self, pattern, seconds=60):
+    def wait_for(self, pattern, seconds=300):
         """The text up to the end of the pattern, which is taken away."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self._seen)):
@@ -221,7 +227,7 @@ class PseudoTerminal:
     def close(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait()
         os.close(self._master)
 
 
@@ -285,4 +291,4 @@ def test_a_session_on_a_terminal(terminal, model, tokenizer, tmp_path):
     # Before it asks for a line, the terminal takes lines in by itself, and Ctrl-D is no key yet.
     terminal.wait_for(r"ends the session\]\nUser: ")
     terminal.send("\x04")
-    assert terminal.process.wait(30) == 0
+    assert terminal.process.wait(300) == 0

@@ -197,11 +197,12 @@ def test_an_empty_folder(tmp_path, capsys):
         ("--warmup-steps=1200", "--steps=1200 must be more than --warmup-steps=1200"),
         ("--batch-size=0", "--batch-size must be an integer >= 1, got 0"),
         ("--sequence-length=-3", "--sequence-length must be an integer >= 1, got -3"),
-        ("--learning-rate=-1", "--learning-rate must lie in [0.0, inf], got -1.0"),
-        ("--beta2=2", "--beta2 must lie in [0.0, 1.0], got 2.0"),
+        ("--learning-rate=-1", "--learning-rate must lie in [0.0, inf), got -1.0"),
+        ("--beta2=2", "--beta2 must lie in [0.0, 1.0), got 2.0"),
         ("--held-out-bytes=0", "--held-out-bytes must be an integer >= 1, got 0"),
         ("--prompt=", "--prompt must not be empty"),
         ("--seed=-1", "--seed must be at least 0, got -1"),
+        ("--l2wrap=inf", "--l2wrap must be a finite number >= 0, got inf"),
         ("--from=x --preset=minipile-12x768", "--preset cannot be given with --from"),
     ],
 )
@@ -274,7 +275,7 @@ def test_the_time_that_is_left_is_told_without_compilation(capsys):
             progress.add(StepReport(step, 1.0, 1.0, 0.1, tokens=60, seconds=seconds))
         bar = progress._bar
         assert (bar.n, bar.initial) == (5, 3)
-        assert bar.format_dict["elapsed"] < 10
+        assert bar.format_dict["elapsed"] < 100
         assert "120 tokens/s" in bar.postfix
     capsys.readouterr()
 

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -401,6 +400,26 @@ def test_the_command_counts_what_it_leaves_out(tmp_path, capsys):
     assert Binidx(tmp_path / "c").tokens.tolist() == by_bytes("text")
 
 
+# The command, which waits for a signal after 30 documents. Background jobs ignore Ctrl-C.
+STOPPED = """
+import signal
+from goose_jax.cli.main import main
+from goose_jax.data import BinidxWriter
+
+write = BinidxWriter.write
+
+def write_and_wait(self, *arguments, **options):
+    write(self, *arguments, **options)
+    if self.written.items == 30:
+        print("some are written", flush=True)
+        signal.pause()
+
+BinidxWriter.write = write_and_wait
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
 @pytest.mark.slow
 def test_a_command_with_processes_goes_on_after_sigkill_and_ctrl_c(tmp_path):
     folder = tmp_path / "texts"
@@ -410,18 +429,17 @@ def test_a_command_with_processes_goes_on_after_sigkill_and_ctrl_c(tmp_path):
     long = "The quick brown fox\njumps over the lazy dog\n" * 60_000  # 2.5 MiB, in pieces
     (folder / "b.txt").write_text(long)
     arguments = ["tokenize", f"--data={folder}", "--tokenizer=byte", f"--out={tmp_path / 'a'}"]
-    command = [sys.executable, "-m", "goose_jax.cli.main", *arguments, "--workers=2"]
+    command = [sys.executable, "-c", STOPPED, *arguments, "--workers=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    partial = tmp_path / "a.bin.partial"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        size = partial.stat().st_size if partial.exists() else 0
         with subprocess.Popen(
-            command, stderr=subprocess.PIPE, env=environment, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
         ) as process:
-            while process.poll() is None and not (
-                partial.exists() and partial.stat().st_size > size
-            ):
-                time.sleep(0.01)
+            assert process.stdout.readline() == "some are written\n"
             process.send_signal(number)
             assert "Traceback" not in process.communicate()[1]
         assert process.returncode == code
