@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import time
 
 import jax
 import pytest
@@ -133,6 +134,17 @@ def read_records(file):
             parts = b""
 
 
+def read_finished(file):
+    """The records of a run that has ended. wandb's process may still write the last ones."""
+    deadline = time.monotonic() + 300
+    while True:
+        records = list(read_records(file))
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_weights_and_biases_gets_the_values(tmp_path, monkeypatch):
     """Also of a step before the last one, as after resuming. A resumed run keeps its identity."""
@@ -145,8 +157,9 @@ def test_weights_and_biases_gets_the_values(tmp_path, monkeypatch):
         for step in steps:
             writer.write(step, {"loss": step / 8})
         writer.close()
-    files = sorted(folder.rglob("*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    records = [record for file in files for record in read_records(file)]
+        time.sleep(1)  # wandb names files by the second
+    files = sorted(folder.rglob("offline-run-*/*.wandb"))
+    records = [record for file in files for record in read_finished(file)]
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {(run.run_id, run.display_name, run.project) for run in runs} == {
         ((folder / "wandb-id").read_text().strip(), "fox-1", "geese"),
