@@ -1,6 +1,7 @@
 """What the tests of decoding share: a model, settings, and a look at the order of events."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -31,7 +32,10 @@ def random_model(seed):
     model = RWKV7(CONFIG, rngs=nnx.Rngs(seed))
     generator = np.random.default_rng(seed)
     graphdef, params = nnx.split(model)
-    noisy = jax.tree.map(lambda x: x + 0.3 * generator.standard_normal(x.shape, np.float32), params)
+    noisy = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + 0.3 * generator.standard_normal(x.shape, np.float32)),
+        params,
+    )
     return nnx.merge(graphdef, noisy)
 
 

@@ -51,8 +51,10 @@ def model():
     model = RWKV7(CONFIG, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
-    noise = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), state)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), noise))
+    noisy = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), jnp.float32), state
+    )
+    return nnx.merge(graphdef, noisy)
 
 
 @pytest.fixture(scope="module")
