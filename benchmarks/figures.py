@@ -83,7 +83,7 @@ PEER_NAMES = {
     "wind_rwkv, chunked CUDA": "wind_rwkv (CUDA)",
     "RWKV-LM, clampw_v3 for H100": "RWKV-LM (CUDA)",
     "FLA 0.6.0, chunks of 64, bounded decay": "FLA 0.6.0 (Triton)",
-    "jax-linear-attention 0.1.0, chunks of 32": "jax-linear-attention 0.1.0 (Pallas)",
+    "jax-linear-attention 0.1.0, chunks of 32": "jax-linear-attention (Pallas)",
 }
 OURS = "goose-jax"
 
@@ -143,7 +143,7 @@ def draw_main_results(figure: Any, data: Data, style: Style) -> None:
     bottom.set_yticks(places, [f"{x['model']}, {x['who']}" for x in rows])
     for axes, most in ((top, "forward_backward_ms"), (bottom, "tokens_per_s")):
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.6 * max(x.get(most, 0) for x in data))
+        axes.set_xlim(0, 1.9 * max(x.get(most, 0) for x in data))
         axes.xaxis.set_visible(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -257,7 +257,7 @@ def draw_decoding(figure: Any, data: Data, style: Style) -> None:
 
 FIGURES = {
     "results": Figure(
-        (7.6, 5.4),
+        (5.6, 5.4),
         draw_main_results,
         (
             *("wkv7-h200", "peers-wkv7-h200", "wkv7-beside-jax-linear-attention-h200"),

@@ -94,6 +94,10 @@ def losses() -> str:
         )
     }
     share = _row("decode-copy-share", layers=24, width=1024, gpu="H200")
+    parallel_keys, in_turn = (
+        _row("wkv7-hard-tokens", implementation="mosaic_gpu", tokens=tokens)
+        for tokens in ("nearly parallel keys", "three tokens in turn")
+    )
     recurrent = _row("wkv7-recurrent", B=1, T=1)
     cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
     parallel = {x["case"]: x for x in read_results("parallel-h200x2").rows}
@@ -106,9 +110,9 @@ def losses() -> str:
         f"**GPUs that are not Hopper, and TPUs, have no kernels.** There everything runs through XLA, which on "
         f"an H200 takes {slower:.0f} times as long for WKV7 (8 x 4096 tokens, 32 heads, forward and "
         "backward). FLA's Triton kernels run on such GPUs, too.",
-        "**Hard tokens in 16 bits.** Where keys are nearly parallel, or tokens take turns and nothing is "
-        "forgotten, the kernels' errors grow to the percents in the table above. "
-        '`precision="high"` avoids them, through XLA.',
+        "**Hard tokens in 16 bits.** Where keys are nearly parallel and little is forgotten, the kernels' "
+        f"outputs are off by {100 * parallel_keys['error_o']:.0f} %; where tokens take turns, the gradient "
+        f'of b by {100 * in_turn["error_db"]:.0f} %. `precision="high"` avoids that, through XLA.',
         f"**WKV7 is {ratio:.1f} times above the floor of memory traffic** "
         f"({kernel['forward_backward_ms']:.1f} instead of {floor['forward_backward_ms']:.1f} ms at 8, 4096, 64 "
         "on an H200).",
@@ -133,7 +137,13 @@ BLOCKS: dict[str, Table | Paragraph] = {
     "readme-losses": Paragraph(
         (
             *("wkv7-h200", "wkv7-floor-h200", "wkv7-xla-h200", "operators-h200", "wkv7-cpu"),
-            *("decode-copy-share", "wkv7-recurrent", "parallel-h200x2", "train-step-h200"),
+            *(
+                "wkv7-hard-tokens",
+                "decode-copy-share",
+                "wkv7-recurrent",
+                "parallel-h200x2",
+                "train-step-h200",
+            ),
         ),
         losses,
     ),

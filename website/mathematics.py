@@ -117,9 +117,10 @@ def _name(name: str) -> str:
         re.fullmatch(r"d([A-Za-z]\d?|kk|[A-Za-z]_\w+|[a-z]+_?\w*)", name)
         and name not in _WORDS_WITH_D
     ):
-        return rf"\mathrm{{d}}{_name(name[1:])}"
+        space = r"\," if len(name.partition("_")[0]) > 3 else ""
+        return rf"\text{{d}}{space}{_name(name[1:])}"
     if match := re.fullmatch(r"([A-Za-z])(\d)(?:_(\w+))?", name):
-        letter = rf"{match[1]}_{{{match[2]}}}"
+        letter = rf"\text{{{match[1]}{match[2]}}}"  # as in the text; an index is that of a token
         return rf"\hat{{{letter}}}" if match[3] == "hat" else letter
     letter, _, index = name.partition("_")
     if index == "hat" and len(letter) == 1:
@@ -167,7 +168,7 @@ def _expression(node: ast.AST) -> tuple[str, int]:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
             return rf"\left[{_tex(left)} {COMPARISONS[type(op)]} {_tex(right)}\right]", ATOM
         case ast.Attribute(value=x, attr="T"):
-            return rf"{_tex(x, INDEXED)}^{{\mathrm{{T}}}}", POWER
+            return rf"{_tex(x, INDEXED)}^{{\intercal}}", POWER
         case ast.Subscript(value=x, slice=index):
             return _element(x, index)
         case ast.Call(func=ast.Attribute(value=module, attr=name), args=args) if ast.unparse(
@@ -202,7 +203,7 @@ def _operation(left: ast.expr, op: ast.operator, right: ast.expr) -> tuple[str, 
         case ast.Pow(), _:
             return rf"{_tex(left, INDEXED)}^{{{_tex(right)}}}", POWER
         case ast.MatMult(), ast.Name(id=name) if ast.unparse(right) == name:
-            return rf"{_name(name)}^{{\mathrm{{T}}}} {_name(name)}", PRODUCT
+            return rf"{_name(name)}^{{\intercal}} {_name(name)}", PRODUCT
         case ast.MatMult(), _:
             return rf"{_tex(left, PRODUCT)} \, {_tex(right, PRODUCT)}", PRODUCT
         case ast.Mult(), ast.Subscript(value=x, slice=index) if _is_column(index):
@@ -277,7 +278,7 @@ def _function(name: str, args: list[ast.expr], node: ast.Call) -> tuple[str, int
         "exp": lambda: (rf"e^{{{_tex(args[0])}}}", POWER),
         "sqrt": lambda: (rf"\sqrt{{{_tex(args[0])}}}", ATOM),
         "outer": lambda: (
-            rf"{_tex(args[0], PRODUCT)} \, {_tex(args[1], INDEXED)}^{{\mathrm{{T}}}}",
+            rf"{_tex(args[0], PRODUCT)} \, {_tex(args[1], INDEXED)}^{{\intercal}}",
             PRODUCT,
         ),
         "inv": lambda: (rf"{_tex(args[0], INDEXED)}^{{-1}}", POWER),

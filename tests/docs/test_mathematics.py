@@ -32,15 +32,15 @@ def test_formulas_are_those_of_the_paper():
     assert latex("S1 = keep[:, None] * S0 + k_exit.T @ v") == [
         (
             0,
-            r"S_{1} = \operatorname{diag}(\text{keep}) \, S_{0} "
-            r"+ k_{\text{exit}}^{\mathrm{T}} \, v",
+            r"\text{S1} = \operatorname{diag}(\text{keep}) \, \text{S0} "
+            r"+ k_{\text{exit}}^{\intercal} \, v",
         )
     ]
     assert latex("y = scale * ((a + b) @ c)") == [
         (0, r"y = \text{scale} \cdot \left(a + b\right) \, c")
     ]
     assert latex("dk = np.exp(-g) * np.tril(A, -1)[t]") == [
-        (0, r"\mathrm{d}k = e^{-g} \odot \operatorname{tril}_{-1}\left(A\right)_{t}")
+        (0, r"\text{d}k = e^{-g} \odot \operatorname{tril}_{-1}\left(A\right)_{t}")
     ]
 
 
