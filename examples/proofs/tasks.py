@@ -50,10 +50,13 @@ class DigitReversal:
         """
         rng = np.random.default_rng((self.seed, step))
         B, N = self.batch_size, self.sequence_length + 1
-        digits = rng.integers(1, self.max_digits + 1, (B, N))  # N numbers are more than enough
+        # Of the numbers, which have at least four tokens each, so many are enough.
+        digits = rng.integers(1, self.max_digits + 1, (B, N // 4 + 1))
         ends = np.cumsum(2 * digits + 2, axis=1)
         place = np.arange(N)
-        number = (place[None, :, None] >= ends[:, None, : N // 4 + 1]).sum(-1)  # at each place
+        is_end = np.zeros((B, N + 1), int)
+        np.put_along_axis(is_end, np.minimum(ends, N), 1, axis=1)
+        number = np.cumsum(is_end[:, :N], axis=1)  # at each place, the index of its number
         length = np.take_along_axis(digits, number, 1)
         begin = np.take_along_axis(ends, number, 1) - 2 * length - 2
         offset = place - begin
