@@ -145,7 +145,11 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> list[Row]:
     print(
         f"| {name} | prefill | {len(prompt)} | {1e3 * reading:.2f} | {rate:,.0f} | | |", flush=True
     )
-    sizes = {"layers": model.config.num_layers, "width": model.config.hidden_size}
+    sizes = {
+        "layers": model.config.num_layers,
+        "width": model.config.hidden_size,
+        "gpu": jax.devices()[0].device_kind,
+    }
     rows: list[Row] = [
         {**sizes, "measure": "first token", "tokens": len(prompt), "s": round(first, 2)},
         {

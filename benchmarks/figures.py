@@ -93,7 +93,7 @@ def main_results() -> Data:
 
     def at_shape(file: str) -> Data:
         rows = read_results(file).rows
-        return [dict(row) for row in rows if all(row[k] == x for k, x in WKV_SHAPE.items())]
+        return [dict(row) for row in rows if all(row.get(k) == x for k, x in WKV_SHAPE.items())]
 
     ours = [x for x in at_shape("wkv7-h200") if x["implementation"] == "mosaic_gpu"]
     peers = [(x["peer"], x) for x in at_shape("peers-wkv7-h200")]
@@ -265,7 +265,9 @@ FIGURES = {
         ),
         main_results,
     ),
-    "lengths": Figure((7.6, 3.6), draw_lengths, files_of_lengths(), lengths),
+    "lengths": Figure(
+        (7.6, 3.6 * len(files_of_lengths())), draw_lengths, files_of_lengths(), lengths
+    ),
     "decoding": Figure((7.6, 3.6), draw_decoding, ("decode-h200", "peers-decode-h200"), decoding),
     "kernels": Figure((7.6, 6.2), draw_kernels),
     "chunk": Figure((7.6, 5.0), draw_chunk),

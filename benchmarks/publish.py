@@ -12,8 +12,10 @@ import pathlib
 import re
 
 from paragraphs import BLOCKS
+from results import FOLDER, NOT_RECORDED, read_results
+from tables import Table
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLACE = re.compile(
     r"^( *)<!-- results: ([\w-]+) -->\n(.*?)^ *<!-- /results -->$", re.MULTILINE | re.DOTALL
 )
@@ -24,15 +26,32 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def with_tables(text: str) -> str:
-    """Returns a page with the tables of today's files."""
+def source_of(name: str, page: pathlib.Path) -> str:
+    """Returns a line that says which files a table is made from, with links from the page."""
+    results = read_results(name)
+    folder = FOLDER.relative_to(page.parent, walk_up=True)
+    commit = results.commit if results.commit == NOT_RECORDED else results.commit[:7]
+    jax = results.versions["jax"]
+    facts = [results.hardware, results.date, f"commit {commit}"]
+    if jax not in ("none", NOT_RECORDED):
+        facts.append(f"jax {jax}")
+    return f"[{name}.json]({folder}/{name}.json): {', '.join(facts)}"
+
+
+def with_tables(page: pathlib.Path) -> str:
+    """Returns the text of a page with the tables of today's files."""
 
     def table(match: re.Match[str]) -> str:
         indent, name, _ = match.groups()
-        lines = [f"<!-- results: {name} -->", "", BLOCKS[name].markdown(), "", "<!-- /results -->"]
+        block = BLOCKS[name]
+        lines = [f"<!-- results: {name} -->", "", block.markdown(), ""]
+        if isinstance(block, Table):
+            sources = "; ".join(source_of(file, page) for file in block.files)
+            lines += [f"<small>{sources}</small>", ""]
+        lines.append("<!-- /results -->")
         return re.sub(r"^(?=.)", indent, "\n".join(lines), flags=re.MULTILINE)
 
-    return PLACE.sub(table, text)
+    return PLACE.sub(table, page.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -40,8 +59,7 @@ def main() -> None:
     from figures import draw_figures
 
     for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (new := with_tables(text)) != text:
+        if (new := with_tables(page)) != page.read_text(encoding="utf-8"):
             page.write_text(new, encoding="utf-8")
             print(page.relative_to(ROOT))
     for path in draw_figures():

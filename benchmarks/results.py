@@ -17,6 +17,7 @@ variable `MEASURED_COMMIT` names the commit.
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -27,8 +28,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FOLDER = pathlib.Path(__file__).with_name("results")
+FOLDER = pathlib.Path(__file__).resolve().with_name("results")
 NOT_RECORDED = "not recorded"
+_PEERS = {"torch": "torch", "triton": "triton", "fla": "flash-linear-attention"}
 
 type Row = Mapping[str, Any]
 
@@ -60,7 +62,15 @@ def read_results(name: str) -> Results:
     Raises:
       ValueError: the file lacks a field or has one that is not known.
     """
-    path = FOLDER / f"{name}.json"
+    return load_results(FOLDER / f"{name}.json")
+
+
+def load_results(path: pathlib.Path) -> Results:
+    """Returns the file at a path.
+
+    Raises:
+      ValueError: the file lacks a field or has one that is not known.
+    """
     try:
         return Results(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -69,6 +79,9 @@ def read_results(name: str) -> Results:
 
 def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
     """Writes what a benchmark measured in this process, unless `path` is None.
+
+    Rows are added to those of the file if all else is the same: day, hardware, versions, commit.
+    Otherwise the file is written anew.
 
     Args:
       path: of the file, which may exist.
@@ -86,6 +99,16 @@ def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
         command=shlex.join(["python", f"benchmarks/{script}", *arguments]),
         rows=[*rows],
     )
+    if path.exists():
+        old = load_results(path)
+        same = ("date", "hardware", "versions", "commit")
+        if all(getattr(old, name) == getattr(results, name) for name in same):
+            results = dataclasses.replace(
+                results,
+                rows=[*old.rows, *rows],
+                command=f"{old.command}; {results.command}",
+                note=old.note,
+            )
     save_results(path, results)
 
 
@@ -119,6 +142,9 @@ def _versions() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
     }
+    for module, package in _PEERS.items():
+        if module in sys.modules:
+            versions[module] = importlib.metadata.version(package)
     if jax.default_backend() == "gpu":
         runtime = jax.extend.backend.get_backend().platform_version
         versions["platform"] = " ".join(runtime.split())

@@ -115,7 +115,7 @@ ERRORS = {"o": "{error_o:.1e}", "gradients": "{error_gradients:.1e}"}
 def beside_floor_and_others(rows: list[Row]) -> Iterable[Row]:
     """Yields the kernel's rows with the floor and the best of others of the same shape."""
     shape = ("B", "T", "H", "K")
-    ours = [row for row in rows if row.get("implementation") == "mosaic_gpu"]
+    ours = has(implementation="mosaic_gpu", B=...)(rows)
     for row in ours:
         alike = [x for x in rows if all(x.get(name) == row[name] for name in shape)]
         joined = dict(row)
@@ -140,7 +140,7 @@ def decode_by_model(rows: list[Row]) -> Iterable[Row]:
         for row in has(layers=layers, width=width)(rows):
             if row["measure"] == "prefill":
                 line["prefill_tokens_per_s"] = row["tokens_per_s"]
-            elif row["implementation"] == "mosaic_gpu" and row["batch"] in (1, 128):
+            elif row["measure"] == "decode" and row["implementation"] == "mosaic_gpu":
                 line |= {f"{name}_{row['batch']}": row.get(name) for name in ("ms", "tokens_per_s")}
         yield line
 
@@ -150,6 +150,15 @@ def with_kinds_of_collectives(rows: list[Row]) -> Iterable[Row]:
     for row in rows:
         sent = [f"{kind} {gigabytes:.2f}" for kind, gigabytes in row["sent_gb"].items()]
         yield {**row, "sent": ", ".join(sent) or "none"}
+
+
+def with_percent(rows: list[Row]) -> Iterable[Row]:
+    """Yields rows of decoding, sorted by model, with the share of a copy's rate in percent."""
+    for row in sorted(rows, key=lambda row: row["width"]):
+        share = row["share_of_copy"]
+        values = share if isinstance(share, list) else [share]
+        percent = [round(100 * x) for x in values]
+        yield {**row, "percent": percent}
 
 
 HARD_TOKENS = {
@@ -291,6 +300,7 @@ TABLES = {
             "FLA 0.6.0": "{FLA_error_o:.1e}, {FLA_worst}",
         },
         then(
+            has(tokens=...),
             with_worst_gradient,
             pivot(("tokens", "described"), ("implementation",), ("error_o", "worst")),
         ),
@@ -372,13 +382,18 @@ TABLES = {
         },
     ),
     "decode-copy-share": Table(
-        ("decode-copy-share",),
+        ("decode-h100", "decode-h200"),
         {
             "Model": MODEL,
             "GPU": "{gpu}",
-            "one row": "{percent_1} %",
-            "128 rows": "{percent_128} %",
+            "one row": "{1_percent} %",
+            "128 rows": "{128_percent} %",
         },
+        then(
+            has(measure="decode", implementation="mosaic_gpu"),
+            with_percent,
+            pivot(("layers", "width", "gpu"), ("batch",), ("percent",)),
+        ),
     ),
     "decode-ratios": Table(
         ("decode-ratios",),
