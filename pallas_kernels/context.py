@@ -12,18 +12,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sharding import Axes, vary_alike
-from pallas_kernels.types import SegmentIds
+from pallas_kernels.types import SegmentIds, Size
+from pallas_kernels.validation import is_known
 
 type ContextAxis = str | Axes
 """The name of a mesh axis, or several, which count as one, the first as the outermost."""
 
 
-def check_context_axis(operator: str, context_axis: Any) -> None:
+def check_context_axis(operator: str, context_axis: Any, shape: tuple[Size, ...]) -> None:
     """Checks that a mesh axis is one of the `jax.shard_map` that the call is in.
 
+    Args:
+      operator: its name, for messages.
+      context_axis: what the caller gave.
+      shape: `[B, T, ...]`, of this device's tokens.
+
     Raises:
-      ValueError: naming the axis and those that there are.
+      ValueError: naming the axis and those that there are; or the shape, if it has symbols.
     """
+    if not all(map(is_known, shape)):
+        raise ValueError(
+            f"{operator}: {context_axis=} needs sizes that are numbers, got {shape=}: JAX cannot "
+            "export what moves between devices for symbols"
+        )
     names = context_axis if isinstance(context_axis, tuple) else (context_axis,)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not names or not all(name in manual for name in names):

@@ -76,7 +76,9 @@ def gather_parameters(
         rule = rule_of((*_keys(within), *path))
         first = param.ndim - len(rule)  # the axis of the layers, if there is one
         divided = tuple(
-            (axis, first + rule.index(axis)) for axis in over if axis in _varying(param)
+            (axis, first + rule.index(axis))
+            for axis in over
+            if axis in rule and mesh.shape[axis] > 1 and axis in _varying(param)
         )
         axes = _OF_BATCHES + (("tensor",) if used_by_heads(path) else ())
         if not divided and _varying(param) >= set(axes):
@@ -129,6 +131,44 @@ def sum_over_mesh(x: jax.Array) -> jax.Array:
     """Returns the sum of each device's number."""
     axes = _in_order(_varying(x))
     return jax.lax.psum(x, axes) if axes else x
+
+
+def own_copies[Tree](params: Tree) -> Tree:
+    """Gives each device that reads other tokens a copy of its own of each parameter.
+
+    Gradients of the copies are not summed over these devices. So gradients of several batches can
+    be added up first, and `sum_of_copies` sums them once. Parameters that "fsdp" divides have no
+    copies over it: their gradients are summed for each batch, of which a device keeps its part.
+
+    Args:
+      params: the parameters, with the names that the rules know at the ends of their paths.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return params
+
+    def copy(path: Any, param: jax.Array) -> jax.Array:
+        # To `gather_parameters`, a parameter is divided over an axis of its rule if it varies.
+        rule = rule_of(path)
+        axes = (axis for axis in _OF_BATCHES if axis not in rule or mesh.shape[axis] == 1)
+        return _vary(param, tuple(axes))
+
+    return jax.tree.map_with_path(copy, params)
+
+
+def sum_of_copies[Tree](gradient: Tree, params: Tree) -> Tree:
+    """Returns the gradient of parameters, given that of their `own_copies`."""
+
+    def add(part: jax.Array, param: jax.Array) -> jax.Array:
+        axes = _in_order(_varying(part) - _varying(param))
+        return jax.lax.psum(part, axes) if axes else part
+
+    return jax.tree.map(add, gradient, params)
+
+
+def zeros_varying_as(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns zeros of the shape that `jax.eval_shape` found, which vary over the same axes."""
+    return _vary(jnp.zeros(shape.shape, shape.dtype), _in_order(_varying(shape)))
 
 
 def tokens_of_device[Tree](tree: Tree) -> Tree:
@@ -208,7 +248,9 @@ def _mesh() -> Any:
     return None
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def _varying(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return frozenset(x.manual_axis_type.varying)
     return frozenset(jax.typeof(x).mat.varying)
 
 
@@ -232,8 +274,11 @@ __all__ = [
     "gather_parameters",
     "look_up",
     "on_mesh",
+    "own_copies",
+    "sum_of_copies",
     "sum_over_heads",
     "sum_over_mesh",
     "tokens_divided_over",
     "tokens_of_device",
+    "zeros_varying_as",
 ]

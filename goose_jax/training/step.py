@@ -15,7 +15,13 @@ from goose_jax.config import RWKV7Config
 from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.parallel import check_mesh, place_tree, tree_shardings
-from goose_jax.parallel.in_model import on_mesh, sum_over_mesh
+from goose_jax.parallel.in_model import (
+    on_mesh,
+    own_copies,
+    sum_of_copies,
+    sum_over_mesh,
+    zeros_varying_as,
+)
 from goose_jax.parallel.placement import constrain_tree
 from goose_jax.training.loss import L2WRAP, num_targets, sum_of_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -198,23 +204,23 @@ def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
     transformation = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
-    def mean(trained: Parameters, frozen: Parameters, batch: Batch, count: Scalar) -> Scalar:
-        return sum_over_mesh(loss(trained, frozen, batch)) / count
-
     def differentiate(
         params: Parameters, frozen: Parameters, batch: Batch
     ) -> tuple[tuple[Scalar, Scalar], Parameters]:
         tokens = sum_over_mesh(num_targets(batch))
         count = jnp.maximum(tokens, 1).astype(jnp.float32)
 
-        def of_microbatch(batch: Batch) -> tuple[Scalar, Parameters]:
-            return jax.value_and_grad(mean)(params, frozen, batch, count)
+        def share(params: Parameters, batch: Batch) -> Scalar:
+            return loss(params, frozen, batch) / count  # this device's part of the mean
 
         if batch.inputs.ndim == 3:
-            value, gradient = _sum_over_microbatches(of_microbatch, params, batch)
+            value, gradient = _sum_over_microbatches(
+                jax.value_and_grad(share), own_copies(params), batch
+            )
+            gradient = sum_of_copies(gradient, params)
         else:
-            value, gradient = of_microbatch(batch)
-        return (value, tokens), gradient
+            value, gradient = jax.value_and_grad(share)(params, batch)
+        return (sum_over_mesh(value), tokens), gradient
 
     differentiate_on_mesh = on_mesh(differentiate, mesh, gradient=True)
 
@@ -245,16 +251,17 @@ def _where(changes: Scalar, new: Any, old: Any) -> Any:
 
 
 def _sum_over_microbatches(
-    function: Callable[[Batch], tuple[Scalar, Parameters]], params: Parameters, batch: Batch
+    function: Callable[[Parameters, Batch], tuple[Scalar, Parameters]],
+    params: Parameters,
+    batch: Batch,
 ) -> tuple[Scalar, Parameters]:
-    """Sums the loss of each microbatch and its gradient, which is like `params`."""
+    """Sums the values and gradients that a function returns for each microbatch."""
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(microbatch)), None
+        return jax.tree.map(jnp.add, total, function(params, microbatch)), None
 
-    value = jax.eval_shape(function, jax.tree.map(lambda array: array[0], batch))[0]
-    # Made from the parameters, zeros vary over a mesh as the gradient does.
-    zeros = jnp.zeros(value.shape, value.dtype), jax.tree.map(jnp.zeros_like, params)
+    first = jax.tree.map(lambda array: array[0], batch)
+    zeros = jax.tree.map(zeros_varying_as, jax.eval_shape(function, params, first))
     return jax.lax.scan(add, zeros, batch)[0]
 
 

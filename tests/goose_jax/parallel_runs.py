@@ -130,7 +130,7 @@ def main(file):
         step = make_train_step(model, RECIPE, mesh=mesh)
         losses, state = train(step, state)
         add(results, name, losses, state)
-        if name in ("one", "2 x 2 x 2"):
+        if name in ("one", "data", "2 x 2 x 2"):
             large = batch(STEPS, 2 * B)
             if mesh is not None:  # the same step in two microbatches
                 large = jax.tree.map(lambda array: array.reshape(2, B, T), large)

@@ -1,10 +1,13 @@
 """Meshes of 8 devices of a CPU give what one device gives; partition rules; wrong meshes."""
 
+import dataclasses
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -90,9 +93,56 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(runs, name):
 
 
 @pytest.mark.slow
-def test_microbatches_on_a_mesh_make_the_step_of_one_device(runs):
-    found, expected = runs["microbatches 2 x 2 x 2"], runs["microbatches one"]
+@pytest.mark.parametrize("name", ["data", "2 x 2 x 2"])
+def test_microbatches_on_a_mesh_make_the_step_of_one_device(runs, name):
+    found, expected = runs[f"microbatches {name}"], runs["microbatches one"]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def collectives_in_loops(program: str) -> tuple[list[str], list[str]]:
+    """Returns the collectives of a compiled program, by kind: those in loops, and the others."""
+    bodies = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", program, re.M | re.S)
+    )
+    called = {
+        name: re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", body)
+        for name, body in bodies.items()
+    }
+    pending = re.findall(r"(?:body|condition)=%?([\w.\-]+)", program)
+    in_loops = set()
+    while pending:
+        name = pending.pop()
+        if name not in in_loops:
+            in_loops.add(name)
+            pending += called[name]
+
+    def of(names: Iterable[str]) -> list[str]:
+        kinds = (
+            r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+        )
+        return re.findall(kinds, "\n".join(bodies[name] for name in names))
+
+    return of(in_loops), of(bodies.keys() - in_loops)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}])
+def test_a_step_of_several_microbatches_sums_gradients_over_devices_once(sizes):
+    """Except over fsdp: of each microbatch, a device keeps only its part of the gradient's sum."""
+    config = dataclasses.replace(CONFIG, num_layers=2, vocab_size=32, remat="none")
+    mesh, recipe = make_mesh(**sizes), OptimizerConfig(total_steps=20)
+    model = abstract_model(config)
+    state = jax.eval_shape(
+        lambda params: init_tuning_state(params, recipe),
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+    )
+    tokens = np.zeros((2, 8, 9), np.int32)  # two microbatches
+    batch = jax.tree.map(lambda x: x.reshape(2, 8, 8), next_token_batch(tokens.reshape(16, 9)))
+    program = make_train_step(model, recipe, mesh=mesh).lower(state, batch).compile().as_text()
+    inside, outside = collectives_in_loops(program)
+    assert "all-reduce" in outside
+    assert set(inside) == ({"all-gather", "reduce-scatter"} if "fsdp" in sizes else set())
 
 
 @pytest.mark.slow

@@ -5,10 +5,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import NotServed, decode_layers, layer_norm, wkv7, wkv7_recurrent
+from pallas_kernels import (
+    NotServed,
+    channel_mix,
+    decode_layers,
+    layer_norm,
+    token_shift_mix,
+    wkv7,
+    wkv7_recurrent,
+)
 from tests.helpers import in_mesh_of, relative_rms
-from tests.pallas_kernels.mesh_cases import CASES, decoding_arguments, results_and_gradients
+from tests.pallas_kernels.mesh_cases import (
+    CASES,
+    VOCAB,
+    decoding_arguments,
+    results_and_gradients,
+)
 
 NAMES = ("r", "log_decay", "k", "v", "a", "b")
 
@@ -84,6 +98,47 @@ def test_one_program_serves_all_numbers_of_rows_and_tokens(name):
         jax.tree.leaves(exported.call(arrays)), jax.tree.leaves(run(arrays)), strict=True
     ):
         assert relative_rms(x, reference) < 2e-6  # measured: up to 3e-7
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_sum"])
+def test_chunks_of_logits_have_their_size_in_rows_of_any_number(name):
+    case = CASES[name]
+    exported = jax.export.export(jax.jit(lambda arrays: case.call(**arrays)))(symbolic_shapes(name))
+    program = jax.jit(exported.call).lower(case.draw(6)).compile().as_text()
+    rows = 4
+    chunk = case.settings["chunk_size"] // rows
+    assert f"f32[{rows},{chunk},{VOCAB}]" in program
+    assert f"f32[{rows},6,{VOCAB}]" not in program
+
+
+@pytest.mark.parametrize(
+    ("operator", "names", "of_tokens"),
+    [(wkv7, NAMES, (2, 64)), (token_shift_mix, ("x",), (4,)), (channel_mix, ("x",), (4,))],
+)
+def test_tokens_that_are_divided_over_devices_need_known_sizes(operator, names, of_tokens):
+    """JAX fails at collectives of symbolic shapes, in ways that say nothing of them."""
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
+    others = {
+        "token_shift_mix": {"mixes": jnp.zeros((1, 4))},
+        "channel_mix": {
+            "mix": jnp.zeros(4),
+            "key_weight": jnp.zeros((4, 4)),
+            "value_weight": jnp.zeros((4, 4)),
+        },
+    }.get(operator.__name__, {})
+
+    def run(x):
+        return operator(**dict.fromkeys(names, x), **others, context_axis="context")[0]
+
+    pieces = PartitionSpec(None, "context")
+    divided = jax.shard_map(run, mesh=mesh, in_specs=pieces, out_specs=pieces)
+    rows, length = jax.export.symbolic_shape("rows, 8*length")
+    for B, T in ((rows, 16), (2, length)):
+        x = jax.ShapeDtypeStruct((B, T, *of_tokens), jnp.float32)
+        with pytest.raises(ValueError, match="context_axis='context' needs sizes that are numbers"):
+            jax.export.export(jax.jit(divided))(x)
 
 
 @pytest.mark.slow

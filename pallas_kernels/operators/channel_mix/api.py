@@ -81,7 +81,7 @@ def channel_mix(
         x, *parameters, state, segment_ids = arrays
         new_state = None
         if context_axis is not None:
-            check_context_axis("channel_mix", context_axis)
+            check_context_axis("channel_mix", context_axis, x.shape)
             state, new_state = token_before(x, state, segment_ids, context_axis)
         varying = vary_alike(x, *parameters, state, segment_ids)
         y, last = dispatch("channel_mix", IMPLEMENTATIONS, implementation, *varying)

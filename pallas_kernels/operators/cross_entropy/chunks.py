@@ -1,27 +1,21 @@
 """Rows of tokens in chunks, for which logits are computed one chunk at a time."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.types import Size
-from pallas_kernels.validation import is_known
-
-LENGTH_OF_UNKNOWN = 64
-"""Tokens of each row in a chunk, where the number of rows is a symbol."""
 
 
-def chunk_length_of(shape: tuple[Size, ...], chunk_size: int) -> int:
+def chunk_length_of(shape: tuple[Size, ...], chunk_size: int) -> Size:
     """Returns how many tokens of each row a chunk has.
 
-    All rows together have at most `chunk_size` tokens in a chunk, but each has at least one.
+    All rows together have at most `chunk_size` tokens in a chunk, but each has at least one. Sizes
+    may be symbols; then the length is an expression of them.
     """
     rows, length = shape
-    if not is_known(rows):
-        return LENGTH_OF_UNKNOWN
-    most = max(1, chunk_size // rows)
-    return math.ceil(length / math.ceil(length / most)) if is_known(length) else most
+    most = jax.core.max_dim(1, chunk_size // rows)
+    chunks = -(-length // most)
+    return -(-length // chunks)
 
 
 def split(x: jax.Array, chunk_length: Size) -> jax.Array:

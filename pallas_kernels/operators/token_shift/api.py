@@ -85,7 +85,7 @@ def token_shift_mix(
     ) -> Any:
         new_state = None
         if context_axis is not None:
-            check_context_axis("token_shift_mix", context_axis)
+            check_context_axis("token_shift_mix", context_axis, x.shape)
             state, new_state = token_before(x, state, segment_ids, context_axis)
         inputs = (x, mixes, state, segment_ids)
         mixed, last = run_from_inputs(

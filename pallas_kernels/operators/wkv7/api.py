@@ -145,7 +145,7 @@ def wkv7(
         arguments = WKVInputs(*inputs), call.with_arrays(*arrays)
         if context_axis is None:
             return of_rows(*arguments)
-        check_context_axis("wkv7", context_axis)
+        check_context_axis("wkv7", context_axis, arguments[0].k.shape)
         if num_segments is not None:
             raise ValueError(f"wkv7: {num_segments=} needs rows that are not divided over devices")
         return wkv7_over_context(of_rows, *arguments, context_axis)
