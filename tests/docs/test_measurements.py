@@ -93,6 +93,14 @@ DESCRIPTIONS = {
 }
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_sentences_have_no_measurements_of_their_own(benchmarks, name):
+    text = benchmarks("publish").PLACE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    prose = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    measured = r"\d[\d,.]*\s*(?:tokens/s|tokens per second|ms\b|GiB|GB/s|TB/s|%|times\b)"
+    assert not re.findall(measured, prose)
+
+
 def test_figures_are_drawn_from_the_files(benchmarks):
     figures = benchmarks("figures")
     for name, figure in figures.FIGURES.items():
