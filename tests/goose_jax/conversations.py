@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from goose_jax.chat import ReplySettings
@@ -30,17 +31,13 @@ def chat_model():
     token 0 and of "\\n": theirs are 0, so another token's is always larger.
     """
 
-    @jax.jit
-    def noisy():
-        leaves, structure = jax.tree.flatten(nnx.state(RWKV7(CONFIG, rngs=nnx.Rngs(0))))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noise = [0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-        state = jax.tree.unflatten(structure, list(map(jnp.add, leaves, noise)))
-        state.head.set_value(state.head.get_value().at[:, :2].set(0))
-        return state
-
-    abstract = nnx.eval_shape(lambda: RWKV7(CONFIG, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(abstract), noisy())
+    graphdef, state = nnx.split(RWKV7(CONFIG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(
+        lambda x: np.asarray(x) + 0.3 * rng.standard_normal(x.shape, np.float32), state
+    )
+    state.head.get_value()[:, :2] = 0
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
 
 
 def chat_tokenizer():

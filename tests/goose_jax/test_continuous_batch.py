@@ -386,7 +386,7 @@ def test_requests_go_on_while_a_long_prompt_is_read(model, alone):
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_long_prompt_alone_is_read_at_once(model):
-    batch = ContinuousBatch(model, num_slots=2, block_size=BLOCK)
+    batch = ContinuousBatch(model, num_slots=3, block_size=BLOCK)
     prompts = [[token % VOCAB for token in range(length)] for length in (200, 100)]
     requests = [batch.submit(p, max_new_tokens=BLOCK, sampling=GREEDY) for p in prompts]
     received = Received(batch)

@@ -119,12 +119,13 @@ def test_a_stopped_sequence_is_padded_and_its_state_rests(model, forward):
 
 def test_generation_ends_once_all_rows_have_stopped(model):
     blocks = []
+    first = generate(model, PROMPTS, max_new_tokens=1, sampling=WARM).tokens[:, 0]
     result = generate(
         model,
         PROMPTS,
         max_new_tokens=1000,
         sampling=WARM,
-        stop_tokens=range(VOCAB),
+        stop_tokens=first,
         on_tokens=blocks.append,
     )
     assert result.tokens.shape == (4, 1000)
@@ -193,11 +194,13 @@ def test_without_stop_tokens_and_callback_nothing_is_waited_for_before_the_end(m
 
 
 def test_the_block_after_the_end_changes_nothing(model, monkeypatch):
-    free = generate(model, PROMPTS, max_new_tokens=20, sampling=GREEDY, block_size=4)
-    stops = free.tokens[:, :6].flatten()  # every row ends within two blocks
-    settings = {"max_new_tokens": 100, "sampling": GREEDY, "stop_tokens": stops, "block_size": 4}
+    settings = {"sampling": WARM, "block_size": 7}
+    free = generate(model, PROMPTS, max_new_tokens=20, **settings)
+    stops = free.tokens[:, 8]  # every row ends within two blocks
+    settings |= {"max_new_tokens": 100, "stop_tokens": stops}
     blocks = []
     called = generate(model, PROMPTS, on_tokens=blocks.append, **settings)
+    assert len(blocks) == 2
     events = watch(monkeypatch)
     result = generate(model, PROMPTS, **settings)
     dispatched = sum(name == "dispatch" for name, _ in events)
@@ -317,7 +320,7 @@ def test_the_likely_cause_of_logits_that_are_not_finite_is_named(model):
     spoilt = dataclasses.replace(cached, wkv=cached.wkv.at[0, 0, 0, 0, 0].set(math.nan))
     message = "row 0: all parameters are finite, so the state .* exceeded the range of float32$"
     with pytest.raises(FloatingPointError, match=message):
-        generate(model, [[5]], max_new_tokens=40, state=spoilt)
+        generate(model, [[5]], max_new_tokens=40, sampling=WARM, state=spoilt)
 
 
 @pytest.mark.slow
@@ -453,7 +456,7 @@ def test_wrong_types_are_named(model):
 
 
 def test_tokens_can_be_read_without_generating_any(model):
-    result = generate(model, [[5, 6, 7]], max_new_tokens=4, sampling=GREEDY)
+    result = generate(model, [[5, 6, 7]], max_new_tokens=4, sampling=WARM)
     state = prefill(model, [[5, 6, 7]])
     state = prefill(model, result.sequences, state=state)
     for name in ("time_shift", "wkv", "channel_shift"):
