@@ -196,7 +196,7 @@ def test_without_stop_tokens_and_callback_nothing_is_waited_for_before_the_end(m
 def test_the_block_after_the_end_changes_nothing(model, monkeypatch):
     settings = {"sampling": WARM, "block_size": 7}
     free = generate(model, PROMPTS, max_new_tokens=20, **settings)
-    stops = free.tokens[:, 8]  # every row ends within two blocks
+    stops = free.tokens[:, 10]  # every row ends within two blocks, and not all in the first
     settings |= {"max_new_tokens": 100, "stop_tokens": stops}
     blocks = []
     called = generate(model, PROMPTS, on_tokens=blocks.append, **settings)
