@@ -40,7 +40,7 @@ def check_context_axis(operator: str, context_axis: Any, shape: tuple[Size, ...]
     if not names or not all(name in manual for name in names):
         raise ValueError(
             f"{operator}: {context_axis=} must name a mesh axis of the jax.shard_map around the "
-            f"call, which has {manual}"
+            f"call, which has {manual}, or an Auto axis of the mesh in context (jax.set_mesh)"
         )
 
 

@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from pallas_kernels.devices import Device, assume_device, device_in_context
 from pallas_kernels.sharding import (
     ROWS,
+    TOKENS,
     Axes,
     Dimensions,
     Layout,
@@ -246,10 +248,12 @@ class _Call:
         del results
         leaves, constants = arguments
         mesh, free = _meshes(mesh, leaves[0].sharding, self.context.mesh)
+        specs = [_spec(x.sharding, len(x.shape), free) for x in leaves]
+        self._warn_if_tokens_are_gathered(specs)
         divided = _divide(
             self.inputs,
             [x.shape for x in leaves],
-            [_spec(x.sharding, len(x.shape), free) for x in leaves],
+            specs,
             free.shape,
             self.independent,
             self.units,
@@ -270,6 +274,19 @@ class _Call:
         of_constants = [NamedSharding(free, PartitionSpec()) for _ in constants]
         of_leaves = tuple(shardings(self.inputs))
         return mesh, of_part, shardings(self.outputs), (of_leaves, of_constants)
+
+    def _warn_if_tokens_are_gathered(self, specs: Sequence[PartitionSpec]) -> None:
+        if TOKENS in self.independent:
+            return
+        for names, spec in zip(self.inputs, specs, strict=True):
+            if ROWS in names and TOKENS in names and (axes := axes_at(spec, names.index(TOKENS))):
+                warnings.warn(
+                    f"kernels of {self.name} need all tokens of a row, which the mesh axes {axes} "
+                    "divide: they are gathered. To keep them divided, name these axes as the "
+                    "operator's context_axis",
+                    stacklevel=2,
+                )
+                return
 
 
 def _sum_parts(x: jax.Array, dimensions: Dimensions, divided: Mapping[str, Axes]) -> jax.Array:

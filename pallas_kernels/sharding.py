@@ -78,7 +78,11 @@ def spec_of(dimensions: Dimensions, divided: Mapping[str, Axes]) -> PartitionSpe
 
 
 def over_explicit_axes[R](
-    function: Callable[..., R], layout: Layout, *arguments: Any, over_context: bool = False
+    function: Callable[..., R],
+    layout: Layout,
+    *arguments: Any,
+    over_context: bool = False,
+    context_axis: str | Axes | None = None,
 ) -> R:
     """Calls a function that knows nothing of explicit mesh axes.
 
@@ -93,9 +97,14 @@ def over_explicit_axes[R](
       over_context: whether the function has a keyword argument `context_axis`. If axes divide the
         tokens, it gets their names as `context_axis`, and this device's pieces of the rows. These
         axes are Manual in the function.
+      context_axis: what the caller of the operator gave. If it names Auto axes of the mesh in
+        context, the function gets pieces of the rows as for explicit axes.
     """
     leaves = jax.tree.leaves(arguments)
     mesh = _mesh_with_explicit_axes(leaves)
+    names = (context_axis,) if isinstance(context_axis, str) else context_axis or ()
+    if names and set(names) <= set(jax.sharding.get_abstract_mesh().auto_axes):
+        function, over_context = _over_context(function, layout, names), False
     if mesh is None:
         return function(*arguments)
     divided = _divided_dimensions(layout, arguments)
@@ -104,9 +113,9 @@ def over_explicit_axes[R](
         return NamedSharding(mesh, spec_of(tuple(names.split()), divided))
 
     run = function
-    context_axis = divided.get(TOKENS)
-    if over_context and context_axis:
-        run = _over_context(function, layout, context_axis)
+    tokens_axis = divided.get(TOKENS)
+    if over_context and tokens_axis:
+        run = _over_context(function, layout, tokens_axis)
     out_sharding = jax.tree.map(sharding, layout.results)
     in_auto = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=out_sharding)
     return in_auto(*arguments)

@@ -96,6 +96,7 @@ def spec_of(name: str) -> PartitionSpec:
         (8, False, "explicit axis"),
         (8, True, "shard_map"),
         (8, True, "explicit axis"),
+        (8, True, "auto axis"),
     ],
 )
 def test_pieces_of_rows_equal_whole_rows(devices, packed, way, monkeypatch):
@@ -110,7 +111,9 @@ def test_pieces_of_rows_equal_whole_rows(devices, packed, way, monkeypatch):
         ids = jax.device_put(ids, NamedSharding(mesh, pieces))
 
     function = run
-    if axis_type is AxisType.Auto:
+    if way == "auto axis":  # the call names it, without a shard_map
+        function = functools.partial(run, context_axis="context")
+    elif axis_type is AxisType.Auto:
         state = PartitionSpec()
         function = jax.shard_map(
             functools.partial(run, context_axis="context"),
@@ -130,9 +133,11 @@ def test_pieces_of_rows_equal_whole_rows(devices, packed, way, monkeypatch):
     assert max(moved(program.as_text()).values()) == devices * B * H * K * (K + V)
 
 
-def test_context_axis_must_be_one_of_a_shard_map():
+def test_context_axis_must_be_one_of_a_shard_map_or_of_the_mesh_in_context():
     x, mixes = jnp.ones((1, 2, 4)), jnp.ones((1, 4))
-    with pytest.raises(ValueError, match="context_axis='context' must name a mesh axis"):
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+    message = r"context_axis='context' must name a mesh axis .*, or an Auto axis of the mesh in"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         token_shift_mix(x, mixes, context_axis="context")
 
 

@@ -124,6 +124,12 @@ def test_partitioned_function_sums_over_rows_and_gathers_nothing():
     assert "f32[2,4,3]" in program
 
 
+def test_tokens_that_are_gathered_for_a_kernel_are_told_of():
+    with pytest.warns(UserWarning, match=r"kernels of sums need all tokens .*\('tensor',\) divide"):
+        program = check_sums(SUMS, PartitionSpec("data", "tensor"), draw(8, 4, 6))
+    assert moved(program).keys() == {"all-gather"}
+
+
 def test_sizes_that_mesh_axes_do_not_divide_stay_whole():
     def of_some(function):
         return lambda x, weight: function(x[:6, :, :9], weight[:9])

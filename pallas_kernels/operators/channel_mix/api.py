@@ -53,8 +53,9 @@ def channel_mix(
         and consecutive equal ids are one segment (see `pallas_kernels.packing`).
       context_axis: in `jax.shard_map`, the mesh axis over which the tokens of each row are divided
         into equal pieces, in order. All arrays with tokens are this device's pieces; `state` and
-        `new_state` are those of the whole row, the same on all devices. Tokens that an explicit
-        axis divides need no `context_axis`.
+        `new_state` are those of the whole row, the same on all devices. Outside, it may be an Auto
+        axis of the mesh in context; arrays are then whole. Tokens that an explicit axis divides
+        need no `context_axis`.
       implementation: "mosaic_gpu", whose token shift runs in kernels, for bfloat16 on Hopper GPUs,
         with C a multiple of 64; "xla"; "reference", the definition; or None, which chooses. The
         first two keep the inputs and `relu(mixed @ key_weight)^2` for the backward.
@@ -88,4 +89,4 @@ def channel_mix(
         return y, last if new_state is None else new_state
 
     arrays = (x, mix, key_weight, value_weight, state, segment_ids)
-    return over_explicit_axes(run, LAYOUT, *arrays, over_context=True)
+    return over_explicit_axes(run, LAYOUT, *arrays, over_context=True, context_axis=context_axis)

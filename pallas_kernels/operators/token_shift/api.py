@@ -61,8 +61,9 @@ def token_shift_mix(
         before the row's first segment, zeros before the later ones.
       context_axis: in `jax.shard_map`, the mesh axis over which the tokens of each row are divided
         into equal pieces, in order. All arrays with tokens are this device's pieces; `state` and
-        `new_state` are those of the whole row, the same on all devices. Tokens that an explicit
-        axis divides need no `context_axis`.
+        `new_state` are those of the whole row, the same on all devices. Outside, it may be an Auto
+        axis of the mesh in context; arrays are then whole. Tokens that an explicit axis divides
+        need no `context_axis`.
       implementation: "mosaic_gpu", kernels for bfloat16 on Hopper GPUs, with C a multiple of 64;
         "xla", whose backward needs only the inputs; "reference", the definition, which JAX
         differentiates; a pair of names, (forward, backward); or None, which chooses.
@@ -93,7 +94,9 @@ def token_shift_mix(
         )
         return mixed, last if new_state is None else new_state
 
-    return over_explicit_axes(run, LAYOUT, x, mixes, state, segment_ids, over_context=True)
+    return over_explicit_axes(
+        run, LAYOUT, x, mixes, state, segment_ids, over_context=True, context_axis=context_axis
+    )
 
 
 def check_shift(

@@ -106,7 +106,8 @@ def wkv7(
         into equal pieces, in order. All arrays with tokens are this device's pieces; the initial
         state is the same on all devices, and the final state is that after the whole row. It costs
         a second pass over the piece in each direction, and `[B, H, K, K + V]` float32 from each
-        device to all. Tokens that an explicit axis divides need no `context_axis`.
+        device to all. Outside of `jax.shard_map` it may be an Auto axis of the mesh in context;
+        arrays are then whole. Tokens that an explicit axis divides need no `context_axis`.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: inputs of 16 bits, K of 64 or 128, V
         a multiple of 64, min_log_decay of at least -1), "xla" (chunked matrix products),
         "reference" (a scan over tokens), or None, which takes the first of these that can.
@@ -151,7 +152,9 @@ def wkv7(
         return wkv7_over_context(of_rows, *arguments, context_axis)
 
     arrays = (tuple(inputs), initial_state, segment_ids)
-    return over_explicit_axes(run, call.layout(), *arrays, over_context=True)
+    return over_explicit_axes(
+        run, call.layout(), *arrays, over_context=True, context_axis=context_axis
+    )
 
 
 __all__ = ["check_inputs", "wkv7"]
