@@ -40,13 +40,13 @@ class Settings:
 FULL = Settings(
     AssociativeRecall(64, 512, pairs=(8, 16, 32, 64, 128)),
     OptimizerConfig(
-        total_steps=4000, learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=100
+        total_steps=5000, learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=100
     ),
     hidden_sizes=(64, 128, 256),
 )
 SHORT = Settings(
-    AssociativeRecall(32, 64, pairs=(2, 4, 8, 16), vocab_size=512),
-    OptimizerConfig(total_steps=2000, learning_rate=8e-3, final_learning_rate=4e-4),
+    AssociativeRecall(64, 32, pairs=(2, 4, 8), vocab_size=256),
+    OptimizerConfig(total_steps=1000, learning_rate=6e-3, final_learning_rate=3e-4),
     hidden_sizes=(16, 32, 64),
     head_size=16,
 )

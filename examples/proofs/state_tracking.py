@@ -42,7 +42,7 @@ class Settings:
 FULL = Settings(
     PermutationProducts(1024, 16, degree=5),
     OptimizerConfig(
-        total_steps=15_000, learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=200
+        total_steps=25_000, learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=200
     ),
     hidden_size=128,
     num_layers=4,
