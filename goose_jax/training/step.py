@@ -16,6 +16,7 @@ from goose_jax.data import Batch
 from goose_jax.nn import RWKV7
 from goose_jax.parallel import check_mesh, place_tree, tree_shardings
 from goose_jax.parallel.in_model import (
+    compiler_options,
     on_mesh,
     own_copies,
     sum_of_copies,
@@ -137,7 +138,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step(state, {}, batch)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def full_loss(model: RWKV7, *, l2wrap: float = L2WRAP) -> Loss:
@@ -197,7 +198,8 @@ def make_tuning_step(
       config: numbers of the optimizer.
       mesh: the mesh that `state` and `frozen` are divided over; None for one device.
     """
-    return jax.jit(_step(loss, config, mesh), donate_argnums=0)
+    step = _step(loss, config, mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:

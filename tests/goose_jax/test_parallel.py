@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterable
 
 import jax
@@ -35,6 +36,7 @@ from goose_jax.parallel import (
     parse_mesh,
     partition_spec,
 )
+from goose_jax.parallel.in_model import compiler_options
 from goose_jax.training import (
     LoraConfig,
     OptimizerConfig,
@@ -265,6 +267,16 @@ def test_a_mesh_of_another_number_of_devices_says_what_fits():
 def test_a_mesh_that_does_not_fit_names_the_axis_and_what_would_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         check_mesh(abstract_mesh(**sizes), CONFIG, batch_size=6, sequence_length=96)
+
+
+def test_xla_knows_the_options_for_training_steps_on_several_gpus():
+    gpus = np.array([types.SimpleNamespace(platform="gpu")] * 2)
+    options = compiler_options(types.SimpleNamespace(size=2, devices=gpus))
+    assert options
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_unknown": 1})(1)
+    assert compiler_options(make_mesh(fsdp=2)) == compiler_options(None) == {}
 
 
 def test_a_train_step_refuses_a_mesh_before_it_compiles():
