@@ -96,12 +96,12 @@ class Block(nnx.Module):
         """
         check_activations("x", x, "B T C", {"C": self.config.hidden_size}, self.config)
         time_state = None if state is None else (state.time_shift, state.wkv)
+        normed, x = self.time_mix_norm.before_residual(x)
         mixed, v_first, (time_shift, wkv) = self.time_mix(
-            self.time_mix_norm(x), v_first, time_state, segment_ids, is_first=is_first
+            normed, v_first, time_state, segment_ids, is_first=is_first
         )
         x = checkpoint_name(x + mixed, KEPT)
         channel_state = None if state is None else state.channel_shift
-        mixed, channel_shift = self.channel_mix(
-            self.channel_mix_norm(x), channel_state, segment_ids
-        )
+        normed, x = self.channel_mix_norm.before_residual(x)
+        mixed, channel_shift = self.channel_mix(normed, channel_state, segment_ids)
         return x + mixed, v_first, BlockState(time_shift, wkv, channel_shift)

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from goose_jax.config import RWKV7Config
-from pallas_kernels import layer_norm
+from pallas_kernels import layer_norm, pre_norm
 
 
 class LayerNorm(nnx.Module):
@@ -37,3 +37,18 @@ class LayerNorm(nnx.Module):
         """
         normed = layer_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
         return normed.astype(self.config.compute_dtype)
+
+    def before_residual(
+        self, x: Float[Array, "B T C"]
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+        """Normalises each token, and returns `x` for the sum with what is made of the norm.
+
+        Args:
+          x: `[B, T, C]` in the compute dtype.
+
+        Returns:
+          normed: `[B, T, C]` in the compute dtype.
+          x: `[B, T, C]`, the argument. Used in place of it, it saves a pass of the backward.
+        """
+        normed, x = pre_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
+        return normed.astype(self.config.compute_dtype), x

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import layer_norm
+from pallas_kernels import layer_norm, pre_norm
 from tests.pallas_kernels.operator_checks import (
     LIMITS,
     check_shard_map,
@@ -37,6 +37,17 @@ def test_equals_the_formula(implementation, dtype):
     judge(function, formula, INPUTS, PARAMETERS, dtype)
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pre_norm_adds_the_gradient_of_its_input(implementation, dtype):
+    function = functools.partial(pre_norm, implementation=implementation)
+
+    def expected(x, **parameters):
+        return formula(x, **parameters), x
+
+    judge(function, expected, INPUTS, PARAMETERS, dtype)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_means(implementation):
     inputs = INPUTS | {"x": 1000 + np.round(10 * INPUTS["x"])}  # exact in float32
@@ -51,19 +62,23 @@ def test_constant_tokens_give_the_bias(implementation):
     np.testing.assert_allclose(y, jnp.broadcast_to(bias, y.shape), atol=1e-6)
 
 
-def test_keeps_only_its_inputs():
+@pytest.mark.parametrize("norm", [layer_norm, pre_norm])
+def test_keeps_only_its_inputs(norm):
     inputs = [jnp.asarray(x) for x in INPUTS.values()]
-    assert saved_for_backward(layer_norm, *inputs) == sorted(x.shape for x in inputs)
+    assert saved_for_backward(norm, *inputs) == sorted(x.shape for x in inputs)
 
 
-def test_transformations():
-    check_transformations(layer_norm, INPUTS)
+@pytest.mark.parametrize("norm", [layer_norm, pre_norm])
+def test_transformations(norm):
+    check_transformations(norm, INPUTS)
 
 
-def test_shard_map():
-    check_shard_map(layer_norm, INPUTS, PARAMETERS)
+@pytest.mark.parametrize("norm", [layer_norm, pre_norm])
+def test_shard_map(norm):
+    check_shard_map(norm, INPUTS, PARAMETERS)
 
 
+@pytest.mark.parametrize("norm", [layer_norm, pre_norm])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -75,7 +90,7 @@ def test_shard_map():
         ({"implementation": "triton"}, ValueError, r"implementation='triton' is unknown"),
     ],
 )
-def test_wrong_calls(changes, error, message):
+def test_wrong_calls(norm, changes, error, message):
     inputs = {name: jnp.asarray(x) for name, x in INPUTS.items()}
     with pytest.raises(error, match=message):
-        layer_norm(**inputs | changes)
+        norm(**inputs | changes)

@@ -204,6 +204,7 @@ KERNELS = {
     "token_shift_mix": 2,
     "packed token_shift_mix": 2,
     "layer_norm": 2,
+    "pre_norm": 2,
     "key_update": 2,
     "wkv7_inputs": 2,
     "output_correction": 2,

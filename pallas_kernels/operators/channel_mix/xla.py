@@ -1,6 +1,8 @@
 """The channel mix with a backward that keeps the inputs and one activation.
 
-The matrix products are XLA's; the token shift is that of any implementation.
+The matrix products are XLA's, and round their results to the dtype of their operands: in float32
+the inner channels, the largest array of the model, would pass through memory in twice the bytes.
+The token shift is that of any implementation.
 
 Of the inner channels only the squares are kept: `relu(keys)` is their root, and each rounding of a
 square to bfloat16 changes the root by half as much.
@@ -17,9 +19,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.channel_mix.reference import project_keys, square
+from pallas_kernels.operators.channel_mix.reference import square
 from pallas_kernels.operators.token_shift.api import BACKWARD, FORWARD
-from pallas_kernels.precision import accumulation_dtype, contract
+from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import SegmentIds
 
 
@@ -61,10 +63,11 @@ def _forward(
     segment_ids: SegmentIds | None,
 ) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
     (mixed,), new_state = _mix_tokens(implementation, x, mix[None], state, segment_ids)
-    squares = checkpoint_name(square(project_keys(mixed, key_weight)), KEPT)
-    y = contract("btf,fc->btc", squares, value_weight)
+    keys = jnp.einsum("btc,cf->btf", mixed, key_weight)
+    squares = checkpoint_name(square(jax.nn.relu(keys)), KEPT)
+    y = jnp.einsum("btf,fc->btc", squares, value_weight)
     residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, squares)
-    return (y.astype(x.dtype), new_state), residuals
+    return (y, new_state), residuals
 
 
 def _backward(
@@ -83,22 +86,21 @@ def _backward(
     key_weight, value_weight = residuals.key_weight, residuals.value_weight
     squares, dtype = residuals.squares, accumulation_dtype(residuals.squares)
     shift = (residuals.x, residuals.mix[None], residuals.state, residuals.segment_ids)
-    dvalue_weight = contract("btf,btc->fc", squares, dy)
-    # In float32 the largest array of the model would pass through memory in twice the bytes.
+    dvalue_weight = jnp.einsum("btf,btc->fc", squares, dy)
     dsquares = jnp.einsum("btc,fc->btf", dy, value_weight)
     # Where relu is flat the square is zero, and so is this.
     dkeys = (2 * jnp.sqrt(squares.astype(dtype)) * dsquares).astype(squares.dtype)
     (mixed,), _ = _mix_tokens(implementation, *shift)
-    dkey_weight = contract("btc,btf->cf", mixed, dkeys)
-    dmixed = contract("btf,cf->btc", dkeys, key_weight)
+    dkey_weight = jnp.einsum("btc,btf->cf", mixed, dkeys)
+    dmixed = jnp.einsum("btf,cf->btc", dkeys, key_weight)
     dx, dmixes, dstate, _ = dispatch(
         "token_shift_mix", BACKWARD, implementation, *shift, cotangents=((dmixed,), dnew_state)
     )
     return (
         dx.astype(residuals.x.dtype),
         dmixes[0].astype(residuals.mix.dtype),
-        dkey_weight.astype(key_weight.dtype),
-        dvalue_weight.astype(value_weight.dtype),
+        dkey_weight,
+        dvalue_weight,
         dstate,
         None,
     )

@@ -1,4 +1,7 @@
-"""The public layer norm operator."""
+"""The public layer norm operators."""
+
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -8,7 +11,11 @@ from pallas_kernels.operators.layer_norm.mosaic_gpu import (
     layer_norm_backward_mosaic_gpu,
     layer_norm_mosaic_gpu,
 )
-from pallas_kernels.operators.layer_norm.reference import LAYOUT, layer_norm_reference
+from pallas_kernels.operators.layer_norm.reference import (
+    LAYOUT,
+    PRE_NORM_LAYOUT,
+    layer_norm_reference,
+)
 from pallas_kernels.operators.layer_norm.xla import layer_norm_backward
 from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.validation import check_eps, check_float
@@ -22,6 +29,18 @@ BACKWARD = {
     "mosaic_gpu": partitioned_backward(layer_norm_backward_mosaic_gpu, LAYOUT),
     "xla": layer_norm_backward,
     "reference": differentiate(layer_norm_reference),
+}
+
+
+def _with_input(norm: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    return lambda x, *parameters, **settings: (norm(x, *parameters, **settings), x)
+
+
+PRE_NORM_FORWARD = {name: _with_input(norm) for name, norm in FORWARD.items()}
+PRE_NORM_BACKWARD = {
+    "mosaic_gpu": partitioned_backward(layer_norm_backward_mosaic_gpu, PRE_NORM_LAYOUT),
+    "xla": layer_norm_backward,
+    "reference": differentiate(_with_input(layer_norm_reference)),
 }
 
 
@@ -56,12 +75,53 @@ def layer_norm(
       ValueError: for wrong shapes, sizes, eps or names, with the argument and its value.
       TypeError: for wrong dtypes.
     """
+    inputs = _checked(x, scale, bias, eps)
+    return run_from_inputs(
+        "layer_norm", FORWARD, BACKWARD, LAYOUT, implementation, *inputs, eps=float(eps)
+    )
+
+
+def pre_norm(
+    x: Float[Array, "B T C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    *,
+    eps: float = 1e-5,
+    implementation: Choice = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+    """Normalises tokens as `layer_norm` does, and hands them on: `layer_norm(x), x`.
+
+    Take the second result where `x` is used again, as a residual stream is. The backward then adds
+    the gradients of both uses in the pass that it makes anyway.
+
+    Args:
+      x: `[B, T, C]`, tokens.
+      scale: `[C]`. It may have a dtype of its own.
+      bias: `[C]`. It may have a dtype of its own.
+      eps: > 0, known at trace time.
+      implementation: as for `layer_norm`.
+
+    Returns:
+      normed: `[B, T, C]`, in the dtype of `x`.
+      x: `[B, T, C]`, the argument.
+
+    Raises:
+      ValueError: for wrong shapes, sizes, eps or names, with the argument and its value.
+      TypeError: for wrong dtypes.
+    """
+    tables = (PRE_NORM_FORWARD, PRE_NORM_BACKWARD, PRE_NORM_LAYOUT)
+    inputs = _checked(x, scale, bias, eps)
+    return run_from_inputs("pre_norm", *tables, implementation, *inputs, eps=float(eps))
+
+
+def _checked(x: Any, scale: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
+    """Checks the arguments of a norm, and returns its inputs."""
     sizes: dict[str, int] = {}
     check_float("x", x, "B T C", sizes)
     check_float("scale", scale, "C", sizes)
     check_float("bias", bias, "C", sizes)
     check_eps(eps)
-    inputs = (x, scale, bias)
-    return run_from_inputs(
-        "layer_norm", FORWARD, BACKWARD, LAYOUT, implementation, *inputs, eps=float(eps)
-    )
+    return x, scale, bias
+
+
+__all__ = ["layer_norm", "pre_norm"]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.target import Target, target_in_context
 from pallas_kernels.hopper.whole_tokens import Tokens
+from pallas_kernels.operators.layer_norm.reference import Cotangents, of_norm_and_input
 
 
 def _tokens_of(target: Target, x: Float[Array, "B T C"], *, registers: int) -> Tokens:
@@ -69,21 +70,25 @@ def layer_norm_backward_mosaic_gpu(
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
     *,
-    cotangents: Float[Array, "B T C"],
+    cotangents: Cotangents,
     eps: float,
 ) -> tuple[Float[Array, "B T C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Returns the gradients of x, scale and bias.
+    """Returns the gradients of x, scale and bias, for `layer_norm` and `pre_norm`.
 
     Raises:
       NotServed: for other dtypes than bfloat16, and channels in no multiple of 64.
     """
     token_tiles.check_served(x=x)
     target = target_in_context()
-    tokens = _tokens_of(target, x, registers=168)
+    doutput, dinput = of_norm_and_input(cotangents)
+    # So many registers need no memory beside them; three or two blocks run at once.
+    few = x.shape[-1] <= (3072 if dinput is None else 1024)
+    tokens = _tokens_of(target, x, registers=168 if few else 256)
     C, count = tokens.channels, tokens.at_once
 
-    def body(x_gmem, scale_gmem, doutput_gmem, dx_gmem, dscale_gmem, dbias_gmem, *scratch):
+    def body(x_gmem, scale_gmem, gradients_gmem, dx_gmem, dscale_gmem, dbias_gmem, *scratch):
         scale = tokens.load_parameter(scale_gmem)
+        doutput_gmem, dinput_gmem = gradients_gmem
 
         def add_tokens(positions, totals):
             dscale, dbias = totals
@@ -95,10 +100,14 @@ def layer_norm_backward_mosaic_gpu(
                 gradient * normed for gradient, (normed, _) in zip(dnormed, normalized, strict=True)
             ]
             sums = tokens.sum_channels(scratch[2], dnormed + along)
+            if dinput_gmem is not None:  # all loads before the first store
+                dinput = [tokens.load(dinput_gmem, position) for position in positions]
             for n, (normed, factor) in enumerate(normalized):
                 # The gradient of x has neither a mean nor a part along x.
                 mean, share = sums[n] * (1 / C), sums[count + n] * (1 / C)
                 dx = factor * (dnormed[n] - mean - normed * share)
+                if dinput_gmem is not None:
+                    dx += dinput[n]
                 tokens.store(dx_gmem, positions[n], dx)
                 dscale, dbias = dscale + doutput[n] * normed, dbias + doutput[n]
             return dscale, dbias
@@ -116,9 +125,10 @@ def layer_norm_backward_mosaic_gpu(
         grid=tokens.grid,
         scratch_types=[tokens.scratch_type(n * count) for n in (1, 1, 2)],
     )
-    operands = (x, cotangents)
-    x_tokens, doutput = (x.reshape(tokens.count, C) for x in operands)
-    dx, dscale, dbias = kernel(x_tokens, *_parameters(scale), doutput)
+    x_tokens, *gradients = (
+        None if of is None else of.reshape(tokens.count, C) for of in (x, doutput, dinput)
+    )
+    dx, dscale, dbias = kernel(x_tokens, *_parameters(scale), gradients)
     return dx.reshape(x.shape), dscale.sum(0), dbias.sum(0)
 
 

@@ -1,5 +1,7 @@
 """The layer norm by its definition."""
 
+import dataclasses
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.operators.output_correction.reference import normalize
@@ -7,6 +9,10 @@ from pallas_kernels.precision import accumulation_dtype, per_token
 from pallas_kernels.sharding import Layout
 
 LAYOUT = Layout(inputs=("B T C", "C", "C"), results="B T C", independent="B T")
+PRE_NORM_LAYOUT = dataclasses.replace(LAYOUT, results=("B T C", "B T C"))
+
+type Cotangents = Float[Array, "B T C"] | tuple[Float[Array, "B T C"], Float[Array, "B T C"]]
+"""The gradient of `layer_norm`'s result, or those of `pre_norm`'s results."""
 
 
 def layer_norm_reference(
@@ -18,4 +24,11 @@ def layer_norm_reference(
     return (normed * per_token(scale, dtype) + per_token(bias, dtype)).astype(x.dtype)
 
 
-__all__ = ["LAYOUT", "layer_norm_reference"]
+def of_norm_and_input(
+    cotangents: Cotangents,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"] | None]:
+    """Returns the gradients of the norm and of the input that `pre_norm` hands on, if it does."""
+    return cotangents if isinstance(cotangents, tuple) else (cotangents, None)
+
+
+__all__ = ["LAYOUT", "PRE_NORM_LAYOUT", "Cotangents", "layer_norm_reference", "of_norm_and_input"]
