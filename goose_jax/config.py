@@ -144,9 +144,10 @@ class RWKV7Config:
       compute_dtype: dtype of activations and of the operands of matrix products. Inputs of
         `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
         states and logits always have float32 at least.
-      remat: what the backward pass computes again, block by block. "dots" keeps the results of
-        matrix products, except of low-rank ones, of `pallas_kernels.wkv7`, and the residual stream;
-        "none" keeps all values that the operators need, "full" keeps only the input of each block.
+      remat: what the backward pass computes again, block by block. "dots" keeps the residual stream
+        and the results of matrix products, except low-rank ones, of `wkv7` and of
+        `output_correction`; "none" keeps all values that the operators need, "full" keeps only the
+        input of each block.
       unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
         loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None

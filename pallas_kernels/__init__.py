@@ -17,13 +17,13 @@ from pallas_kernels.operators.channel_mix import channel_mix
 from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_sum
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
-from pallas_kernels.operators.layer_norm import layer_norm
+from pallas_kernels.operators.layer_norm import layer_norm, pre_norm
 from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
 from pallas_kernels.operators.wkv7 import WKV7_IMPLEMENTATIONS, wkv7
 from pallas_kernels.operators.wkv7.log_decay import MIN_LOG_DECAY, log_decay_from_logits
-from pallas_kernels.operators.wkv7_inputs import wkv7_inputs
+from pallas_kernels.operators.wkv7_inputs import WKV7Inputs, wkv7_inputs
 from pallas_kernels.operators.wkv7_recurrent import wkv7_recurrent
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "WKV7_IMPLEMENTATIONS",
     "LayerWeights",
     "NotServed",
+    "WKV7Inputs",
     "channel_mix",
     "cross_entropy",
     "cross_entropy_sum",
@@ -42,6 +43,7 @@ __all__ = [
     "layer_norm",
     "log_decay_from_logits",
     "output_correction",
+    "pre_norm",
     "token_shift_mix",
     "value_residual",
     "wkv7",

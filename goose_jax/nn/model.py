@@ -291,10 +291,10 @@ class RWKV7(nnx.Module):
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def _cast_matrices(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Casts the matrices of all layers to the compute dtype, once for all uses.
+        """Casts matrices to the compute dtype.
 
         Args:
-          params: parameters of `blocks` by module and name.
+          params: parameters of `blocks`, or of one of them, by module and name.
         """
         paths = LAYER_WEIGHT_PATHS.items()
         weights = LayerWeights(**{name: params[module][key] for name, (module, key) in paths})
@@ -309,30 +309,68 @@ class RWKV7(nnx.Module):
     ) -> tuple[Tokens, RWKV7State]:
         config = self.config
         graphdef, state_of_blocks = nnx.split(self.blocks)
-        params = self._cast_matrices(nnx.to_pure_dict(state_of_blocks))
-
-        def run_block(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
-            x, v_first = carry
-            layer, params, state = of_layer
-            block = nnx.merge(graphdef, gather_parameters(params, config.compute_dtype))
-            x, v_first, state = block(x, v_first, state, segment_ids, is_first=layer == 0)
-            return (x, v_first), state
-
-        block_states = (
+        params = nnx.to_pure_dict(state_of_blocks)
+        states = (
             None if state is None else BlockState(state.time_shift, state.wkv, state.channel_shift)
         )
-        layers = jnp.arange(config.num_layers)
+
+        def run_block(
+            is_first: Any, carry: tuple[Any, Any], params: Any, state: BlockState | None
+        ) -> tuple[tuple[Any, Any], BlockState]:
+            x, v_first = carry
+            block = nnx.merge(graphdef, gather_parameters(params, config.compute_dtype))
+            x, v_first, state = block(x, v_first, state, segment_ids, is_first=is_first)
+            return (x, v_first), state
+
+        if config.unroll_layers:
+            x, new = self._run_one_by_one(run_block, x, params, states)
+        else:
+            x, new = self._run_in_loop(run_block, x, params, states)
+        return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
+
+    def _run_in_loop(
+        self, run_block: Callable[..., Any], x: Tokens, params: Any, states: BlockState | None
+    ) -> tuple[Tokens, BlockState]:
+        """Runs one compiled layer for all layers; the first one ignores the values it gets."""
+        config = self.config
+        run_block = _rematerialised(run_block, config)
+
+        def step(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
+            layer, params, state = of_layer
+            return run_block(layer == 0, carry, params, state)
+
         # Made from x, so that in jax.shard_map its type varies over the mesh, like the type of the
         # values of the first layer. On a mesh each device may have some heads only.
         heads = self.blocks.time_mix.bonus.shape[1:]
         v_first = enter_heads(jnp.zeros_like(x, shape=(*x.shape[:2], *heads)))
+        layers = jnp.arange(config.num_layers)
         (x, _), new = jax.lax.scan(
-            _rematerialised(run_block, config),
-            (x, v_first),
-            (layers, params, block_states),
-            unroll=config.unroll_layers,
+            step, (x, v_first), (layers, self._cast_matrices(params), states)
         )
-        return x, RWKV7State(new.time_shift, new.wkv, new.channel_shift)
+        return x, new
+
+    def _run_one_by_one(
+        self, run_block: Callable[..., Any], x: Tokens, params: Any, states: BlockState | None
+    ) -> tuple[Tokens, BlockState]:
+        """Runs layers that the compiler sees one by one.
+
+        JAX traces two of them only: the first, and one other. No layer but the first copies or
+        selects values of the first layer.
+        """
+        run_first, run_other = (
+            jax.jit(_rematerialised(functools.partial(run_block, is_first), self.config))
+            for is_first in (True, False)
+        )
+        carry: tuple[Any, Any] = (x, None)
+        new = []
+        stacks = (params, states)
+        cast = jax.eval_shape(self._cast_matrices, params), states
+        parts = jax.tree.map(lambda x, cast: _split_layers(x, cast.dtype), stacks, cast)
+        layers = jax.tree.transpose(jax.tree.structure(stacks), None, parts)
+        for layer, (of_layer, state) in enumerate(layers):
+            carry, new_state = (run_other if layer else run_first)(carry, of_layer, state)
+            new.append(new_state)
+        return carry[0], jax.tree.map(lambda *x: jnp.stack(x), *new)
 
 
 _STATE_LAYOUT = RWKV7State("layers B C", "layers B H K V", "layers B C")  # type: ignore[arg-type]
@@ -392,6 +430,32 @@ def _initial_values(config: RWKV7Config, key: jax.Array) -> tuple[Any, Any, Any]
     embedding = initializers.embedding(embedding_key, config).astype(config.param_dtype)
     head = initializers.head(head_key, config).astype(config.param_dtype)
     return embedding, blocks, head
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split_layers(stack: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Splits an array along its first axis, and casts the parts."""
+    layers = jax.lax.split(stack, (1,) * stack.shape[0])
+    return [layer.squeeze(0).astype(dtype) for layer in layers]
+
+
+def _split_forward(stack: jax.Array, dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+    return _split_layers(stack, dtype), jnp.zeros((), stack.dtype)
+
+
+def _join_gradients(
+    dtype: Any, of_stack: jax.Array, gradients: list[jax.Array]
+) -> tuple[jax.Array]:
+    """Joins the gradients of the parts, in one pass.
+
+    Without the barrier, XLA joins them again in each of the optimizer's results.
+    """
+    del dtype
+    joined = jax.lax.optimization_barrier(jnp.stack(gradients))
+    return (joined.astype(of_stack.dtype),)
+
+
+_split_layers.defvjp(_split_forward, _join_gradients)
 
 
 def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
     KEPT,
     MIN_LOG_DECAY,
+    WKV7Inputs,
     output_correction,
     token_shift_mix,
     wkv7,
@@ -178,14 +179,16 @@ class TimeMix(nnx.Module):
         k = self._heads(_project(x_key, self.key))
         v = self._heads(_project(x_value, self.value))
         logits = value_residual_base = None
+        if is_first is True:
+            v_first = None
         if v_first is not None:
-            # In the first layer v_first is v: the residual adds exactly zero, and the gradient of
-            # its logits is exactly zero.
-            v_first = jnp.where(is_first, v, v_first)
+            if is_first is not False:
+                # In the first layer v_first is v: the residual adds exactly zero, and the gradient
+                # of its logits is exactly zero.
+                v_first = jnp.where(is_first, v, v_first)
             logits = self._heads(self._value_residual_logits(x_value))
             value_residual_base = self._of_heads(self.value_residual_base)
-        projected_v = v
-        log_decay, k, v, a, b = wkv7_inputs(
+        made = wkv7_inputs(
             k,
             v,
             v_first,
@@ -199,13 +202,12 @@ class TimeMix(nnx.Module):
             replacement_mix=self.replacement_mix[...],
             implementation=self._implementation_of_inputs(x),
         )
-        v_first = projected_v if v_first is None else v_first
-        o, wkv_state = self._wkv(r, log_decay, k, v, a, b, wkv_state, segment_ids)
+        o, wkv_state = self._wkv(r, made, wkv_state, segment_ids)
         y = output_correction(
             o,
             r,
-            k,
-            v,
+            made.bonus_k,
+            made.bonus_v,
             self._heads(self._gate(x_gate)),
             self.bonus[...],
             self.head_norm_scale[...],
@@ -213,8 +215,9 @@ class TimeMix(nnx.Module):
             eps=self.config.head_norm_eps,
             implementation=implementation,
         )
+        y = checkpoint_name(y, KEPT)
         y = sum_over_heads(_multiply(y.reshape(*x.shape[:2], -1), self.output))
-        return y, v_first, (shift, wkv_state)
+        return y, made.v_first, (shift, wkv_state)
 
     def _check(
         self,
@@ -276,35 +279,22 @@ class TimeMix(nnx.Module):
     def _wkv(
         self,
         r: Heads,
-        log_decay: Heads,
-        k: Heads,
-        v: Heads,
-        a: Heads,
-        b: Heads,
+        made: WKV7Inputs,
         state: Float[Array, "B H K V"] | None,
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Heads, Float[Array, "B H K V"]]:
+        inputs = (r, made.log_decay, made.k, made.v, made.a, made.b)
         implementation = self.config.implementation
         if _is_short(r) and context_axis() is None:
             return wkv7_recurrent(
-                r,
-                log_decay,
-                k,
-                v,
-                a,
-                b,
+                *inputs,
                 initial_state=state,
                 segment_ids=segment_ids,
                 # All other names belong to implementations in chunks, which this operator lacks.
                 implementation="reference" if implementation == "reference" else None,
             )
         return wkv7(
-            r,
-            log_decay,
-            k,
-            v,
-            a,
-            b,
+            *inputs,
             initial_state=state,
             segment_ids=segment_ids,
             min_log_decay=MIN_LOG_DECAY,

@@ -93,6 +93,7 @@ CASES = {
         packed=True,
     ),
     "layer_norm": Case(operators.layer_norm, {"x": "B T C", "scale": "C", "bias": "C"}),
+    "pre_norm": Case(operators.pre_norm, {"x": "B T C", "scale": "C", "bias": "C"}),
     "key_update": Case(
         operators.key_update,
         {"k": "B T H K", "alpha": "B T H K", "removal_scale": "H K", "replacement_mix": "H K"},

@@ -19,6 +19,7 @@ from pallas_kernels import (
     key_update,
     layer_norm,
     output_correction,
+    pre_norm,
     token_shift_mix,
     wkv7_inputs,
 )
@@ -85,6 +86,7 @@ CALLS = {
         functools.partial(token_shift_mix, segment_ids=SEGMENT_IDS), shift_shapes(1)
     ),
     "layer norm": Call(layer_norm, lambda B, T, C: {"x": (B, T, C), "scale": (C,), "bias": (C,)}),
+    "pre-norm": Call(pre_norm, lambda B, T, C: {"x": (B, T, C), "scale": (C,), "bias": (C,)}),
     "key update": Call(key_update, heads(("k", "alpha"), PARAMETERS[4:6])),
     "output correction": Call(
         output_correction, heads(("o", "r", "k", "v", "gate"), PARAMETERS[6:9])
@@ -125,6 +127,7 @@ def judge_kernels(call: Call, inputs: Arrays, limits: tuple[float, float] | None
         pytest.param("six mixes", 256, marks=pytest.mark.slow),
         ("packed mix", 128),
         ("layer norm", 64),
+        ("pre-norm", 64),
         pytest.param("layer norm", 1088, marks=pytest.mark.slow),
         pytest.param("key update", 64, marks=pytest.mark.slow),
         ("output correction", 128),

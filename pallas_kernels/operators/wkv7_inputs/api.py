@@ -8,7 +8,12 @@ from pallas_kernels.operators.wkv7_inputs.mosaic_gpu import (
     wkv7_inputs_backward_mosaic_gpu,
     wkv7_inputs_mosaic_gpu,
 )
-from pallas_kernels.operators.wkv7_inputs.reference import LAYOUT, Inputs, wkv7_inputs_reference
+from pallas_kernels.operators.wkv7_inputs.reference import (
+    LAYOUT,
+    Inputs,
+    WKV7Inputs,
+    wkv7_inputs_reference,
+)
 from pallas_kernels.operators.wkv7_inputs.xla import wkv7_inputs_backward
 from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.validation import check_float, check_same_dtype
@@ -42,7 +47,7 @@ def wkv7_inputs(
     removal_scale: Parameter,
     replacement_mix: Parameter,
     implementation: Choice = None,
-) -> tuple[Heads, Heads, Heads, Heads, Heads]:
+) -> WKV7Inputs:
     """What `wkv7` reads besides the receptance, from what a time mix's matrices make of a token:
 
         log_decay = log_decay_from_logits(decay_logits + decay_base)
@@ -74,12 +79,19 @@ def wkv7_inputs(
         pair of names, (forward, backward); or None, which chooses.
 
     Returns:
-      log_decay: `[B, T, H, K]` float32 (float64 for float64 inputs); bfloat16 from "mosaic_gpu",
-        because the kernels of `wkv7` round it to that.
-      new_k: `[B, T, H, K]`, the replacement key, in the dtype of `k`.
-      new_v: `[B, T, H, K]`, the value, in the dtype of `k`.
-      a: `[B, T, H, K]`, minus the removal key, in the dtype of `k`.
-      b: `[B, T, H, K]`, the removal key times the learning rate, in the dtype of `k`.
+      `WKV7Inputs`, a named tuple of arrays `[B, T, H, K]`. They have the dtype of `k`, except the
+      log decay.
+
+      log_decay: float32 (float64 for float64 inputs); bfloat16 from "mosaic_gpu", because the
+        kernels of `wkv7` round it to that.
+      k: the replacement key.
+      v: the value.
+      a: minus the removal key.
+      b: the removal key times the learning rate.
+      bonus_k: `k` again, for `output_correction`: the backward adds the gradients of both in the
+        pass that it makes anyway.
+      bonus_v: `v` again, likewise.
+      v_first: the values of the first layer, for the next layer: the argument, or `v` in the first.
 
     Raises:
       ValueError: for wrong shapes, sizes or names, with the argument and its value; if only some of
@@ -100,10 +112,7 @@ def wkv7_inputs(
         replacement_mix,
     )
     _check(inputs)
-    log_decay, new_k, new_v, a, b = run_from_inputs(
-        "wkv7_inputs", FORWARD, BACKWARD, LAYOUT, implementation, *inputs
-    )
-    return log_decay, new_k, new_v, a, b
+    return run_from_inputs("wkv7_inputs", FORWARD, BACKWARD, LAYOUT, implementation, *inputs)
 
 
 def _check(inputs: Inputs) -> None:
@@ -126,4 +135,4 @@ def _check(inputs: Inputs) -> None:
         check_same_dtype(k=inputs.k, v_first=inputs.v_first)
 
 
-__all__ = ["wkv7_inputs"]
+__all__ = ["WKV7Inputs", "wkv7_inputs"]

@@ -11,13 +11,14 @@ from pallas_kernels.hopper.token_tiles import HEAD, sum_over_heads
 from pallas_kernels.operators.key_update.reference import MIN_NORM, inverse_norm, replacement_key
 from pallas_kernels.operators.value_residual.reference import move_to_first
 from pallas_kernels.operators.wkv7.log_decay import MIN_LOG_DECAY, log_decay_from_logits
-from pallas_kernels.operators.wkv7_inputs.reference import Inputs, Results
+from pallas_kernels.operators.wkv7_inputs.reference import Inputs, WKV7Inputs
 
 _TOKENS = Inputs._fields[:6]
 _PARAMETERS = Inputs._fields[6:]
+_MADE = WKV7Inputs._fields[:5]
 
 
-def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> tuple[jax.Array, ...]:
+def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> WKV7Inputs:
     """Computes `pallas_kernels.wkv7_inputs`, which documents the arguments.
 
     The log decay is bfloat16, in which the kernels of `wkv7` read it.
@@ -32,7 +33,7 @@ def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> tuple[jax.Array, ...]:
     x_read = x if has_residual else x._replace(v=None)
     target = target_in_context()
     tiles = token_tiles.tiles_of(target, x.k, registers=128)
-    written = tuple(name for name in Results._fields if has_residual or name != "v")
+    written = tuple(name for name in _MADE if has_residual or name != "v")
 
     def body(x_gmem, *results_gmem):
         channels = tiles.channels_of_block()
@@ -42,8 +43,7 @@ def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> tuple[jax.Array, ...]:
             tokens = _load_tokens(x_gmem, row, positions, channels)
             results = _results(Inputs(**tokens, **parameters))
             for name, gmem in zip(written, results_gmem, strict=True):
-                result = getattr(results, name)
-                token_tiles.store(gmem.at[row, :, channels], positions, result)
+                token_tiles.store(gmem.at[row, :, channels], positions, results[name])
 
         tiles.for_each(compute, None)
 
@@ -56,11 +56,11 @@ def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> tuple[jax.Array, ...]:
     )
     results = dict(zip(written, kernel(x_read), strict=True))
     shaped = {name: result.reshape(given.k.shape) for name, result in results.items()}
-    return tuple(Results(**{"v": given.v} | shaped))
+    return WKV7Inputs.of(given, **{"v": given.v} | shaped)
 
 
 def wkv7_inputs_backward_mosaic_gpu(
-    *inputs: jax.Array | None, cotangents: tuple[jax.Array, ...]
+    *inputs: jax.Array | None, cotangents: WKV7Inputs
 ) -> tuple[jax.Array | None, ...]:
     """Returns the gradients of all inputs; None for those that were not given.
 
@@ -69,10 +69,10 @@ def wkv7_inputs_backward_mosaic_gpu(
     """
     given = Inputs(*inputs)
     x = _flatten(given)
-    dresults = Results(*(d.astype(x.k.dtype).reshape(x.k.shape) for d in cotangents))
+    dresults = WKV7Inputs(*(d.astype(x.k.dtype).reshape(x.k.shape) for d in cotangents))
     has_residual = x.v_first is not None
     if not has_residual:
-        x, dresults = x._replace(v=None), dresults._replace(v=None)
+        x, dresults = x._replace(v=None), dresults._replace(v=None, bonus_v=None, v_first=None)
     tokens_of = tuple(name for name in _TOKENS if getattr(x, name) is not None)
     parameters_of = tuple(name for name in _PARAMETERS if getattr(x, name) is not None)
     target = target_in_context()
@@ -89,7 +89,7 @@ def wkv7_inputs_backward_mosaic_gpu(
                 None if gmem is None else token_tiles.load(gmem.at[row, :, channels], positions)
                 for gmem in dresults_gmem
             )
-            gradients = _gradients(Inputs(**tokens, **parameters), Results(*dresults))
+            gradients = _gradients(Inputs(**tokens, **parameters), WKV7Inputs(*dresults))
             for name, gmem in zip(tokens_of, tokens_gmem, strict=True):
                 gradient = getattr(gradients, name)
                 token_tiles.store(gmem.at[row, :, channels], positions, gradient)
@@ -116,7 +116,7 @@ def wkv7_inputs_backward_mosaic_gpu(
     gradients = dict(zip(tokens_of, of_tokens, strict=True))
     gradients |= {n: total.sum((0, 1)) for n, total in zip(parameters_of, sums, strict=True)}
     if not has_residual:
-        gradients["v"] = cotangents[Results._fields.index("v")]
+        gradients["v"] = cotangents.v + cotangents.bonus_v + cotangents.v_first
     return tuple(
         None if of is None else gradients[name].reshape(of.shape)
         for name, of in given._asdict().items()
@@ -150,24 +150,24 @@ def _load_parameters(tiles: token_tiles.Tiles, x_gmem: Inputs, channels: Any) ->
     }
 
 
-def _results(x: Inputs) -> Results:
-    """Returns the results as tiles; no v if there is no residual."""
+def _results(x: Inputs) -> dict[str, Any]:
+    """Returns the results as tiles, by name; no v if there is no residual."""
     alpha = jax.nn.sigmoid(x.alpha_logits + x.alpha_base)
     scaled = x.k * x.removal_scale
     kk = scaled * inverse_norm(sum_over_heads(scaled * scaled))
     v = None
     if x.v_first is not None:
         v = move_to_first(x.v, x.v_first, x.value_residual_logits + x.value_residual_base)
-    return Results(
-        log_decay=log_decay_from_logits(x.decay_logits + x.decay_base),
-        k=replacement_key(x.k, alpha, x.replacement_mix),
-        v=v,
-        a=-kk,
-        b=kk * alpha,
-    )
+    return {
+        "log_decay": log_decay_from_logits(x.decay_logits + x.decay_base),
+        "k": replacement_key(x.k, alpha, x.replacement_mix),
+        "v": v,
+        "a": -kk,
+        "b": kk * alpha,
+    }
 
 
-def _gradients(x: Inputs, d: Results) -> Inputs:
+def _gradients(x: Inputs, d: WKV7Inputs) -> Inputs:
     """Returns the gradients as tiles; those of the parameters are not summed over tokens yet."""
     alpha, alpha_slope = _sigmoid(x.alpha_logits + x.alpha_base)
     _, decay_slope = _sigmoid(x.decay_logits + x.decay_base)
@@ -181,17 +181,19 @@ def _gradients(x: Inputs, d: Results) -> Inputs:
     along = sum_over_heads(kk * dkk)  # changes of the norm do not change kk,
     along = jnp.where(square > MIN_NORM**2, along, jnp.zeros_like(along))  # unless it is constant
     dscaled = inverse * (dkk - kk * along)
-    replaced = d.k * x.k
+    dk = d.k + d.bonus_k
+    replaced = dk * x.k
     dalpha = (kk * d.b + replaced * x.replacement_mix) * alpha_slope
 
     dv, dv_first, dresidual = None, None, None
     if x.v_first is not None:
         share, slope = _sigmoid(x.value_residual_logits + x.value_residual_base)
-        dv_first = d.v * share
-        dv = d.v - dv_first
-        dresidual = d.v * (x.v_first - x.v) * slope
+        dnew_v = d.v + d.bonus_v
+        dmoved = dnew_v * share
+        dv, dv_first = dnew_v - dmoved, dmoved + d.v_first
+        dresidual = dnew_v * (x.v_first - x.v) * slope
     return Inputs(
-        k=dscaled * x.removal_scale + replacement_key(d.k, alpha, x.replacement_mix),
+        k=dscaled * x.removal_scale + replacement_key(dk, alpha, x.replacement_mix),
         v=dv,
         v_first=dv_first,
         decay_logits=ddecay,

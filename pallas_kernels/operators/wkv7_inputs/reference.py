@@ -34,14 +34,36 @@ class Inputs(NamedTuple):
     replacement_mix: Any
 
 
-class Results(NamedTuple):
-    """The results of `pallas_kernels.wkv7_inputs`, or their gradients: each `[B, T, H, K]`."""
+class WKV7Inputs(NamedTuple):
+    """What `wkv7_inputs` returns, or the gradients of it: each `[B, T, H, K]`.
+
+    The last three are for other uses of the same arrays: the backward adds their gradients in the
+    pass that it makes anyway.
+
+    Attributes:
+      log_decay: the log decay, for `wkv7`.
+      k: the replacement key, for `wkv7`.
+      v: the value, for `wkv7`.
+      a: minus the removal key, for `wkv7`.
+      b: the removal key times the learning rate, for `wkv7`.
+      bonus_k: k again, for `output_correction`.
+      bonus_v: v again, for `output_correction`.
+      v_first: values of the first layer, for the next layer.
+    """
 
     log_decay: Any
     k: Any
     v: Any
     a: Any
     b: Any
+    bonus_k: Any
+    bonus_v: Any
+    v_first: Any
+
+    @classmethod
+    def of(cls, x: Inputs, log_decay: Any, k: Any, v: Any, a: Any, b: Any) -> "WKV7Inputs":
+        """Returns these results of `x`, also for their other uses."""
+        return cls(log_decay, k, v, a, b, k, v, x.v if x.v_first is None else x.v_first)
 
 
 def add_base(logits: Float[Array, "B T H K"], base: Float[Array, "H K"]) -> jax.Array:
@@ -50,17 +72,27 @@ def add_base(logits: Float[Array, "B T H K"], base: Float[Array, "H K"]) -> jax.
     return logits.astype(dtype) + per_token(base, dtype)
 
 
-def wkv7_inputs_reference(*inputs: jax.Array | None) -> tuple[jax.Array, ...]:
+def wkv7_inputs_reference(*inputs: jax.Array | None) -> WKV7Inputs:
     """Computes `pallas_kernels.wkv7_inputs`, which documents the arguments."""
     x = Inputs(*inputs)
+    dtype = accumulation_dtype(x.k)
+    # In float32 from the beginning, so that gradients of several uses are added in it.
+    wide = x._replace(
+        **{
+            name: of.astype(dtype)
+            for name in ("k", "v", "v_first")
+            if (of := getattr(x, name)) is not None
+        }
+    )
     log_decay = log_decay_from_logits(add_base(x.decay_logits, x.decay_base))
     alpha = jax.nn.sigmoid(add_base(x.alpha_logits, x.alpha_base))
-    k, a, b = key_update_reference(x.k, alpha, x.removal_scale, x.replacement_mix)
-    v = x.v
-    if x.v_first is not None:
+    k, a, b = key_update_reference(wide.k, alpha, x.removal_scale, x.replacement_mix)
+    v = wide.v
+    if wide.v_first is not None:
         logits = add_base(x.value_residual_logits, x.value_residual_base)
-        v = value_residual_reference(v, x.v_first, logits)
-    return tuple(Results(log_decay, k, v, a, b))
+        v = value_residual_reference(v, wide.v_first, logits)
+    results = WKV7Inputs.of(wide, log_decay, k, v, a, b)
+    return WKV7Inputs(log_decay, *(result.astype(x.k.dtype) for result in results[1:]))
 
 
-__all__ = ["LAYOUT", "Inputs", "Results", "add_base", "wkv7_inputs_reference"]
+__all__ = ["LAYOUT", "Inputs", "WKV7Inputs", "add_base", "wkv7_inputs_reference"]
