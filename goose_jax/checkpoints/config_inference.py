@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from goose_jax.checkpoints.errors import list_names, shorten_name
+from goose_jax.checkpoints.errors import list_problems, shorten_name
 from goose_jax.checkpoints.key_map import TRANSPOSED, Entry, Shape
 from goose_jax.checkpoints.layouts import Layout
 from goose_jax.checkpoints.stored_tensor import STORED_DTYPES, StoredTensor
@@ -20,7 +20,6 @@ _READ_FROM = {  # for each axis the parameter, and its dimension, that the size 
     "value_rank": ("blocks.time_mix.value_residual_down", 1),
     "gate_rank": ("blocks.time_mix.gate_down", 1),
 }
-_SHOWN = 4  # tensors of wrong shapes
 
 
 class ProblemsError(Exception):
@@ -65,12 +64,7 @@ def infer_config(
         expected = _state_entry(layout).names(max(num_layers, 1))
         missing += [name for name in expected if name not in states]
         unknown += [name for name in states if name not in expected]
-    problems = [f"{len(missing):,} missing: {list_names(missing)}"] if missing else []
-    problems += [f"{len(unknown):,} unknown: {list_names(unknown)}"] if unknown else []
-    problems += misfits[:_SHOWN]
-    if len(misfits) > _SHOWN:
-        problems.append(f"{len(misfits) - _SHOWN:,} more of a wrong shape or dtype")
-    if problems:
+    if problems := list_problems(missing, unknown, misfits):
         raise ProblemsError(problems)
     found: dict[str, Any] = {
         "vocab_size": sizes["vocab"],

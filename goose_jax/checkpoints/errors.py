@@ -1,8 +1,8 @@
 """The error of all checkpoints, and how its message stays short."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-_SHOWN = 4  # names of one kind
+_SHOWN = 4  # names of one kind, and misfits
 _LONGEST = 80  # characters of a name
 _LONGEST_CAUSE = 250  # characters of a library's message
 
@@ -30,4 +30,22 @@ def list_names(names: Iterable[object]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
-__all__ = ["CheckpointError", "cause", "list_names", "shorten_name"]
+def list_problems(
+    missing: Sequence[str], unknown: Sequence[str], misfits: Sequence[str]
+) -> list[str]:
+    """Returns what is wrong with the tensors of a file, a few words for each kind.
+
+    Args:
+      missing: names of tensors that the file lacks.
+      unknown: names of tensors that do not belong there.
+      misfits: for each tensor of a wrong shape or dtype, what is wrong with it.
+    """
+    problems = [f"{len(missing):,} missing: {list_names(missing)}"] if missing else []
+    problems += [f"{len(unknown):,} unknown: {list_names(unknown)}"] if unknown else []
+    problems += misfits[:_SHOWN]
+    if len(misfits) > _SHOWN:
+        problems.append(f"{len(misfits) - _SHOWN:,} more of a wrong shape or dtype")
+    return problems
+
+
+__all__ = ["CheckpointError", "cause", "list_names", "list_problems", "shorten_name"]

@@ -192,8 +192,8 @@ def save_pretrained(
         another name of `goose_jax.checkpoints.layouts`, or "native" for goose-jax. "pth" is the
         official file: official names in a file of torch, whatever the end of `path`.
       metadata: metadata of the model, which only a folder can hold, with a copy of the tokenizer's
-        file. None records the tokenizer
-        "world" for a vocabulary of 65536, and no tokenizer for others.
+        file. None records the tokenizer "world" for a vocabulary of 65536, and no tokenizer for
+        others.
       time_states: a trained initial state to write beside the weights, `[H, V, K]` for each layer.
         Only "pth", "official" and "web-rwkv" have a place for it.
       max_shard_bytes: maximum size of each file of safetensors in a folder. Only a single larger

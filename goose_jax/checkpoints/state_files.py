@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from goose_jax.checkpoints.containers import checkpoint_kind, open_tensors
-from goose_jax.checkpoints.errors import CheckpointError, list_names, shorten_name
+from goose_jax.checkpoints.errors import CheckpointError, list_names, list_problems, shorten_name
 from goose_jax.checkpoints.layouts import STATE_NAME
 from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.checkpoints.pth_writer import write_pth, write_pth_list
@@ -31,7 +31,6 @@ from pallas_kernels.validation import check_positive
 
 type StateLayout = Literal["time_state", "rwkv"]
 
-_SHOWN = 4  # tensors of wrong shapes
 _OF_LAYER = ("time shift", "wkv", "channel shift")
 
 
@@ -195,8 +194,6 @@ def _check(
 ) -> None:
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
-    problems = [f"{len(missing):,} missing: {list_names(missing)}"] if missing else []
-    problems += [f"{len(unknown):,} unknown: {list_names(unknown)}"] if unknown else []
     misfits = []
     for name in sorted(tensors.keys() & expected.keys()):
         tensor = tensors[name]
@@ -206,8 +203,5 @@ def _check(
                 f"{name} is {tensor.dtype.name}{shape} rather than floating point "
                 f"{list(expected[name])}"
             )
-    problems += misfits[:_SHOWN]
-    if len(misfits) > _SHOWN:
-        problems.append(f"{len(misfits) - _SHOWN:,} more of a wrong shape or dtype")
-    if problems:
+    if problems := list_problems(missing, unknown, misfits):
         raise CheckpointError(f"{path} is no state of this model: " + "; ".join(problems))
