@@ -51,7 +51,7 @@ def caption() -> str:
         f"one H200. WKV7 is measured at 8 rows of 4,096 tokens with 32 heads of 64, training at 8 x "
         f"4,096 tokens (12 x 768: 16 x 512), all in bfloat16 on NVIDIA H200s, ours with JAX "
         f"{ours.versions['jax']}, others with torch {peers.versions['torch']} and Triton "
-        f"{peers.versions['triton']} or their own CUDA, in different runs. Ours keep matrix products and "
+        f"{peers.versions['triton']}, their own CUDA, or JAX, in different runs. Ours keep matrix products and "
         f'compute the rest again (`remat="dots"`); the others keep everything. '
         f"[All measurements](docs/performance.md) are files in [benchmarks/results](benchmarks/results), "
         f"with date, versions, commit and command."

@@ -80,8 +80,8 @@ def load_results(path: pathlib.Path) -> Results:
 def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
     """Writes what a benchmark measured in this process, unless `path` is None.
 
-    Rows are added to those of the file if all else is the same: day, hardware, versions, commit.
-    Otherwise the file is written anew.
+    Rows are added to those of the file if all else is the same (day, hardware, versions, commit),
+    and the file does not have this command yet. Otherwise the file is written anew.
 
     Args:
       path: of the file, which may exist.
@@ -102,7 +102,8 @@ def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
     if path.exists():
         old = load_results(path)
         same = ("date", "hardware", "versions", "commit")
-        if all(getattr(old, name) == getattr(results, name) for name in same):
+        alike = all(getattr(old, name) == getattr(results, name) for name in same)
+        if alike and results.command not in old.command.split("; "):
             results = dataclasses.replace(
                 results,
                 rows=[*old.rows, *rows],

@@ -23,14 +23,18 @@ def test_a_file_says_what_was_run_and_on_what(benchmarks, tmp_path, monkeypatch)
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     assert found["commit"].removesuffix(" + changes") == commit
 
+    monkeypatch.setattr(sys, "argv", ["benchmarks/wkv7.py", "--calls", "2", f"--json={path}"])
     results.write_results(path, [{"T": 9}])
     again = json.loads(path.read_text())
     assert again["rows"] == [{"T": 8, "ms": 0.5}, {"T": 9}]
     assert again["command"].count("python benchmarks/wkv7.py") == 2
 
-    path.write_text(path.read_text().replace(commit, "0" * 40))
-    results.write_results(path, [{"T": 10}])
+    results.write_results(path, [{"T": 10}])  # the same command once more
     assert json.loads(path.read_text())["rows"] == [{"T": 10}]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/wkv7.py", "--json", str(path)])
+    path.write_text(path.read_text().replace(commit, "0" * 40))
+    results.write_results(path, [{"T": 11}])
+    assert json.loads(path.read_text())["rows"] == [{"T": 11}]
 
 
 @pytest.mark.parametrize("change", [{"rows": []}, {"date": "yesterday"}, {"extra": 1}])
