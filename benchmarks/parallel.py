@@ -7,36 +7,51 @@
 Cases, each on 1 device and on all N of them, unless a device cannot hold it:
 
     data, fsdp   24 x 1024, 8 x 4096 tokens for each device: tokens/s and the ratio to 1 device
-    fsdp2048     24 x 2048, 4 x 4096 tokens for each device, with fsdp=N only
+    overlap      the same with fsdp=N in four ways: the layers in a loop or one after another in the
+                 program, and two collectives under way at once or one, which is XLA's default
+    fsdp2048     24 x 2048, 16 x 4096 tokens for each device, with fsdp=N only
     context      24 x 1024: one row of 65,536 tokens for each device, with context=N, beside rows of
                  4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU
     tensor       32 x 4096, tensor=N, 1 row of 4096: forward and backward, beside 1 device with one
                  N-th of the layers (the whole model does not fit), whose speed is divided by N
 
-A time is the median of some rounds of asynchronous steps, after a warm-up. The share of time in
-collectives is read from a profile of one step: the time of NCCL's kernels of a device during which
-no other kernel runs on it (exposed), and all of it.
+First all programs of the cases are compiled, several at a time; a program that two cases need is
+compiled and measured once. With `JAX_COMPILATION_CACHE_DIR` set, a second call finds them there.
+
+A time is the median of some rounds of asynchronous steps, after two steps that warm up. The share
+of time in collectives is read from a profile of one step: the time of NCCL's kernels of a device
+during which no other kernel runs on it (exposed), and all of it.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import gc
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from results import Row, write_results
 
 from goose_jax import RWKV7, RWKV7Config
-from goose_jax.data import next_token_batch
-from goose_jax.parallel import create_sharded, describe_mesh, make_mesh, place_batch
+from goose_jax.data import Batch, next_token_batch
+from goose_jax.parallel import (
+    batch_spec,
+    describe_mesh,
+    make_mesh,
+    parse_mesh,
+    place_batch,
+    tree_shardings,
+)
 from goose_jax.parallel.in_model import on_mesh, sum_over_mesh
+from goose_jax.parallel.placement import creation
 from goose_jax.training import (
     OptimizerConfig,
     full_loss,
@@ -44,7 +59,10 @@ from goose_jax.training import (
     make_train_step,
 )
 
-type Case = Literal["data", "fsdp", "fsdp2048", "context", "tensor"]
+type Case = Literal["data", "fsdp", "overlap", "fsdp2048", "context", "tensor"]
+
+ONE_COLLECTIVE = {"xla_gpu_experimental_parallel_collective_overlap_limit": 1}
+RECIPE = OptimizerConfig(total_steps=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +74,8 @@ class Settings:
       rounds: rounds whose median is reported.
       steps: steps of a round.
       row: tokens of the row in the case context, for each device.
-      remat: what the backward computes again in the cases data and fsdp.
+      remat: what the backward computes again in the cases data, fsdp and overlap.
+      compilations: programs that are compiled at the same time.
       small: tiny sizes, to try the script.
       json: file to write the rows to, in the format of `results.py`.
     """
@@ -66,19 +85,40 @@ class Settings:
     steps: int = 4
     row: int = 65536
     remat: str = "dots"
+    compilations: int = 4
     small: bool = False
     json: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """Sizes of a model and of its batch."""
+class Program:
+    """A program to compile and to time.
+
+    Attributes:
+      layers: number of layers.
+      width: channels of the residual stream.
+      rows: rows of the batch, on all devices together.
+      length: tokens of a row.
+      remat: what the backward computes again.
+      mesh: the mesh, as `parse_mesh` reads it; "data=1" is one device.
+      optimizer: whether it is a training step; else it is a forward and a backward.
+      unroll: whether the layers come one after another in the program, not in a loop.
+      one_collective: whether one collective is under way at a time, as XLA's default is.
+    """
 
     layers: int
     width: int
     rows: int
     length: int
     remat: str = "dots"
+    mesh: str = "data=1"
+    optimizer: bool = True
+    unroll: bool = False
+    one_collective: bool = False
+
+    def on(self, mesh: str, **changes: Any) -> "Program":
+        """Returns the program on another mesh."""
+        return dataclasses.replace(self, mesh=mesh, **changes)
 
     def config(self, small: bool) -> RWKV7Config:
         """Returns the configuration, or a tiny one."""
@@ -89,97 +129,135 @@ class Model:
             head_size=32 if small else 64,
             compute_dtype="float32" if small else "bfloat16",
             remat=self.remat,
+            unroll_layers=self.unroll,
         )
 
+    def device_mesh(self) -> Mesh:
+        """Returns the mesh of devices."""
+        sizes: dict[str, Any] = {"data": 1} | parse_mesh(self.mesh)
+        return make_mesh(**sizes)
 
-def batch_of(model: Model, config: RWKV7Config, mesh: Mesh) -> Any:
-    tokens = np.random.default_rng(0).integers(
-        0, config.vocab_size, (model.rows, model.length + 1), np.int32
-    )
-    return place_batch(next_token_batch(tokens), mesh)
-
-
-def measure_step(settings: Settings, model: Model, mesh: Mesh) -> Row:
-    """Prints the speed of a whole training step, and returns its row."""
-    config, recipe = model.config(settings.small), OptimizerConfig(total_steps=1000)
-    made = create_sharded(lambda: RWKV7(config, rngs=nnx.Rngs(0)), mesh)
-    state = init_train_state(made, recipe, mesh=mesh)
-    del made
-    batch = batch_of(model, config, mesh)
-    step = make_train_step(RWKV7_of(config), recipe, mesh=mesh).lower(state, batch).compile()
-    holder = [state]
-    del state
-
-    def run() -> Any:
-        holder[0], metrics = step(holder[0], batch)
-        return metrics.loss
-
-    return report(settings, config, model, mesh, step, run)
+    def batch(self, vocab_size: int) -> Batch:
+        """Returns random tokens, on the host."""
+        shape = (self.rows, self.length + 1)
+        return next_token_batch(np.random.default_rng(0).integers(0, vocab_size, shape, np.int32))
 
 
-def measure_gradient(settings: Settings, model: Model, mesh: Mesh) -> Row:
-    """Prints the speed of forward and backward without an optimizer, and returns its row."""
-    config = model.config(settings.small)
-    made = create_sharded(lambda: RWKV7(config, rngs=nnx.Rngs(0)), mesh)
-    params = nnx.to_pure_dict(nnx.state(made, nnx.Param))
-    loss = full_loss(RWKV7_of(config))
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """The two parts of a program before they are compiled.
+
+    Attributes:
+      start: makes what the steps begin with: a training state, or parameters.
+      step: from that and a batch to a new state and a result, or to the gradient.
+    """
+
+    start: Any
+    step: Any
+
+
+def lower(program: Program, small: bool) -> Lowered:
+    """Traces a program. Nothing is computed and nothing is placed on a device."""
+    config, mesh = program.config(small), program.device_mesh()
+    model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+
+    def start() -> Any:
+        made = RWKV7(config, rngs=nnx.Rngs(0))
+        if program.optimizer:
+            return init_train_state(made, RECIPE)
+        return nnx.to_pure_dict(nnx.state(made, nnx.Param))
+
+    def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    state = jax.eval_shape(start)
+    state = jax.tree.map(placed, state, tree_shardings(state, mesh))
+    divided = NamedSharding(mesh, batch_spec(2))
+    batch = jax.tree.map(lambda x: placed(x, divided), program.batch(config.vocab_size))
+    if program.optimizer:
+        step = make_train_step(model, RECIPE, mesh=mesh).lower(state, batch)
+    else:
+        step = jax.jit(_gradient(model, mesh)).lower(state, batch)
+    return Lowered(creation(start, mesh).lower(), step)
+
+
+def _gradient(model: RWKV7, mesh: Mesh) -> Callable[[Any, Any], Any]:
+    loss = full_loss(model)
 
     def of_device(params: Any, frozen: Any, batch: Any) -> Any:
         return jax.value_and_grad(lambda p: sum_over_mesh(loss(p, frozen, batch)))(params)
 
-    batch = batch_of(model, config, mesh)
-    program = jax.jit(on_mesh(of_device, mesh, gradient=True)).lower(params, {}, batch).compile()
-    return report(settings, config, model, mesh, program, lambda: program(params, {}, batch))
+    return lambda params, batch: on_mesh(of_device, mesh, gradient=True)(params, {}, batch)
 
 
-def RWKV7_of(config: RWKV7Config) -> RWKV7:  # noqa: N802
-    return nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+def compile_all(settings: Settings, programs: Sequence[Program]) -> dict[Program, Lowered]:
+    """Returns the compiled parts of each program."""
+    begin = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(settings.compilations) as pool:
+        pending = {}
+        for program in programs:
+            lowered = lower(program, settings.small)
+            options = ONE_COLLECTIVE if program.one_collective else {}
+            step = functools.partial(lowered.step.compile, compiler_options=options)
+            pending[program] = pool.submit(step), pool.submit(lowered.start.compile)
+        compiled = {
+            program: Lowered(start.result(), step.result())
+            for program, (step, start) in pending.items()
+        }
+    seconds = time.perf_counter() - begin
+    print(f"{len(programs)} programs compiled in {seconds:.0f} s", flush=True)
+    return compiled
 
 
-def report(
-    settings: Settings,
-    config: RWKV7Config,
-    model: Model,
-    mesh: Mesh,
-    program: Any,
-    run: Callable[[], Any],
-) -> Row:
+def measure(settings: Settings, program: Program, compiled: Lowered) -> Row:
+    """Prints the speed of a program, and returns its row."""
+    config, mesh = program.config(settings.small), program.device_mesh()
+    batch = place_batch(program.batch(config.vocab_size), mesh)
+    holder = [compiled.start()]
+
+    def run() -> Any:
+        if not program.optimizer:
+            return compiled.step(holder[0], batch)
+        holder[0], metrics = compiled.step(holder[0], batch)
+        return metrics.loss
+
+    for _ in range(2):
+        jax.block_until_ready(run())
     seconds = []
-    for _ in range(settings.rounds + 1):
-        start = time.perf_counter()
+    for _ in range(settings.rounds):
+        begin = time.perf_counter()
         for _ in range(settings.steps):
             result = run()
         jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - start) / settings.steps)
-    per_step = float(np.median(seconds[1:]))  # the first warms up
-    count = mesh.devices.size
-    speed = model.rows * model.length / per_step
-    plan = program.memory_analysis()
+        seconds.append((time.perf_counter() - begin) / settings.steps)
+    per_step, count = float(np.median(seconds)), mesh.size
+    speed = program.rows * program.length / per_step
+    plan = compiled.step.memory_analysis()
     gib = (plan.argument_size_in_bytes + plan.temp_size_in_bytes) / 2**30
-    everything, exposed = time_in_collectives(run)
-    case = (
-        f"{config.num_layers} x {config.hidden_size}, {model.rows} x {model.length}, remat "
+    name = (
+        f"{config.num_layers} x {config.hidden_size}, {program.rows} x {program.length}, remat "
         f"{config.remat}, {describe_mesh(mesh)}"
-    )
-    print(
-        f"{case}: {speed:,.0f} tokens/s, {speed / count:,.0f} for "
-        f"each device, {1e3 * per_step:.1f} ms, {gib:.1f} GiB planned; collectives "
-        f"{1e3 * everything:.1f} ms, {100 * exposed / per_step:.1f}% of the step exposed",
-        flush=True,
+        + (", layers unrolled" if program.unroll else "")
+        + (", one collective at a time" if program.one_collective else "")
     )
     row = {
-        "case": case,
+        "case": name,
         "devices": count,
         "tokens_per_s": round(speed),
         "tokens_per_s_per_device": round(speed / count),
         "ms_per_step": round(1e3 * per_step, 2),
         "planned_gib": round(gib, 2),
     }
+    line = (
+        f"{name}: {speed:,.0f} tokens/s, {speed / count:,.0f} for each device, "
+        f"{1e3 * per_step:.1f} ms, {gib:.1f} GiB planned"
+    )
     if count > 1:
-        row |= {
-            "collectives_ms": round(1e3 * everything, 2),
-            "exposed_percent": round(100 * exposed / per_step, 2),
-        }
+        everything, exposed = time_in_collectives(run)
+        row["collectives_ms"] = round(1e3 * everything, 2)
+        row["exposed_percent"] = round(100 * exposed / per_step, 2)
+        line += f"; collectives {row['collectives_ms']} ms, {row['exposed_percent']} % exposed"
+    print(line, flush=True)
     return row
 
 
@@ -213,45 +291,64 @@ def _length(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def main(settings: Settings) -> None:
-    n, devices = jax.device_count(), jax.devices()
-    one = make_mesh(data=1, devices=devices[:1])
-    print(f"{n} x {devices[0].device_kind}")
+def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, Program | None]]:
+    """Returns the programs of a case, each with the one on one device that it is compared with."""
     length = 128 if settings.small else 4096
-    row = 256 if settings.small else settings.row
-    measured: list[Row] = []
-    for case in settings.case or ("data", "fsdp", "fsdp2048", "context", "tensor"):
-        gc.collect()
-        print(f"\n{case}")
-        match case:
-            case "data" | "fsdp":
-                remat = settings.remat
-                alone = measure_step(settings, Model(24, 1024, 8, length, remat), one)
-                mesh = make_mesh(**({"data": n} if case == "data" else {"fsdp": n}))
-                together = measure_step(settings, Model(24, 1024, 8 * n, length, remat), mesh)
-                print(f"{together['tokens_per_s'] / alone['tokens_per_s']:.3f} times one device")
-                measured += [alone, together]
-            case "fsdp2048":
-                model = Model(24, 2048, 4 * n, length, settings.remat)
-                measured.append(measure_step(settings, model, make_mesh(fsdp=n)))
-            case "context":
-                rows = row // length
-                alone = measure_step(settings, Model(24, 1024, rows, length, "full"), one)
-                mesh = make_mesh(data=1, context=n)
-                together = measure_step(settings, Model(24, 1024, 1, row * n, "full"), mesh)
-                ratio = together["tokens_per_s_per_device"] / alone["tokens_per_s_per_device"]
-                print(f"{ratio:.3f} of the tokens/s of short rows, for each device")
-                measured += [alone, together]
-            case "tensor":
-                part = measure_gradient(
-                    settings, Model(max(32 // n, 1), 4096, 1, length, "full"), one
+    alone = Program(24, 1024, 8, length, settings.remat)
+    together = dataclasses.replace(alone, rows=8 * n)
+    match case:
+        case "data" | "fsdp":
+            return [(together.on(f"{case}={n}"), alone)]
+        case "overlap":
+            return [
+                (
+                    together.on(f"fsdp={n}", unroll=unroll, one_collective=one),
+                    dataclasses.replace(alone, unroll=unroll),
                 )
-                mesh = make_mesh(data=1, tensor=n)
-                whole = measure_gradient(settings, Model(32, 4096, 1, length, "full"), mesh)
-                ratio = whole["tokens_per_s"] / (part["tokens_per_s"] / n)
-                print(f"{ratio:.3f} times one device, by layers")
-                measured += [part, whole]
-    write_results(settings.json, measured)
+                for unroll in (False, True)
+                for one in (False, True)
+            ]
+        case "fsdp2048":
+            return [(Program(24, 2048, 16 * n, length, "full", f"fsdp={n}"), None)]
+        case "context":
+            row = 2 * length if settings.small else settings.row
+            short = Program(24, 1024, row // length, length, "full")
+            return [(Program(24, 1024, 1, row * n, "full", f"context={n}"), short)]
+        case "tensor":
+            part = Program(max(32 // n, 1), 4096, 1, length, "full", optimizer=False)
+            return [(dataclasses.replace(part, layers=32, mesh=f"tensor={n}"), part)]
+
+
+def compare(case: Case, together: Row, alone: Row) -> str:
+    """Returns what a case is measured for, in words."""
+    n = together["devices"]
+    ratio = together["tokens_per_s"] / alone["tokens_per_s"]
+    match case:
+        case "context":
+            return f"{ratio / n:.3f} of the tokens/s of short rows, for each device"
+        case "tensor":
+            return f"{ratio * n:.3f} times one device, by layers"
+        case _:
+            return f"{ratio:.3f} times one device"
+
+
+def main(settings: Settings) -> None:
+    n = jax.device_count()
+    print(f"{n} x {jax.devices()[0].device_kind}")
+    cases = settings.case or get_args(Case.__value__)
+    pairs = [(case, *pair) for case in cases for pair in programs_of(settings, case, n)]
+    needed = [program for _, *pair in pairs for program in reversed(pair) if program is not None]
+    compiled = compile_all(settings, list(dict.fromkeys(needed)))
+    rows: dict[Program, Row] = {}
+    for case, together, alone in pairs:
+        print(f"\n{case}")
+        for program in (alone, together):
+            if program is not None and program not in rows:
+                rows[program] = measure(settings, program, compiled[program])
+                gc.collect()
+        if alone is not None:
+            print(compare(case, rows[together], rows[alone]), flush=True)
+    write_results(settings.json, list(rows.values()))
 
 
 if __name__ == "__main__":
