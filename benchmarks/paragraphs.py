@@ -5,8 +5,9 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from derive import Table, cell, has
 from results import Row, read_results
-from tables import TABLES, Table, cell, has
+from tables import TABLES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ dark pages.
 import pathlib
 import re
 
+from derive import Table
 from paragraphs import BLOCKS
 from results import FOLDER, NOT_RECORDED, read_results
-from tables import Table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLACE = re.compile(

@@ -1,6 +1,6 @@
 """Files of measurements: the benchmarks write them, tables and figures are made from them.
 
-Every benchmark takes `--json FILE`. `FILE` belongs into `benchmarks/results`; `python
+The benchmarks of these tables take `--json FILE`. `FILE` belongs into `benchmarks/results`; `python
 benchmarks/publish.py` then brings the tables of the pages and the figures up to date. A file holds
 
     date       day of the measurement, or of the commit that wrote it down

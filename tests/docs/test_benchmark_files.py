@@ -50,7 +50,7 @@ def test_a_damaged_file_is_named(benchmarks, tmp_path, change):
 
 
 def test_cells(benchmarks):
-    cell = benchmarks("tables").cell
+    cell = benchmarks("derive").cell
     row = {"a": 1234.5, "few": 0.00123, "range": [2, 3], "none": None}
     assert cell("{a:,.0f} ms", row) == "1,234 ms"
     assert cell("{few:.1e}", row) == "1.2e-3"
