@@ -44,6 +44,8 @@ class Operator:
       parameters: shapes of the float32 arguments.
       flops: of the matrix products of the forward.
       backward_share: how many times as many the backward has.
+      made: number of results that the forward makes; the others are some of these, or arguments.
+        None if it makes all.
     """
 
     function: Callable[..., Any]
@@ -51,6 +53,7 @@ class Operator:
     parameters: tuple[tuple[int, ...], ...]
     flops: int = 0
     backward_share: int = 2
+    made: int | None = None
 
 
 def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
@@ -69,6 +72,7 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
         "token shift, 6 mixes": Operator(pallas_kernels.token_shift_mix, (x,), ((6, C),)),
         "token shift, 1 mix": Operator(pallas_kernels.token_shift_mix, (x,), ((1, C),)),
         "layer norm": Operator(pallas_kernels.layer_norm, (x,), ((C,), (C,))),
+        "pre-norm": Operator(pallas_kernels.pre_norm, (x,), ((C,), (C,)), made=1),
         "key update": Operator(pallas_kernels.key_update, (heads,) * 2, (of_heads,) * 2),
         "output correction": Operator(
             pallas_kernels.output_correction, (heads,) * 5, (of_heads,) * 3
@@ -82,6 +86,7 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
             ),
             (heads,) * 6,
             (of_heads,) * len(BASES),
+            made=5,
         ),
         # Its backward has the product of the forward, too.
         "cross entropy": Operator(
@@ -137,7 +142,10 @@ def programs_of(
     def backward(gradients, *arguments):
         return jax.vjp(function, *arguments)[1](jax.tree.unflatten(structure, gradients))
 
-    return [(jax.jit(function), arguments), (jax.jit(backward), [gradients, *arguments])]
+    def forward(*arguments):
+        return jax.tree.leaves(function(*arguments))[: operator.made]
+
+    return [(jax.jit(forward), arguments), (jax.jit(backward), [gradients, *arguments])]
 
 
 def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any]) -> float:
