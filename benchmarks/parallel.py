@@ -7,8 +7,9 @@
 Cases, each on 1 device and on all N of them, unless a device cannot hold it:
 
     data, fsdp   24 x 1024, 8 x 4096 tokens for each device: tokens/s and the ratio to 1 device
-    overlap      the same with fsdp=N in four ways: the layers in a loop or one after another in the
-                 program, and two collectives under way at once or one, which is XLA's default
+    overlap      the same with fsdp=N in five ways: the layers in a loop or one after another in the
+                 program; one collective under way at a time, XLA's default, where training steps
+                 have two; NCCL with at most 8 channels, each of which takes a multiprocessor
     fsdp2048     24 x 2048, 16 x 4096 tokens for each device, with fsdp=N only
     context      24 x 1024: one row of 65,536 tokens for each device, with context=N, beside rows of
                  4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU
@@ -61,7 +62,12 @@ from goose_jax.training import (
 
 type Case = Literal["data", "fsdp", "overlap", "fsdp2048", "context", "tensor"]
 
-ONE_COLLECTIVE = {"xla_gpu_experimental_parallel_collective_overlap_limit": 1}
+OPTIONS = {
+    # by name: options of XLA that a program is compiled with besides those of training steps
+    "": {},
+    "one collective at a time": {"xla_gpu_experimental_parallel_collective_overlap_limit": 1},
+    "8 channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
+}
 RECIPE = OptimizerConfig(total_steps=1000)
 
 
@@ -103,7 +109,7 @@ class Program:
       mesh: the mesh, as `parse_mesh` reads it; "data=1" is one device.
       optimizer: whether it is a training step; else it is a forward and a backward.
       unroll: whether the layers come one after another in the program, not in a loop.
-      one_collective: whether one collective is under way at a time, as XLA's default is.
+      options: a name in `OPTIONS`.
     """
 
     layers: int
@@ -114,7 +120,7 @@ class Program:
     mesh: str = "data=1"
     optimizer: bool = True
     unroll: bool = False
-    one_collective: bool = False
+    options: str = ""
 
     def on(self, mesh: str, **changes: Any) -> "Program":
         """Returns the program on another mesh."""
@@ -197,7 +203,7 @@ def compile_all(settings: Settings, programs: Sequence[Program]) -> dict[Program
         pending = {}
         for program in programs:
             lowered = lower(program, settings.small)
-            options = ONE_COLLECTIVE if program.one_collective else {}
+            options = OPTIONS[program.options]
             step = functools.partial(lowered.step.compile, compiler_options=options)
             pending[program] = pool.submit(step), pool.submit(lowered.start.compile)
         compiled = {
@@ -234,12 +240,10 @@ def measure(settings: Settings, program: Program, compiled: Lowered) -> Row:
     speed = program.rows * program.length / per_step
     plan = compiled.step.memory_analysis()
     gib = (plan.argument_size_in_bytes + plan.temp_size_in_bytes) / 2**30
-    name = (
-        f"{config.num_layers} x {config.hidden_size}, {program.rows} x {program.length}, remat "
-        f"{config.remat}, {describe_mesh(mesh)}"
-        + (", layers unrolled" if program.unroll else "")
-        + (", one collective at a time" if program.one_collective else "")
-    )
+    size = f"{config.num_layers} x {config.hidden_size}, {program.rows} x {program.length}"
+    unrolled = "layers unrolled" if program.unroll else ""
+    parts = (size, f"remat {config.remat}", describe_mesh(mesh), unrolled, program.options)
+    name = ", ".join(part for part in parts if part)
     row = {
         "case": name,
         "devices": count,
@@ -300,13 +304,13 @@ def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, P
         case "data" | "fsdp":
             return [(together.on(f"{case}={n}"), alone)]
         case "overlap":
+            ways = [(False, options) for options in OPTIONS] + [(True, ""), (True, "8 channels")]
             return [
                 (
-                    together.on(f"fsdp={n}", unroll=unroll, one_collective=one),
+                    together.on(f"fsdp={n}", unroll=unroll, options=options),
                     dataclasses.replace(alone, unroll=unroll),
                 )
-                for unroll in (False, True)
-                for one in (False, True)
+                for unroll, options in ways
             ]
         case "fsdp2048":
             return [(Program(24, 2048, 16 * n, length, "full", f"fsdp={n}"), None)]
