@@ -2,7 +2,8 @@
 
 No order of the factors may be lost, so the model must keep the product as its state. For five
 elements (S5), a transformer of a fixed depth cannot do that at every length, unless TC0 = NC1
-(https://arxiv.org/abs/2404.08819).
+(https://arxiv.org/abs/2404.08819). The factors are swaps of two elements. A step of RWKV-7 changes
+its state by a matrix of rank 1, and so does a swap; other permutations would need several steps.
 """
 
 import dataclasses
@@ -40,22 +41,22 @@ class Settings:
 
 
 FULL = Settings(
-    PermutationProducts(1024, 16, degree=5),
+    PermutationProducts(512, 32, factors="swaps"),
     OptimizerConfig(
-        total_steps=25_000, learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=200
+        total_steps=20_000, learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=200
     ),
     hidden_size=128,
     num_layers=4,
     head_size=32,
-    measured_length=64,
+    measured_length=128,
 )
 SHORT = Settings(
-    PermutationProducts(64, 16, degree=3),
-    OptimizerConfig(total_steps=2000, learning_rate=4e-3, final_learning_rate=2e-4),
-    hidden_size=32,
+    PermutationProducts(64, 8, factors="swaps"),
+    OptimizerConfig(total_steps=1200, learning_rate=4e-3, final_learning_rate=2e-4),
+    hidden_size=64,
     num_layers=4,
-    head_size=16,
-    measured_length=64,
+    head_size=32,
+    measured_length=32,
 )
 
 
@@ -99,5 +100,5 @@ def draw(figure: Figure, results: dict[str, Any]) -> None:
     axes.axhline(1 / results["permutations"], color="0.6", linestyle="--", label="guessing")
     axes.axvline(results["trained_length"], color="0.6", label="length of training")
     axes.set(xlabel="number of permutations", ylabel="accuracy of the product", ylim=(0, 1.02))
-    axes.set_title(f"products of {results['permutations']} permutations")
+    axes.set_title(f"products of swaps, {results['permutations']} permutations")
     axes.legend()

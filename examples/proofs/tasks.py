@@ -6,6 +6,7 @@ different seeds share no random numbers: one seed is for training, another one f
 
 import dataclasses
 import itertools
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -77,19 +78,23 @@ class PermutationProducts:
 
     The token of a permutation of `degree` elements is its place in lexicographic order. The
     permutations of a row are drawn with equal probability; the target after t of them is
-    p_1 p_2 ... p_t, which maps i to p_1(p_2(...p_t(i))).
-    Source: "The Illusion of State in State-Space Models", https://arxiv.org/abs/2404.08819.
+    p_1 p_2 ... p_t, which maps i to p_1(p_2(...p_t(i))). With swaps alone the products are all
+    permutations, too.
+    Sources: "The Illusion of State in State-Space Models", https://arxiv.org/abs/2404.08819; for
+    swaps "Unlocking State-Tracking in Linear RNNs", https://arxiv.org/abs/2411.12537.
 
     Attributes:
       batch_size: B, number of rows.
       sequence_length: T, permutations of a row.
       degree: number of elements; 5 for S5, with 120 permutations.
+      factors: "all" draws any permutation, "swaps" those that swap two elements or none.
       seed: another seed gives other batches.
     """
 
     batch_size: int = 256
     sequence_length: int = 32
     degree: int = 5
+    factors: Literal["all", "swaps"] = "all"
     seed: int = TRAINING
 
     @property
@@ -108,7 +113,9 @@ class PermutationProducts:
         permutations = self.permutations
         # The digits of a permutation, as a number in base `degree`, grow with its token.
         codes = permutations @ self.degree ** np.arange(self.degree)[::-1]
-        inputs = rng.integers(0, len(permutations), (self.batch_size, self.sequence_length))
+        moved = (permutations != np.arange(self.degree)).sum(axis=1)
+        drawn = np.flatnonzero(moved <= (2 if self.factors == "swaps" else self.degree))
+        inputs = rng.choice(drawn, (self.batch_size, self.sequence_length))
         targets = np.empty_like(inputs)
         product = np.tile(np.arange(self.degree), (self.batch_size, 1))
         for t in range(self.sequence_length):

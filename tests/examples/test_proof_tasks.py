@@ -59,9 +59,9 @@ def test_numbers_are_followed_by_their_digits_in_reverse():
     assert 0.07 < np.mean(rows[(lengths == 0) & (rows < 10)] == 7) < 0.13
 
 
-@pytest.mark.parametrize("degree", [3, 5])
-def test_products_of_permutations_are_those_of_their_matrices(degree):
-    task = PermutationProducts(8, 12, degree=degree)
+@pytest.mark.parametrize(("degree", "factors"), [(3, "all"), (5, "all"), (5, "swaps")])
+def test_products_of_permutations_are_those_of_their_matrices(degree, factors):
+    task = PermutationProducts(64, 12, degree=degree, factors=factors)
     matrices = []
     for permutation in itertools.permutations(range(degree)):
         matrix = np.zeros((degree, degree), int)
@@ -75,6 +75,9 @@ def test_products_of_permutations_are_those_of_their_matrices(degree):
         for token, target in zip(tokens, targets, strict=True):
             product = product @ matrices[token]
             np.testing.assert_array_equal(product, matrices[target])
+    used = {round(degree - np.trace(matrices[token])) for token in np.unique(batch.inputs)}
+    assert used == ({0, 2} if factors == "swaps" else {0, *range(2, degree + 1)})  # moved elements
+    assert len(np.unique(batch.inputs)) == {3: 6, 5: 11 if factors == "swaps" else 120}[degree]
 
 
 def test_the_answers_of_associative_recall_are_found_by_search():

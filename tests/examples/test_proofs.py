@@ -58,7 +58,9 @@ def test_products_of_permutations_are_tracked(run):
         "state-tracking",
         task=state_tracking.PermutationProducts(64, 8, degree=3),
         recipe=recipe(400, 8e-3),
+        hidden_size=32,
         num_layers=3,
+        head_size=16,
         measured_length=16,
         held_out_rows=256,
     )
