@@ -76,7 +76,7 @@ def faults(site: pathlib.Path) -> list[str]:
 
 
 def documented(pages: dict[pathlib.Path, Page]) -> set[str]:
-    """Returns the last parts of all ids of the reference."""
+    """Returns the full names that the reference describes, which are ids of its pages."""
     reference = [page for path, page in pages.items() if "api" in path.parts]
     return {name for page in reference for name in page.ids if "." in name}
 

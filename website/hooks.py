@@ -16,7 +16,7 @@ from mathematics import NotMathematics, formulas
 ROOT = pathlib.Path(__file__).parents[1]
 BLOB = "https://github.com/goose-jax/goose-jax/blob/main/"
 FORMULA = re.compile(r"^```python (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CELL = re.compile(r"(?<=\|)([^`|\n]*\de)-(?=\d)")  # numbers that would break at the sign
+ROW = re.compile(r"^ *\|.*$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
 
 
@@ -35,8 +35,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return f"{match[1]}{BLOB}{target.relative_to(ROOT)}{match[3]}"
 
     markdown = LINK.sub(link, markdown)
-    markdown = CELL.sub("\\1\N{NON-BREAKING HYPHEN}", markdown)
+    markdown = ROW.sub(lambda match: with_whole_numbers(match[0]), markdown)
     return FORMULA.sub(lambda match: with_mathematics(match[1], match[2]), markdown)
+
+
+def with_whole_numbers(row: str) -> str:
+    """Returns a row of a table whose numbers, such as 1e-3, do not break at the sign."""
+    parts = row.split("`")  # every second one is code
+    parts[::2] = [re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", x) for x in parts[::2]]
+    return "`".join(parts)
 
 
 def with_mathematics(name: str, code: str) -> str:
