@@ -7,9 +7,7 @@ import json
 import os
 import pathlib
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from typing import Annotated, Any, Literal
 
@@ -54,6 +52,7 @@ def main(
             "short": short,
             "seconds": time.perf_counter() - start,
             **environment(),
+            "command": f"python -m examples.proofs {name}" + " --short" * short,
             "settings": dataclasses.asdict(settings),
             "results": results,
         }
@@ -78,7 +77,7 @@ def draw(proof: Any, record: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what the numbers depend on: date, hardware, versions, commit, command."""
+    """Returns what the numbers depend on: date, hardware, versions, commit."""
     device = jax.devices()[0]
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
     packages = ("goose-jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -88,7 +87,6 @@ def environment() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "examples.proofs", *sys.argv[1:]]),
     }
 
 
