@@ -56,16 +56,18 @@ def test_digits_are_reversed(run):
 def test_products_of_permutations_are_tracked(run):
     results = run(
         "state-tracking",
-        task=state_tracking.PermutationProducts(64, 8, degree=3),
-        recipe=recipe(400, 8e-3),
+        task=state_tracking.PermutationProducts(64, 6, degree=4, factors="swaps"),
+        recipe=recipe(300, 8e-3),
         hidden_size=32,
-        num_layers=3,
+        num_layers=2,
         head_size=16,
-        measured_length=16,
+        measured_length=12,
         held_out_rows=256,
     )
-    # Who knows how many permutations were odd, but not in which order they came: 1 / 3.
-    assert min(results["accuracy"][:5]) > 0.8
+    # Guessing: 1 in 24. The four token shifts see five of the six factors, and the one before them
+    # is one of 7: whose state forgets has 1 / 7.
+    assert results["permutations"] == 24
+    assert min(results["accuracy"][:6]) > 0.4
 
 
 @pytest.mark.slow
