@@ -145,9 +145,9 @@ class RWKV7Config:
         `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
         states and logits always have float32 at least.
       remat: what the backward pass computes again, block by block. "dots" keeps the residual stream
-        and the results of matrix products, except low-rank ones, of `wkv7` and of
-        `output_correction`; "none" keeps all values that the operators need, "full" keeps only the
-        input of each block.
+        and the results of `wkv7`, of `output_correction`, of matrix products except low-rank ones,
+        and, if layers are unrolled, of norms; "none" keeps all values that the operators need,
+        "full" keeps only the input of each block.
       unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
         loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None

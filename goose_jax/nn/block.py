@@ -15,6 +15,13 @@ from goose_jax.nn.time_mix import Heads, TimeMix, Tokens
 from goose_jax.state import check_activations
 from pallas_kernels import KEPT
 
+NORMED = "goose_jax.normed"
+"""Name of normalised tokens, for `jax.checkpoint`.
+
+Computing them again takes as long as two copies. So it is worth while to keep them, but not if they
+must be copied into a stack of all layers and out of it.
+"""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +104,13 @@ class Block(nnx.Module):
         check_activations("x", x, "B T C", {"C": self.config.hidden_size}, self.config)
         time_state = None if state is None else (state.time_shift, state.wkv)
         normed, x = self.time_mix_norm.before_residual(x)
+        normed = checkpoint_name(normed, NORMED)
         mixed, v_first, (time_shift, wkv) = self.time_mix(
             normed, v_first, time_state, segment_ids, is_first=is_first
         )
         x = checkpoint_name(x + mixed, KEPT)
         channel_state = None if state is None else state.channel_shift
         normed, x = self.channel_mix_norm.before_residual(x)
+        normed = checkpoint_name(normed, NORMED)
         mixed, channel_shift = self.channel_mix(normed, channel_state, segment_ids)
         return x + mixed, v_first, BlockState(time_shift, wkv, channel_shift)

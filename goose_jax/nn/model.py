@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
-from goose_jax.nn.block import Block, BlockState
+from goose_jax.nn.block import NORMED, Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens
 from goose_jax.parallel.in_model import enter_heads, gather_parameters, look_up, tokens_divided_over
@@ -463,6 +463,7 @@ def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Calla
         return run_block
     policy = None
     if config.remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        names = (KEPT, NORMED) if config.unroll_layers else (KEPT,)
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
     # A loop needs no barrier: the compiler cannot merge what its backward computes again.
     return jax.checkpoint(run_block, policy=policy, prevent_cse=config.unroll_layers)
