@@ -54,7 +54,13 @@ def compiler_options(mesh: Mesh | None) -> dict[str, int]:
 
     On GPUs, two collectives may be under way at a time. XLA's default is one: then the gradient of
     a layer must have been summed before parameters of the next layer are asked for, and the sum has
-    almost no computation to hide behind. It takes no more memory.
+    almost no computation to hide behind.
+
+    Args:
+      mesh: the mesh of the step; None for one device.
+
+    Returns:
+      `compiler_options` of `jax.jit`; none for one device, and for devices other than GPUs.
     """
     if mesh is None or mesh.size == 1 or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return {}
