@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 import pickle
 import zipfile
 
@@ -81,7 +82,7 @@ ATTACKS = {
         torch_files.Call(getattr, torch_files.Call(__import__, "os"), "system"), f"touch {MARKER}"
     ),
     "builtins.__import__": lambda: torch_files.Call(__import__, "os"),
-    "pathlib.Path": lambda: torch_files.Call(type(GOLDEN.parent).__mro__[1], MARKER),
+    f"{pathlib.Path.__module__}.Path": lambda: torch_files.Call(pathlib.Path, MARKER),
 }
 
 
