@@ -282,8 +282,8 @@ class _Call:
             if ROWS in names and TOKENS in names and (axes := axes_at(spec, names.index(TOKENS))):
                 warnings.warn(
                     f"kernels of {self.name} need all tokens of a row, which the mesh axes {axes} "
-                    "divide: they are gathered. To keep them divided, name these axes as the "
-                    "operator's context_axis",
+                    "divide: they are gathered. To keep them divided, name these axes as "
+                    "context_axis, if the operator has it",
                     stacklevel=2,
                 )
                 return

@@ -102,8 +102,8 @@ def over_explicit_axes[R](
     """
     leaves = jax.tree.leaves(arguments)
     mesh = _mesh_with_explicit_axes(leaves)
-    names = (context_axis,) if isinstance(context_axis, str) else context_axis or ()
-    if names and set(names) <= set(jax.sharding.get_abstract_mesh().auto_axes):
+    names = (context_axis,) if isinstance(context_axis, str) else context_axis
+    if isinstance(names, tuple) and _are_auto(names):
         function, over_context = _over_context(function, layout, names), False
     if mesh is None:
         return function(*arguments)
@@ -119,6 +119,11 @@ def over_explicit_axes[R](
     out_sharding = jax.tree.map(sharding, layout.results)
     in_auto = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=out_sharding)
     return in_auto(*arguments)
+
+
+def _are_auto(names: Axes) -> bool:
+    """Returns whether there are such axes, and all are Auto axes of the mesh in context."""
+    return bool(names) and set(names) <= set(jax.sharding.get_abstract_mesh().auto_axes)
 
 
 def has_explicit_axes(*arguments: Any) -> bool:

@@ -139,6 +139,8 @@ def test_context_axis_must_be_one_of_a_shard_map_or_of_the_mesh_in_context():
     message = r"context_axis='context' must name a mesh axis .*, or an Auto axis of the mesh in"
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         token_shift_mix(x, mixes, context_axis="context")
+    with pytest.raises(ValueError, match="context_axis=3 must name a mesh axis"):
+        token_shift_mix(x, mixes, context_axis=3)
 
 
 def test_states_of_segments_need_whole_rows():
