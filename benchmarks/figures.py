@@ -143,7 +143,7 @@ def draw_main_results(figure: Any, data: Data, style: Style) -> None:
     bottom.set_yticks(places, [f"{x['model']}, {x['who']}" for x in rows])
     for axes, most in ((top, "forward_backward_ms"), (bottom, "tokens_per_s")):
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.9 * max(x.get(most, 0) for x in data))
+        axes.set_xlim(0, 2.0 * max(x.get(most, 0) for x in data))
         axes.xaxis.set_visible(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(axis="y", length=0)
