@@ -267,8 +267,8 @@ def _mesh() -> Any:
 
 
 def _varying(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return frozenset(x.manual_axis_type.varying)
+    if isinstance(x, jax.ShapeDtypeStruct):  # whose type is None outside of `jax.shard_map`
+        return frozenset(x.manual_axis_type.varying if x.manual_axis_type else ())
     return frozenset(jax.typeof(x).mat.varying)
 
 
