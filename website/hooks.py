@@ -47,7 +47,7 @@ def with_whole_numbers(row: str) -> str:
 
 
 def with_mathematics(name: str, code: str) -> str:
-    """Returns a block of code, and its formulas above it where it has some."""
+    """Returns a block of code; if it has formulas, they stand above it."""
     block = f"```python\n{code}```"
     try:
         lines = formulas(code)

@@ -18,8 +18,8 @@ from pallas_kernels import KEPT
 NORMED = "goose_jax.normed"
 """Name of normalised tokens, for `jax.checkpoint`.
 
-Computing them again takes as long as two copies. So it is worth while to keep them, but not if they
-must be copied into a stack of all layers and out of it.
+Computing them again is a pass over memory, so keeping them saves time. It does not if they must be
+copied into a stack of all layers and out of it.
 """
 
 

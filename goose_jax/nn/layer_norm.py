@@ -41,14 +41,15 @@ class LayerNorm(nnx.Module):
     def before_residual(
         self, x: Float[Array, "B T C"]
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-        """Normalises each token, and returns `x` for the sum with what is made of the norm.
+        """Normalises each token, and hands `x` on for the residual sum.
 
         Args:
           x: `[B, T, C]` in the compute dtype.
 
         Returns:
           normed: `[B, T, C]` in the compute dtype.
-          x: `[B, T, C]`, the argument. Used in place of it, it saves a pass of the backward.
+          x: `[B, T, C]`, the argument. Use this result in place of the argument: it saves a pass
+            of the backward.
         """
         normed, x = pre_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
         return normed.astype(self.config.compute_dtype), x

@@ -354,8 +354,8 @@ class RWKV7(nnx.Module):
     ) -> tuple[Tokens, BlockState]:
         """Runs layers that the compiler sees one by one.
 
-        JAX traces two of them only: the first, and one other. No layer but the first copies or
-        selects values of the first layer.
+        JAX traces two of them only: the first, and one other. The first layer makes the values that
+        all others read; none has to select whose values to take.
         """
         run_first, run_other = (
             jax.jit(_rematerialised(functools.partial(run_block, is_first), self.config))
@@ -448,7 +448,7 @@ def _join_gradients(
 ) -> tuple[jax.Array]:
     """Joins the gradients of the parts, in one pass.
 
-    Without the barrier, XLA joins them again in each of the optimizer's results.
+    Without the barrier, XLA would join them again for each result of the optimizer.
     """
     del dtype
     joined = jax.lax.optimization_barrier(jnp.stack(gradients))

@@ -1,14 +1,13 @@
 """What a benchmark writes with `--json`, and how rows become tables."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.docs.test_measurements import ROOT, benchmarks  # a fixture
-
-__all__ = ["benchmarks"]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_file_says_what_was_run_and_on_what(benchmarks, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Tables and figures of README and docs show what the files in `benchmarks/results` hold."""
 
-import importlib
 import json
 import math
 import pathlib
@@ -10,13 +9,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """Imports a module of the folder as its commands do."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
 
 
 def numbers(value):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from goose_jax import RWKV7, init_state
+from goose_jax import RWKV7, Block, RWKV7Config, init_state
+from goose_jax.nn import abstract_model
 from pallas_kernels import cross_entropy
 from tests.goose_jax.official_weights import GOLDEN, GOLDEN_CONFIG, golden_model, to_official
 from tests.helpers import relative_rms
@@ -204,6 +206,30 @@ def test_unrolled_layers_compute_the_same(model, tokens):
     for name in expected.keys() - UNTRAINED:
         error = relative_rms(gradients[name], expected[name])
         assert error < 3e-5, (name, error)  # measured: at most 4e-6
+
+
+@pytest.mark.slow
+def test_two_of_the_unrolled_layers_are_traced_and_none_selects_values(monkeypatch):
+    config = RWKV7Config(vocab_size=7, hidden_size=64, num_layers=4, compute_dtype="bfloat16")
+    tokens = jnp.zeros((2, 32), jnp.int32)
+    traced, call = [], Block.__call__
+
+    def program(unroll_layers):
+        model = abstract_model(dataclasses.replace(config, unroll_layers=unroll_layers))
+        return jax.jit(jax.grad(mean_loss)).lower(model, tokens, tokens).as_text()
+
+    def counted(block, *args, **kwargs):
+        traced.append(kwargs["is_first"])
+        return call(block, *args, **kwargs)
+
+    monkeypatch.setattr(Block, "__call__", counted)
+    unrolled = program(True)
+    assert traced == [True, False]
+    selects = r"stablehlo\.select .*tensor<2x32x1x64xbf16>"
+    assert not re.search(selects, unrolled)
+    assert re.search(selects, program(False))
+    # The gradients of the layers are joined in the compute dtype, before the optimizer's passes.
+    assert re.search(r"optimization_barrier .*tensor<4x64x256xbf16>", unrolled)
 
 
 @pytest.mark.slow

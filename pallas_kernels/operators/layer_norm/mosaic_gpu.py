@@ -81,7 +81,7 @@ def layer_norm_backward_mosaic_gpu(
     token_tiles.check_served(x=x)
     target = target_in_context()
     doutput, dinput = of_norm_and_input(cotangents)
-    # So many registers need no memory beside them; three or two blocks run at once.
+    # The compiler fits the kernel into so many registers: three blocks run at once, or two.
     few = x.shape[-1] <= (3072 if dinput is None else 1024)
     tokens = _tokens_of(target, x, registers=168 if few else 256)
     C, count = tokens.channels, tokens.at_once

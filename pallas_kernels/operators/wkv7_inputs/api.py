@@ -88,9 +88,9 @@ def wkv7_inputs(
       v: the value.
       a: minus the removal key.
       b: the removal key times the learning rate.
-      bonus_k: `k` again, for `output_correction`: the backward adds the gradients of both in the
-        pass that it makes anyway.
-      bonus_v: `v` again, likewise.
+      bonus_k: `k` again, for `output_correction`. The backward adds the gradients of `k` and
+        `bonus_k` in the pass that it makes anyway.
+      bonus_v: `v` again, for `output_correction`. The backward adds the gradients of both, too.
       v_first: the values of the first layer, for the next layer: the argument, or `v` in the first.
 
     Raises:
