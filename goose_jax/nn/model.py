@@ -291,10 +291,10 @@ class RWKV7(nnx.Module):
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def _cast_matrices(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Casts matrices to the compute dtype.
+        """Casts the matrices of all layers to the compute dtype.
 
         Args:
-          params: parameters of `blocks`, or of one of them, by module and name.
+          params: parameters of `blocks` by module and name.
         """
         paths = LAYER_WEIGHT_PATHS.items()
         weights = LayerWeights(**{name: params[module][key] for name, (module, key) in paths})
