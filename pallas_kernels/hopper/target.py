@@ -83,6 +83,7 @@ class Target:
         grid: Mapping[str, int],
         scratch_types: Any,
         warpgroups: int = 1,
+        cluster: Mapping[str, int] | None = None,
         reduction_scratch_bytes: int = 0,
     ) -> Callable[..., Any]:
         """Makes a kernel of a function.
@@ -95,6 +96,8 @@ class Target:
           grid: the size of each axis, by its name, the fastest axis first.
           scratch_types: shared memory and barriers, as a pytree.
           warpgroups: number of warpgroups in a block, the axis "warpgroup".
+          cluster: the size of each axis of blocks that run on neighbouring multiprocessors, by its
+            name, for each element of the grid; None for single blocks.
           reduction_scratch_bytes: shared memory for reductions across warps. Warpgroups would
             overwrite each other's results there, so that a block with any must have one warpgroup.
 
@@ -115,6 +118,8 @@ class Target:
             grid_names=tuple(grid)[::-1],
             num_threads=warpgroups,
             thread_name="warpgroup",
+            cluster=tuple((cluster or {}).values()),
+            cluster_names=tuple(cluster or {}),
             compiler_params=plgpu.CompilerParams(
                 approx_math=True,
                 reduction_scratch_bytes=reduction_scratch_bytes,

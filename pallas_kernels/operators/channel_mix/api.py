@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.context import ContextAxis, check_context_axis, token_before
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.operators.channel_mix.reference import LAYOUT, channel_mix_reference
-from pallas_kernels.operators.channel_mix.xla import channel_mix_with
+from pallas_kernels.operators.channel_mix.squares_kept import channel_mix_with
 from pallas_kernels.operators.token_shift.api import check_shift
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.types import SegmentIds
@@ -38,9 +38,9 @@ def channel_mix(
 
         relu(mixed @ key_weight)^2 @ value_weight      with mixed = x + (shift(x) - x) * mix
 
-    Operands of matrix products have the dtype of `x`. Sums, and everything between the products,
-    are float32 (float64 for float64 inputs). It is differentiable in all arrays, through both
-    results.
+    Operands and results of matrix products have the dtype of `x`. Sums, and everything between the
+    products, are float32 (float64 for float64 inputs). It is differentiable in all arrays, through
+    both results.
 
     Args:
       x: `[B, T, C]`, tokens.
@@ -56,9 +56,10 @@ def channel_mix(
         `new_state` are those of the whole row, the same on all devices. Outside, it may be an Auto
         axis of the mesh in context; arrays are then whole. Tokens that an explicit axis divides
         need no `context_axis`.
-      implementation: "mosaic_gpu", whose token shift runs in kernels, for bfloat16 on Hopper GPUs,
-        with C a multiple of 64; "xla"; "reference", the definition; or None, which chooses. The
-        first two keep the inputs and `relu(mixed @ key_weight)^2` for the backward.
+      implementation: "mosaic_gpu", for bfloat16 on Hopper GPUs, with C a multiple of 64; "xla";
+        "reference", the definition; or None, which chooses. "mosaic_gpu" shifts tokens in kernels,
+        and makes inner channels in kernels if B * T and F are multiples of 256. The first two keep
+        the inputs and `relu(mixed @ key_weight)^2` for the backward.
 
     Returns:
       y: `[B, T, C]`, in the dtype of `x`; zero at padding.

@@ -1,8 +1,8 @@
 """The channel mix with a backward that keeps the inputs and one activation.
 
-The matrix products are XLA's, and round their results to the dtype of their operands: in float32
-the inner channels, the largest array of the model, would pass through memory in twice the bytes.
-The token shift is that of any implementation.
+The token shift, and the products that make inner channels, are those of any implementation; the
+other products are XLA's. All round their results to the dtype of their operands: in float32 the
+inner channels, the largest arrays of the model, would pass through memory in twice the bytes.
 
 Of the inner channels only the squares are kept: `relu(keys)` is their root, and each rounding of a
 square to bfloat16 changes the root by half as much.
@@ -19,10 +19,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.channel_mix.reference import square
+from pallas_kernels.operators.channel_mix.mosaic_gpu import (
+    key_gradients_mosaic_gpu,
+    squares_of_keys_mosaic_gpu,
+)
+from pallas_kernels.operators.channel_mix.products import key_gradients, squares_of_keys
 from pallas_kernels.operators.token_shift.api import BACKWARD, FORWARD
-from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import SegmentIds
+
+SQUARES_OF_KEYS = {"mosaic_gpu": squares_of_keys_mosaic_gpu, "xla": squares_of_keys}
+KEY_GRADIENTS = {"mosaic_gpu": key_gradients_mosaic_gpu, "xla": key_gradients}
 
 
 @jax.tree_util.register_dataclass
@@ -63,8 +69,7 @@ def _forward(
     segment_ids: SegmentIds | None,
 ) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
     (mixed,), new_state = _mix_tokens(implementation, x, mix[None], state, segment_ids)
-    keys = jnp.einsum("btc,cf->btf", mixed, key_weight)
-    squares = checkpoint_name(square(jax.nn.relu(keys)), KEPT)
+    squares = checkpoint_name(SQUARES_OF_KEYS[implementation](mixed, key_weight), KEPT)
     y = jnp.einsum("btf,fc->btc", squares, value_weight)
     residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, squares)
     return (y, new_state), residuals
@@ -84,12 +89,10 @@ def _backward(
 ]:
     dy, dnew_state = cotangents
     key_weight, value_weight = residuals.key_weight, residuals.value_weight
-    squares, dtype = residuals.squares, accumulation_dtype(residuals.squares)
+    squares = residuals.squares
     shift = (residuals.x, residuals.mix[None], residuals.state, residuals.segment_ids)
     dvalue_weight = jnp.einsum("btf,btc->fc", squares, dy)
-    dsquares = jnp.einsum("btc,fc->btf", dy, value_weight)
-    # Where relu is flat the square is zero, and so is this.
-    dkeys = (2 * jnp.sqrt(squares.astype(dtype)) * dsquares).astype(squares.dtype)
+    dkeys = KEY_GRADIENTS[implementation](dy, value_weight, squares)
     (mixed,), _ = _mix_tokens(implementation, *shift)
     dkey_weight = jnp.einsum("btc,btf->cf", mixed, dkeys)
     dmixed = jnp.einsum("btf,cf->btc", dkeys, key_weight)
