@@ -14,8 +14,8 @@ from pallas_kernels import WKV7_IMPLEMENTATIONS
 from pallas_kernels.types import Precision
 from pallas_kernels.validation import FLOAT_DTYPES, check_positive, check_precision
 
-type Remat = Literal["none", "dots", "full"]
-"""What the backward computes again: nothing, all but matrix products, or all of each layer."""
+type Remat = Literal["none", "dots", "projections", "full"]
+"""What the backward computes again: nothing, passes over memory, all but projections, or layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ type Dtype = Literal["float32", "bfloat16", "float16"]
 WORLD_VOCAB_SIZE = 65536
 _RANKS = ("decay_rank", "alpha_rank", "value_rank", "gate_rank")
 
-_REMAT = ("none", "full", "dots")
+_REMAT = ("none", "dots", "projections", "full")
 _DERIVED = cast(int, None)  # __post_init__ puts a number in its place
 
 
@@ -146,8 +146,9 @@ class RWKV7Config:
         states and logits always have float32 at least.
       remat: what the backward pass computes again, block by block. "dots" keeps the residual stream
         and the results of `wkv7`, of `output_correction`, of matrix products except low-rank ones,
-        and, if layers are unrolled, of norms; "none" keeps all values that the operators need,
-        "full" keeps only the input of each block.
+        and, if layers are unrolled, of norms; "projections" keeps the residual stream and
+        the results of matrix products of the time mix, except low-rank ones; "full" keeps only the
+        input of each block; "none" keeps all values that the operators need.
       unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
         loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None

@@ -11,16 +11,9 @@ from goose_jax.config import RWKV7Config
 from goose_jax.nn.channel_mix import ChannelMix
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.layer_norm import LayerNorm
+from goose_jax.nn.remat import NORMED, PROJECTED
 from goose_jax.nn.time_mix import Heads, TimeMix, Tokens
 from goose_jax.state import check_activations
-from pallas_kernels import KEPT
-
-NORMED = "goose_jax.normed"
-"""Name of normalised tokens, for `jax.checkpoint`.
-
-Computing them again is a pass over memory, so keeping them saves time. It does not if they must be
-copied into a stack of all layers and out of it.
-"""
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +101,7 @@ class Block(nnx.Module):
         mixed, v_first, (time_shift, wkv) = self.time_mix(
             normed, v_first, time_state, segment_ids, is_first=is_first
         )
-        x = checkpoint_name(x + mixed, KEPT)
+        x = checkpoint_name(x + mixed, PROJECTED)
         channel_state = None if state is None else state.channel_shift
         normed, x = self.channel_mix_norm.before_residual(x)
         normed = checkpoint_name(normed, NORMED)

@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
-from goose_jax.nn.block import NORMED, Block, BlockState
+from goose_jax.nn.block import Block, BlockState
 from goose_jax.nn.layer_norm import LayerNorm
+from goose_jax.nn.remat import rematerialised
 from goose_jax.nn.time_mix import Tokens
 from goose_jax.parallel.in_model import enter_heads, gather_parameters, look_up, tokens_divided_over
 from goose_jax.state import RWKV7State, check_state
-from pallas_kernels import KEPT, LayerWeights, decode_layers
+from pallas_kernels import LayerWeights, decode_layers
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.sharding import Layout, has_explicit_axes, over_explicit_axes
 from pallas_kernels.validation import check_float, check_int, check_segment_ids
@@ -333,7 +334,7 @@ class RWKV7(nnx.Module):
     ) -> tuple[Tokens, BlockState]:
         """Runs one compiled layer for all layers; the first one ignores the values it gets."""
         config = self.config
-        run_block = _rematerialised(run_block, config)
+        run_block = rematerialised(run_block, config)
 
         def step(carry: tuple[Any, Any], of_layer: tuple[Any, ...]) -> tuple[Any, Any]:
             layer, params, state = of_layer
@@ -358,7 +359,7 @@ class RWKV7(nnx.Module):
         all others read; none has to select whose values to take.
         """
         run_first, run_other = (
-            jax.jit(_rematerialised(functools.partial(run_block, is_first), self.config))
+            jax.jit(rematerialised(functools.partial(run_block, is_first), self.config))
             for is_first in (True, False)
         )
         carry: tuple[Any, Any] = (x, None)
@@ -456,14 +457,3 @@ def _join_gradients(
 
 
 _split_layers.defvjp(_split_forward, _join_gradients)
-
-
-def _rematerialised(run_block: Callable[..., Any], config: RWKV7Config) -> Callable[..., Any]:
-    if config.remat == "none":
-        return run_block
-    policy = None
-    if config.remat == "dots":
-        names = (KEPT, NORMED) if config.unroll_layers else (KEPT,)
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # A loop needs no barrier: the compiler cannot merge what its backward computes again.
-    return jax.checkpoint(run_block, policy=policy, prevent_cse=config.unroll_layers)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
+from goose_jax.nn.remat import PROJECTED
 from goose_jax.parallel.in_model import context_axis, enter_heads, sum_over_heads
 from goose_jax.state import check_activations, check_wkv_state
 from pallas_kernels import (
@@ -332,4 +333,4 @@ def _multiply(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, 
 
 def _project(x: Float[Array, "B T inputs"], weight: nnx.Param) -> Float[Array, "B T outputs"]:
     """Multiplies tokens by a matrix; the result is kept for the backward."""
-    return checkpoint_name(_multiply(x, weight), KEPT)
+    return checkpoint_name(_multiply(x, weight), PROJECTED)

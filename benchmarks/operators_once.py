@@ -1,0 +1,48 @@
+"""Calls the operators around WKV7 once each, with gradients, for tools that check kernels.
+
+The command for a check of races is
+
+    compute-sanitizer --target-processes application-only --tool racecheck \
+        python benchmarks/operators_once.py
+
+The channel mix gets more tokens than the others: its products leave small matrices to XLA.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import tyro
+from operators import make_operators, programs_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The calls.
+
+    Attributes:
+      shape: B, T, C.
+      shape_of_channel_mix: the same for the channel mix.
+      operators: names of operators; None takes all.
+      implementation: implementation of the operators.
+    """
+
+    shape: tuple[int, int, int] = (2, 130, 64)
+    shape_of_channel_mix: tuple[int, int, int] = (2, 8448, 64)
+    operators: tuple[str, ...] | None = None
+    implementation: str = "mosaic_gpu"
+
+
+def main(settings: Settings) -> None:
+    operators = make_operators(settings.shape)
+    operators["channel mix"] = make_operators(settings.shape_of_channel_mix)["channel mix"]
+    for name in settings.operators or operators:
+        runs = programs_of(operators[name], settings.implementation, "bfloat16")
+        results = jax.block_until_ready([program(*arguments) for program, arguments in runs])
+        if not all(np.isfinite(x.astype("float32")).all() for x in jax.tree.leaves(results)):
+            raise FloatingPointError(f"results of {name} are not finite")
+        print(f"{name}: results are finite", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
