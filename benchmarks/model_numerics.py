@@ -63,8 +63,8 @@ def main(settings: Settings) -> None:
     batches = text_batches(settings)
     runs, params = {}, None
     for name in settings.implementations:
-        for run in (1, 2):
-            runs[f"{name} {run}"], params = train(config, name, batches, settings.steps)
+        curves, params = train_twice(dataclasses.replace(config, implementation=name), batches)
+        runs |= {f"{name} {run}": curve for run, curve in enumerate(curves, 1)}
     rows = [
         {
             "curves": f"{one}, {other}",
@@ -92,19 +92,19 @@ def text_batches(settings: Settings) -> list[Batch]:
     return [next_token_batch(text[x + np.arange(settings.length + 1)]) for x in starts]
 
 
-def train(
-    config: RWKV7Config, implementation: str, batches: list[Batch], steps: int
-) -> tuple[np.ndarray, Any]:
-    """Returns the losses of a training, and the parameters after it."""
-    config = dataclasses.replace(config, implementation=implementation)
+def train_twice(config: RWKV7Config, batches: list[Batch]) -> tuple[list[np.ndarray], Any]:
+    """Returns the losses of two trainings, and the parameters after the second one."""
+    steps = len(batches)
     recipe = OptimizerConfig(total_steps=steps, warmup_steps=min(10, steps // 2))
     model = RWKV7(config, rngs=nnx.Rngs(0))
-    state, step = init_train_state(model, recipe), make_train_step(model, recipe)
-    losses = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        losses.append(metrics.loss)
-    return np.array([float(x) for x in losses]), state.params
+    step, curves = make_train_step(model, recipe), []
+    for _ in range(2):
+        state, losses = init_train_state(model, recipe), []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            losses.append(metrics.loss)
+        curves.append(np.array([float(x) for x in losses]))
+    return curves, state.params
 
 
 def compare_gradients(
