@@ -118,12 +118,6 @@ def beside_floor_and_others(rows: list[Row]) -> Iterable[Row]:
         yield joined
 
 
-def named_layers(rows: list[Row]) -> Iterable[Row]:
-    """Yields rows of training steps with words for `unroll_layers`."""
-    for row in rows:
-        yield {**row, "compiled": "unrolled" if row["unroll_layers"] else "in a loop"}
-
-
 def decode_by_model(rows: list[Row]) -> Iterable[Row]:
     """Yields a row for each model: the kernels at 1 and 128 rows, and reading a prompt."""
     for layers, width in dict.fromkeys((row["layers"], row["width"]) for row in rows):

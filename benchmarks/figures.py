@@ -105,7 +105,7 @@ def main_results() -> Data:
         {"panel": "wkv7", "who": who, **{k: x[k] for k in ("forward_ms", "forward_backward_ms")}}
         for who, x in operators
     ]
-    steps = [(OURS, x) for x in read_results("train-step-h200").rows if x["unroll_layers"]]
+    steps = [(OURS, x) for x in read_results("train-step-h200").rows]
     steps += [(x["peer"], x) for x in read_results("peers-train-step-h200").rows]
     for layers, width in STEPS:
         of_model = [(w, x) for w, x in steps if (x["layers"], x["width"]) == (layers, width)]

@@ -46,7 +46,7 @@ MIDDLE = {**LARGE, "H": 32}
 def caption() -> str:
     """Says where the numbers of the main figure come from."""
     ours, peers = read_results("train-step-h200"), read_results("peers-train-step-h200")
-    step = _row("train-step-h200", layers=24, width=1024, unroll_layers=True)
+    step = _row("train-step-h200", layers=24, width=1024)
     return _wrap(
         f"A model of {step['layers']} x {step['width']} trains with {step['tokens_per_s']:,} tokens/s on "
         f"one H200. WKV7 is measured at 8 rows of 4,096 tokens with 32 heads of 64, training at 8 x "
@@ -106,7 +106,7 @@ def losses() -> str:
     parallel = read_results("parallel-h200x2").rows
     divided = next(i for i, x in enumerate(parallel) if "fsdp" in x["case"])
     one, two = (parallel[i]["tokens_per_s"] for i in (divided - 1, divided))
-    compiled = _row("train-step-h200", layers=24, width=1024, unroll_layers=True)["compile_s"]
+    compiled = _row("train-step-h200", layers=24, width=1024)["compile_s"]
     ratio = kernel["forward_backward_ms"] / floor["forward_backward_ms"]
     slower = xla["forward_backward_ms"] / middle["forward_backward_ms"]
     items = (

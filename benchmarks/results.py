@@ -11,8 +11,8 @@ benchmarks/publish.py` then brings the tables of the pages and the figures up to
     note       how it was measured, where the command does not say it; may be missing
     rows       objects of names and values; the name says the unit
 
-What is not known is "not recorded". Where the files are without their repository, the environment
-variable `MEASURED_COMMIT` names the commit.
+What is not known is "not recorded". The environment variable `MEASURED_COMMIT` names the commit of
+files that are without their repository.
 """
 
 import dataclasses
@@ -158,7 +158,9 @@ def _commit() -> str:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         return run.stdout.strip() if run.returncode == 0 else ""
 
+    if given := os.environ.get("MEASURED_COMMIT"):
+        return given
     commit = git("rev-parse", "HEAD")
     if not commit:
-        return os.environ.get("MEASURED_COMMIT", NOT_RECORDED)
+        return NOT_RECORDED
     return f"{commit} + changes" if git("status", "--porcelain", "-uno") else commit

@@ -8,7 +8,6 @@ from derive import (
     beside_floor_and_others,
     decode_by_model,
     has,
-    named_layers,
     pivot,
     ratios_to_scan,
     then,
@@ -24,6 +23,23 @@ ERRORS = {"o": "{error_o:.1e}", "gradients": "{error_gradients:.1e}"}
 
 OPERATOR_TIMES = pivot(("operator",), ("direction", "implementation"), ("ms", "floor_ms"))
 PEER_STEPS = pivot(("layers", "width"), ("peer",), ("tokens_per_s", "peak_gib"))
+
+OPERATORS = {
+    "operator": "{operator}",
+    "forward: kernel, XLA, floor, ms": "{forward_mosaic_gpu_ms:.3f}, {forward_xla_ms:.3f}, "
+    "{forward_mosaic_gpu_floor_ms:.3f}",
+    "backward: kernel, XLA, floor, ms": "{backward_mosaic_gpu_ms:.3f}, {backward_xla_ms:.3f}, "
+    "{backward_mosaic_gpu_floor_ms:.3f}",
+}
+TRAINING = {
+    "model": f"{MODEL}, {{parameters_millions:,}} million parameters",
+    "batch": "{batch_size} x {sequence_length}",
+    "tokens/s": "{tokens_per_s:,}",
+    "ms": "{ms_per_step:.1f}",
+    "GiB planned": "{planned_gib:.1f}",
+    "GiB measured": "{peak_gib:.1f}",
+    "compile s": "{compile_s:.0f}",
+}
 
 TABLES = {
     "wkv7-cpu": Table(
@@ -143,29 +159,31 @@ TABLES = {
             "errors": "{errors}",
         },
     ),
-    "operators-h200": Table(
-        ("operators-h200",),
+    "operators-h200": Table(("operators-h200",), OPERATORS, OPERATOR_TIMES),
+    "operators-h100": Table(("operators-h100",), OPERATORS, OPERATOR_TIMES),
+    "model-curves": Table(
+        ("model-numerics-h100",),
         {
-            "operator": "{operator}",
-            "forward: kernel, XLA, floor, ms": "{forward_mosaic_gpu_ms:.3f}, {forward_xla_ms:.3f}, "
-            "{forward_mosaic_gpu_floor_ms:.3f}",
-            "backward: kernel, XLA, floor, ms": "{backward_mosaic_gpu_ms:.3f}, "
-            "{backward_xla_ms:.3f}, {backward_mosaic_gpu_floor_ms:.3f}",
+            "curves": "{curves}",
+            "mean difference": "{mean_difference:.4f}",
+            "largest difference": "{largest_difference:.4f}",
         },
-        OPERATOR_TIMES,
+        has(curves=...),
     ),
-    "train-step-h200": Table(
-        ("train-step-h200",),
+    "model-gradients": Table(
+        ("model-numerics-h100",),
         {
-            "model": f"{MODEL}, {{parameters_millions:,}} million parameters",
-            "batch": "{batch_size} x {sequence_length}",
-            "layers": "{compiled}",
-            "tokens/s": "{tokens_per_s:,}",
-            "ms": "{ms_per_step:.1f}",
-            "GiB": "{peak_gib:.1f}",
-            "compile s": "{compile_s:.0f}",
+            "parameter": "{parameter}",
+            "error with kernels": "{error:.1e}",
+            "error through XLA": "{error_to_judge_by:.1e}",
+            "ratio": "{ratio:.2f}",
         },
-        named_layers,
+        has(parameter=...),
+    ),
+    "train-step-h200": Table(("train-step-h200",), TRAINING),
+    "train-step-h100": Table(
+        ("train-step-h100",),
+        {"vocabulary": "{vocab_size:,}", "`remat`": "{remat}", **TRAINING},
     ),
     "peers-train-step-h200": Table(
         ("peers-train-step-h200",),
@@ -188,6 +206,7 @@ TABLES = {
             "again": "{again_ms:.1f}",
             "backward": "{backward_ms:.1f}",
             "all": "{all_ms:.1f}",
+            "floor": "{floor_ms:.1f}",
         },
     ),
     "decode-h200": Table(

@@ -9,25 +9,22 @@ the rounds, after a warm-up. Memory is what XLA plans, and the device's peak if 
 it. The time of the first step counts from the end of imports, with the creation of the parameters
 and compilation.
 
-`--profile` also prints the time of the GPU by operator and direction. "again" is what the backward
-computes again of the forward. Names are those of `jax.named_scope` in the program.
+`--profile` also prints the time of the GPU by operator and direction, and its floor. "again" is
+what the backward computes again of the forward. Names are those of `jax.named_scope` in the
+program; "other" is what lies outside of them, such as additions to the residual stream.
 """
 
-import collections
 import dataclasses
 import math
 import pathlib
-import re
-import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
 from results import Row, write_results
+from step_profile import print_profile
 
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.data import next_token_batch
@@ -68,60 +65,6 @@ class Settings:
     steps: int = 4
     profile: bool = False
     json: pathlib.Path | None = None
-
-
-_SCOPES = (
-    *("token_shift_mix", "layer_norm", "wkv7_inputs", "wkv7", "output_correction"),
-    *("channel_mix", "cross_entropy_sum", "decay_logits", "alpha_logits"),
-    *("value_residual_logits", "gate", "projection", "optimizer"),
-)
-"""Names of operators and of parts of modules; an operation belongs to the first one in its path."""
-
-
-def part_of(path: str) -> tuple[str, str]:
-    """Returns operator and direction of an operation, by the path of scopes it was traced in."""
-    direction = "forward" if "jvp(" in path else ""
-    if "transpose(" in path:
-        direction = "again" if "rematted_computation" in path else "backward"
-    names = re.split(r"[/()]", path)
-    scope = next((name for name in names if name in _SCOPES), None)
-    if scope is None and "dynamic_update_slice" in path:
-        scope = "stacks of what is kept"
-    if scope is None and "dynamic_slice" in path:
-        scope = "reading from stacks"
-    return scope or "other", direction
-
-
-def time_by_part(step: Any, run: Callable[[], Any]) -> dict[tuple[str, str], float]:
-    """Returns the milliseconds of the GPU by operator and direction.
-
-    Args:
-      step: the compiled program.
-      run: runs it once and waits for it.
-    """
-    pattern = r'^ *(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"'
-    paths = {name.replace(".", "_"): path for name, path in _matches(pattern, step.as_text())}
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-    times: dict[tuple[str, str], float] = collections.defaultdict(float)
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                operation = str(dict(event.stats).get("hlo_op", event.name)).replace(".", "_")
-                part = part_of(paths[operation]) if operation in paths else (event.name[:60], "")
-                times[part] += event.duration_ns / 1e6
-    return times
-
-
-def _matches(pattern: str, text: str) -> list[tuple[str, str]]:
-    return re.findall(pattern, text, flags=re.MULTILINE)
 
 
 def main(settings: Settings) -> None:
@@ -199,39 +142,16 @@ def main(settings: Settings) -> None:
         "compile_s": round(compile_seconds, 1),
         "first_step_s": round(first_step_seconds, 1),
     }
-    profile = print_profile(step, state, batch) if settings.profile else []
+    profile: list[Row] = []
+    if settings.profile:
+        profile = print_profile(
+            step,
+            lambda: jax.block_until_ready(step(state, batch)),
+            config,
+            tokens=settings.batch_size * settings.sequence_length,
+            parameters=count,
+        )
     write_results(settings.json, profile or [row])
-
-
-def print_profile(step: Any, state: Any, batch: Any) -> list[Row]:
-    """Prints a table of the time of a step by operator and direction, and returns its rows."""
-
-    def run() -> None:
-        jax.block_until_ready(step(state, batch))
-
-    times = time_by_part(step, run)
-    directions = ("forward", "again", "backward", "")
-    print(f"{sum(times.values()):.1f} ms of the GPU, by operator and direction:")
-    print("| operator | forward | again | backward | neither | all |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    sums = collections.Counter()
-    for (scope, _), spent in times.items():
-        sums[scope] += spent
-    for scope, total in sums.most_common(40):
-        columns = (times.get((scope, direction), 0.0) for direction in directions)
-        print(f"| {scope} | {' | '.join(f'{x:.2f}' for x in columns)} | {total:.2f} |")
-    return [
-        {
-            "operator": scope,
-            **{
-                f"{direction or 'neither'}_ms": round(times[scope, direction], 2)
-                for direction in directions
-                if (scope, direction) in times
-            },
-            "all_ms": round(total, 2),
-        }
-        for scope, total in sums.most_common()
-    ]
 
 
 if __name__ == "__main__":
