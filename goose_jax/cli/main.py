@@ -31,7 +31,7 @@ from pallas_kernels import __version__
 _OURS = ("goose_jax", "pallas_kernels")
 _MORE_MEMORY = {
     "train": "a smaller --batch-size with more --microbatches makes the same step with less; "
-    "--remat full needs less, too",
+    "--remat projections and --remat full need less, too",
     "evaluate": "a smaller --batch-size or --sequence-length needs less",
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\.? ?([KMGTP]i?B|bytes)\b")

@@ -154,7 +154,7 @@ class Trainer:
         )
 
     def start(self) -> TrainState:
-        """Returns the state before the first step."""
+        """Returns the state before the first step. Call this or `resume`, once."""
         return init_tuning_state(self.tuning.init(), self.config.optimizer, mesh=self.mesh)
 
     def resume(self, checkpoint: Path | None = None) -> TrainState:

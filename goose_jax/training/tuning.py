@@ -60,7 +60,7 @@ class Tuning(Protocol):
         ...
 
     def init(self) -> Parameters:
-        """Returns the trained parameters before the first step."""
+        """Returns the trained parameters before the first step. A run calls this once at most."""
         ...
 
     def load(
@@ -110,23 +110,25 @@ class FullTuning:
     """Trains all parameters of a model. A `Tuning`.
 
     Args:
-      model: the model to start from, with parameters in float32.
+      model: the model to start from, with parameters in float32. They are kept until `init` hands
+        them over, so that a training run holds them once.
       l2wrap: factor of the pull on large logits, as for `token_losses`.
 
     Raises:
       ValueError: if the parameters have fewer than 32 bits.
 
     Attributes:
-      model: the model.
+      model: the structure of the model; its parameters are `jax.ShapeDtypeStruct`s.
       loss: the loss of the whole model.
       frozen: `{}`.
     """
 
     def __init__(self, model: RWKV7, *, l2wrap: float = L2WRAP):
         check_trainable(model.config)
-        self.model = model
+        self.model = abstract_model(model.config)
         self.loss = full_loss(model, l2wrap=l2wrap)
         self.frozen: Parameters = {}
+        self._initial: Parameters | None = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     @classmethod
     def from_checkpoint(
@@ -134,7 +136,7 @@ class FullTuning:
     ) -> "FullTuning":
         """Describes the training of a checkpoint's model, whose parameters `load` then loads.
 
-        The parameters of `model` are `jax.ShapeDtypeStruct`s, so `init` cannot be used.
+        `init` cannot be used.
 
         Args:
           path: directory of a checkpoint, or of a training run, whose newest checkpoint is used.
@@ -148,11 +150,24 @@ class FullTuning:
           ValueError: if an override is out of range.
         """
         config, _ = read_description(find_checkpoint(path), **overrides)
-        return cls(abstract_model(config), l2wrap=l2wrap)
+        tuning = cls(abstract_model(config), l2wrap=l2wrap)
+        tuning._initial = None
+        return tuning
 
     def init(self) -> Parameters:
-        """Returns the parameters of the model."""
-        return nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        """Hands over the parameters of the model that training starts from.
+
+        Raises:
+          RuntimeError: if they are not here: an earlier call has handed them over, or `load` loads
+            them.
+        """
+        if self._initial is None:
+            raise RuntimeError(
+                "FullTuning has no parameters to start from: they have been handed over, or they "
+                "are in a checkpoint"
+            )
+        initial, self._initial = self._initial, None
+        return initial
 
     def load(
         self, path: Path, *, mesh: Mesh | None = None

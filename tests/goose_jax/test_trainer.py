@@ -1,8 +1,10 @@
 """A training run from Python, on a model small enough to compile in a moment."""
 
 import dataclasses
+import gc
 import hashlib
 import resource
+import weakref
 
 import chex
 import jax
@@ -25,6 +27,7 @@ from goose_jax.training import (
     StateTuning,
     Trainer,
     TrainerConfig,
+    init_tuning_state,
     load_tuning_checkpoint,
     make_evaluation,
 )
@@ -180,6 +183,7 @@ def test_a_step_that_is_not_finite_is_skipped_or_ends_the_run(model, evaluate, t
     params, _ = FullTuning(model).load(run.newest_checkpoint)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
+    trainer.tuning = FullTuning(model)
     trainer.batches = WithBadTokens(windows, bad=tuple(range(3, 13)))
     with pytest.raises(NonFiniteError, match=r"step 13: the loss is nan.*00000013.npz"):
         trainer.fit(trainer.start())
@@ -286,6 +290,20 @@ def test_parameters_of_few_bits_are_not_trained():
     model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="training needs param_dtype='float32'"):
         FullTuning(model)
+
+
+def test_a_run_holds_the_parameters_once(tmp_path):
+    model = RWKV7(CONFIG, rngs=nnx.Rngs(0))
+    parameter = weakref.ref(model.head[...])
+    tuning = FullTuning(model)
+    del model
+    state = init_tuning_state(tuning.init(), RECIPE)
+    gc.collect()
+    assert parameter() is None
+    trained, _ = tuning.result(state.params)
+    assert trained.head[...] is state.params["head"]
+    with pytest.raises(RuntimeError, match="no parameters to start from: they have been handed"):
+        tuning.init()
 
 
 def test_what_is_tuned_beside_a_model_is_known_again(model, tmp_path):
