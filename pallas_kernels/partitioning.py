@@ -306,15 +306,14 @@ def _divide(
     """Returns the mesh axes that divide each independent dimension.
 
     The first activation or state that is divided along a dimension decides, and parameters follow
-    it. Axes that do not divide a dimension into equal parts of whole units are left out. No axis
-    divides two dimensions.
+    it. Parameters decide where no activation or state has the dimension. Axes that do not divide a
+    dimension into equal parts of whole units are left out. No axis divides two dimensions.
     """
     divided: dict[str, Axes] = {}
     used: set[str] = set()
     for name in independent:
-        for array, shape, spec in zip(dimensions, shapes, specs, strict=True):
-            if name not in array or ROWS not in array:
-                continue
+        having = [x for x in zip(dimensions, shapes, specs, strict=True) if name in x[0]]
+        for array, shape, spec in [x for x in having if ROWS in x[0]] or having:
             position = array.index(name)
             axes = tuple(axis for axis in axes_at(spec, position) if axis not in used)
             count = shape[position] / units.get(name, 1)
