@@ -141,7 +141,7 @@ def test_presets_are_the_official_trainings():
         ("plot: 3", "plot must be true or false, got 3"),
         ("tokenizer: 3", "tokenizer must be a text, got 3"),
         ("data: [a, b]", "data must be a path, got ['a', 'b']"),
-        ("remat: some", "remat must be one of none, dots, full, got 'some'"),
+        ("remat: some", "remat must be one of none, dots, projections, full, got 'some'"),
         ("out:", "out must be a path, got None"),
         ("steps: 0", "--steps must be an integer >= 1, got 0"),
         ("lora_rank: 3", "--lora-rank needs --from"),
