@@ -11,6 +11,10 @@ import jax
 
 _HOPPER_CAPABILITY = "9.0"
 _assumed = contextvars.ContextVar["Device | None"]("assumed", default=None)
+
+compiled_for = contextvars.ContextVar[Any]("compiled_for", default=None)
+"""What kernels are compiled for instead of the device in context, hashable; or None."""
+
 _HOPPER_NAMES = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
@@ -79,4 +83,4 @@ def _of_device(device: Any) -> Device:
     )
 
 
-__all__ = ["Device", "assume_device", "device_in_context"]
+__all__ = ["Device", "assume_device", "compiled_for", "device_in_context"]

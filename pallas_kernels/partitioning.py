@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from pallas_kernels.devices import Device, assume_device, device_in_context
+from pallas_kernels.devices import Device, assume_device, compiled_for, device_in_context
 from pallas_kernels.sharding import (
     ROWS,
     TOKENS,
@@ -51,11 +51,22 @@ def partitioned[R](
       units: for an independent dimension the number of elements that stay together, if not 1.
     """
 
+    # Calls that are alike share what JAX traced. So a program lowers each kernel once.
+    @functools.partial(jax.jit, static_argnames=("structure", "settings", "context"))
+    def shared(*leaves: jax.Array, structure: Any, settings: Any, context: Any) -> R:
+        del context
+        return function(*jax.tree.unflatten(structure, leaves), **dict(settings))
+
     def run(*arguments: Any, **settings: Any) -> R:
         leaves, structure = jax.tree.flatten(arguments)
 
         def of_leaves(*leaves: jax.Array) -> R:
-            return function(*jax.tree.unflatten(structure, leaves), **settings)
+            return shared(
+                *leaves,
+                structure=structure,
+                settings=tuple(settings.items()),
+                context=(device_in_context(), compiled_for.get()),
+            )
 
         whole, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
         if _is_interpreted(whole):

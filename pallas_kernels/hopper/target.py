@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pallas_kernels.devices import device_in_context
+from pallas_kernels.devices import compiled_for, device_in_context
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.sharding import vary_alike
 
@@ -27,7 +27,6 @@ _MOST_BLOCKS = 16
 """Blocks of one warpgroup for which a multiprocessor has room."""
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
-_target = contextvars.ContextVar[Any]("target", default=None)
 
 
 def is_interpreted() -> bool:
@@ -137,7 +136,7 @@ class Target:
 
 def target_in_context() -> Target:
     """Returns what kernels are compiled for: the GPU in context, else an H100."""
-    target = _target.get()
+    target = compiled_for.get()
     if target is not None:
         return target
     device = device_in_context()
@@ -152,11 +151,11 @@ def compile_for(target: Target) -> Iterator[None]:
 
     A jitted function that was traced before keeps the target that it was traced for.
     """
-    token = _target.set(target)
+    token = compiled_for.set(target)
     try:
         yield
     finally:
-        _target.reset(token)
+        compiled_for.reset(token)
 
 
 def _for_gpu(operands: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from tests.helpers import relative_rms
+from tests.helpers import count_kernels, relative_rms
 
 type Arrays = dict[str, np.ndarray]
 
@@ -23,6 +23,12 @@ LIMITS = {
 }
 PARAMETER_GRADIENT_LIMIT = 2e-6
 """For float32 parameters of 16-bit activations: sums in 16 bits have errors of 1e-3 and more."""
+
+
+def kernels_for_cuda(function: Callable, *arguments: Any) -> int:
+    """Returns how many kernels a program for CUDA calls, as `count_kernels` counts."""
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return count_kernels(program)
 
 
 def draw(seed: int, **shapes: tuple[int, ...]) -> Arrays:

@@ -24,7 +24,8 @@ from pallas_kernels import (
     wkv7_inputs,
 )
 from pallas_kernels.hopper.target import Target, compile_for
-from tests.pallas_kernels.operator_checks import Arrays, draw, judge
+from tests.helpers import count_kernels
+from tests.pallas_kernels.operator_checks import Arrays, draw, judge, kernels_for_cuda
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
 PARAMETERS = (
@@ -158,11 +159,6 @@ def gradient(call: Call) -> Callable:
     return jax.value_and_grad(loss)
 
 
-def kernels_for_cuda(function: Callable, *arguments) -> int:
-    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    return program.count("custom_call @mosaic_gpu")
-
-
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("C", [192, 2048])
 def test_compiles_for_cuda(name, C):
@@ -199,6 +195,20 @@ def test_channels_in_no_multiple_of_64_are_refused():
     x, parameter = jnp.zeros((B, T, 96), jnp.bfloat16), jnp.zeros(96)
     with pytest.raises(NotServed, match=r"multiples of 64, got x.*\(4, 9, 96\)"):
         layer_norm(x, parameter, parameter, implementation="mosaic_gpu")
+
+
+def test_calls_that_are_alike_share_a_kernel():
+    parameter = jax.ShapeDtypeStruct((64,), jnp.float32)
+
+    def three_norms(x, scale, bias):
+        for eps in (1e-5, 1e-5, 1e-6):
+            x = layer_norm(x, scale, bias, eps=eps, implementation="mosaic_gpu")
+        return x
+
+    arguments = jax.ShapeDtypeStruct((1, 5, 64), jnp.bfloat16), parameter, parameter
+    program = jax.jit(three_norms).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @mosaic_gpu") == 2
+    assert count_kernels(program) == 3
 
 
 @pytest.mark.gpu

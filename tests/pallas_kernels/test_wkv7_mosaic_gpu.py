@@ -19,6 +19,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
+from tests.pallas_kernels.operator_checks import kernels_for_cuda
 from tests.pallas_kernels.tile_kernels import apply, on_each_device
 from tests.pallas_kernels.transformations import by_rows, in_shard_map, row_after_row, transformed
 from tests.pallas_kernels.wkv7_cases import NAMES, RWKV7_BOUND, Case, make_inputs
@@ -236,12 +237,6 @@ def gradient(function, arguments):
         )
 
     return jax.grad(loss)(differentiated)
-
-
-def kernels_for_cuda(function, *arguments) -> int:
-    """How many kernels there are in a program for CUDA."""
-    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    return program.count("custom_call @mosaic_gpu")
 
 
 @pytest.mark.parametrize(
