@@ -173,10 +173,12 @@ TABLES = {
     "model-gradients": Table(
         ("model-numerics-h100",),
         {
+            "tokens": "{tokens}",
             "parameter": "{parameter}",
             "error with kernels": "{error:.1e}",
             "error through XLA": "{error_to_judge_by:.1e}",
             "ratio": "{ratio:.2f}",
+            "median of all": "{median_ratio:.2f}",
         },
         has(parameter=...),
     ),

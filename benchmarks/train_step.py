@@ -129,6 +129,7 @@ def main(settings: Settings) -> None:
     row = {
         "layers": settings.num_layers,
         "width": settings.hidden_size,
+        "vocab_size": settings.vocab_size,
         "parameters_millions": round(count / 1e6),
         "batch_size": settings.batch_size,
         "sequence_length": settings.sequence_length,

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from goose_jax import RWKV7Config
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -74,3 +76,41 @@ def test_rows_of_the_benchmarks_fit_the_tables(benchmarks):
     kernel = {**scan, "implementation": "recurrent, mosaic_gpu", "forward_ms": 0.5}
     (row,) = tables.TABLES["wkv7-recurrent"].derive([scan, kernel])
     assert (row["forward_ratio"], row["forward_backward_ratio"]) == (0.25, 1.0)
+
+
+def test_a_profile_sorts_times_into_parts(benchmarks):
+    profile = benchmarks("step_profile")
+    forward, again = (
+        "jit(f)/jvp(g)/wkv7/dot",
+        "jit(f)/transpose(jvp(g))/rematted_computation/wkv7/dot",
+    )
+    assert profile.part_of(forward) == ("wkv7", "forward")
+    assert profile.part_of(again) == ("wkv7", "again")
+    assert profile.part_of(again.replace("rematted_computation/", "")) == ("wkv7", "backward")
+    assert profile.part_of("jit(f)/optimizer/mul") == ("optimizer", "neither")
+    assert profile.part_of("jit(f)/jvp(g)/add") == ("other", "forward")
+    times = {("wkv7", "forward"): 2.0, ("wkv7", "again"): 1.0, ("other", "forward"): 5.0}
+    first, second, total = profile.profile_rows(times, {("wkv7", "forward"): 1.5})
+    assert first == {"operator": "other", "forward_ms": 5.0, "all_ms": 5.0, "floor_ms": 0.0}
+    assert (second["again_ms"], second["all_ms"], second["floor_ms"]) == (1.0, 3.0, 1.5)
+    assert total == {
+        "operator": "all",
+        "forward_ms": 7.0,
+        "again_ms": 1.0,
+        "all_ms": 8.0,
+        "floor_ms": 1.5,
+    }
+
+
+def test_floors_are_passes_and_products(benchmarks):
+    config = RWKV7Config(vocab_size=100, hidden_size=64, num_layers=3)
+    floors = benchmarks("step_profile").floors(config, 10, 1000, bytes_per_s=1e3, flops_per_s=1e6)
+    one_pass = 2 * 10 * 64  # bytes, and ms at 1000 bytes per second
+    assert floors["wkv7", "backward"] == pytest.approx(3 * 13 * one_pass)
+    product = 1e3 * 2 * 10 * 64 * 256 / 1e6
+    assert floors["channel_mix", "forward"] == pytest.approx(3 * 2 * product)
+    assert floors["channel_mix", "backward"] == pytest.approx(3 * 4 * product)
+    assert floors["cross_entropy_sum", "forward"] == pytest.approx(
+        3 * 1e3 * 2 * 10 * 64 * 100 / 1e6
+    )
+    assert floors["optimizer", "neither"] == pytest.approx(26 * 1000)
