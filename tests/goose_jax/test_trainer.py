@@ -292,7 +292,7 @@ def test_parameters_of_few_bits_are_not_trained():
         FullTuning(model)
 
 
-def test_a_run_holds_the_parameters_once(tmp_path):
+def test_a_run_holds_the_parameters_once():
     model = RWKV7(CONFIG, rngs=nnx.Rngs(0))
     parameter = weakref.ref(model.head[...])
     tuning = FullTuning(model)
