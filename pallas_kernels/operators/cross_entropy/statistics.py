@@ -23,6 +23,10 @@ class Statistics(NamedTuple):
     first: Any
     of_target: Any
 
+    def losses(self) -> Float[Array, "B T"]:
+        """Returns the losses. Differences first: sums of huge logits would round."""
+        return self.log_total + (self.largest - self.of_target)
+
 
 def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
     """Returns the statistics of logits."""
@@ -33,25 +37,28 @@ def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]
     return Statistics(largest, log_total, jnp.argmax(logits, axis=-1), of_target)
 
 
-def losses_and_gradients(
+def nan_out_of_range(statistics: Statistics, targets: Int[Array, "B T"], vocab: int) -> Statistics:
+    """Returns statistics whose losses, and gradients, are nan for targets out of range."""
+    in_range = (targets >= 0) & (targets < vocab)
+    return statistics._replace(largest=jnp.where(in_range, statistics.largest, jnp.nan))
+
+
+def gradients_of_logits(
     logits: Float[Array, "B T vocab"],
     targets: Int[Array, "B T"],
     statistics: Statistics,
     l2wrap: float,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T vocab"]]:
-    """Returns the losses, nan for targets out of range, and the gradients of their logits."""
-    in_range = (targets >= 0) & (targets < logits.shape[-1])
-    largest = jnp.where(in_range, statistics.largest, jnp.nan)
-    losses = statistics.log_total + (largest - statistics.of_target)
+) -> Float[Array, "B T vocab"]:
+    """Returns the gradients of the losses, for logits."""
     token = token_of(logits)
     largest, log_total, first, targets = (
-        x[..., None] for x in (largest, statistics.log_total, statistics.first, targets)
+        x[..., None] for x in (statistics.largest, statistics.log_total, statistics.first, targets)
     )
     # One after the other: rounded as one number, they would hide differences of huge logits.
     dlogits = jnp.exp((logits - largest) - log_total) - (token == targets)
     if l2wrap:
         dlogits += jnp.where(token == first, l2wrap * largest, 0)
-    return losses, dlogits
+    return dlogits
 
 
-__all__ = ["Statistics", "losses_and_gradients", "statistics_xla"]
+__all__ = ["Statistics", "gradients_of_logits", "nan_out_of_range", "statistics_xla"]

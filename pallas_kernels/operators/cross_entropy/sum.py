@@ -13,8 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
 from pallas_kernels.operators.cross_entropy.reference import weighted_sum
-from pallas_kernels.operators.cross_entropy.statistics import Statistics, losses_and_gradients
-from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
+from pallas_kernels.operators.cross_entropy.statistics import (
+    Statistics,
+    gradients_of_logits,
+    nan_out_of_range,
+)
 from pallas_kernels.precision import accumulation_dtype, contract
 
 type StatisticsOf = Callable[[jax.Array, jax.Array], Statistics]
@@ -52,9 +55,17 @@ def _sum(
     l2wrap: float,
     chunk_size: int,
 ) -> Float[Array, ""]:
-    del statistics_of  # only the gradients need another pass over logits
-    losses = cross_entropy_xla(hidden, weight, targets, l2wrap, chunk_size)
-    return weighted_sum(token_weights, losses)
+    del l2wrap  # enters the gradient only
+
+    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        hidden, targets = chunk
+        statistics = statistics_of(contract("blc,cv->blv", hidden, weight), targets)
+        return None, nan_out_of_range(statistics, targets, weight.shape[1]).losses()
+
+    chunk_length = chunk_length_of(targets.shape, chunk_size)
+    chunks = split(hidden, chunk_length), split(targets, chunk_length)
+    _, losses = jax.lax.scan(chunk_losses, None, chunks)
+    return weighted_sum(token_weights, join(losses, targets.shape[1]))
 
 
 def _forward(
@@ -74,12 +85,12 @@ def _forward(
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
         logits = contract("blc,cv->blv", hidden, weight)
-        statistics = statistics_of(logits, targets)
-        losses, dlogits = losses_and_gradients(logits, targets, statistics, l2wrap)
+        statistics = nan_out_of_range(statistics_of(logits, targets), targets, weight.shape[1])
+        dlogits = gradients_of_logits(logits, targets, statistics, l2wrap)
         dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
         dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
         shared = jnp.where(shares == 0, 0, hidden * shares).astype(hidden.dtype)
-        return dweight + contract("blc,blv->cv", shared, dlogits), (losses, dhidden)
+        return dweight + contract("blc,blv->cv", shared, dlogits), (statistics.losses(), dhidden)
 
     chunk_length = chunk_length_of(targets.shape, chunk_size)
     chunks = tuple(split(x, chunk_length) for x in (hidden, targets, shares))
