@@ -13,8 +13,14 @@ PAGE = (ROOT / "docs" / "proofs.md").read_text()
 FIGURES = ROOT / "docs" / "figures"
 
 
-def record(name):
-    return json.loads((FIGURES / f"{name}-short.json").read_text())
+MEASURED = [
+    *(f"{name}-short" for name in PROOFS),
+    *(name for name in PROOFS if name != "associative-recall"),
+]
+
+
+def record(stem):
+    return json.loads((FIGURES / f"{stem}.json").read_text())
 
 
 def cells(begin):
@@ -27,46 +33,54 @@ def percent(share, digits=0):
     return f"{100 * share:.{digits}f} %"
 
 
-@pytest.mark.parametrize("name", PROOFS)
-def test_the_measured_settings_are_those_of_the_code(name):
-    measured, short = record(name), PROOFS[name].SHORT
-    assert measured["short"]
+@pytest.mark.parametrize("stem", MEASURED)
+def test_the_measured_settings_are_those_of_the_code(stem):
+    measured, name = record(stem), stem.removesuffix("-short")
+    settings = PROOFS[name].SHORT if measured["short"] else PROOFS[name].FULL
+    assert measured["short"] == (stem != name)
     assert "changes" not in measured["commit"]
-    assert measured["command"] == f"python -m examples.proofs {name} --short"
-    assert measured["settings"]["recipe"] == vars(short.recipe)
-    assert measured["settings"]["task"] == json.loads(json.dumps(vars(short.task)))
-    plot = f"{name}-short.svg"
-    assert f"](figures/{plot})" in PAGE
-    assert measured["hardware"] in (FIGURES / plot).read_text()
-    assert measured["hardware"] in PAGE
+    assert measured["command"] == f"python -m examples.proofs {name}" + " --short" * (stem != name)
+    assert measured["settings"]["recipe"] == vars(settings.recipe)
+    assert measured["settings"]["task"] == json.loads(json.dumps(vars(settings.task)))
+    assert f"](figures/{stem}.svg)" in PAGE
+    assert measured["hardware"] in (FIGURES / f"{stem}.svg").read_text()
+    assert measured["hardware"].split(",")[0] in PAGE
 
 
 def test_digit_reversal():
-    results = record("digit-reversal")["results"]
-    full, short = cells("right reversed digits")
-    assert full == "not measured"
-    whole, longest = short.split(", of 12-digit numbers ")
-    assert whole == percent(results["accuracy_of_reversed_digits"], 2)
-    assert longest == percent(results["accuracy_by_digits"]["12"], 2)
+    for stem, longest, cell in zip(
+        ("digit-reversal", "digit-reversal-short"),
+        ("60", "12"),
+        cells("right reversed digits"),
+        strict=True,
+    ):
+        results = record(stem)["results"]
+        whole = percent(results["accuracy_of_reversed_digits"], 2)
+        of_longest = percent(results["accuracy_by_digits"][longest], 2)
+        assert cell == f"{whole}, of {longest}-digit numbers {of_longest}"
 
 
 def test_state_tracking():
-    accuracy = record("state-tracking")["results"]["accuracy"]
-    for length in (4, 6, 8, 16):
-        measured = percent(accuracy[length - 1])
-        assert cells(f"right products of {length} swaps") == ["not measured", measured]
+    full = record("state-tracking")["results"]["accuracy"]
+    short = record("state-tracking-short")["results"]["accuracy"]
+    for length in (4, 6, 8, 16, 32):
+        expected = [percent(full[length - 1]), percent(short[length - 1])]
+        assert cells(f"right products of {length} swaps") == expected
+    assert cells("right products of 40 swaps") == [percent(full[39]), ""]
 
 
 def test_associative_recall():
-    for width, accuracy in record("associative-recall")["results"]["accuracy"].items():
+    for width, accuracy in record("associative-recall-short")["results"]["accuracy"].items():
         assert cells(f"width {width}") == [percent(accuracy[str(n)]) for n in (2, 4, 8)]
 
 
-def test_passkey():
-    results = record("passkey")["results"]
-    lengths = cells("shortened: tokens of the row")
+@pytest.mark.parametrize(("form", "digits"), [("full size", 5), ("shortened", 3)])
+def test_passkey(form, digits):
+    results = record("passkey" + "-short" * (form == "shortened"))["results"]
+    lengths = cells(f"{form}: tokens of the row")
     keys = results["accuracy_of_keys"]
-    assert cells("whole keys that are right") == [percent(keys[length]) for length in lengths]
+    measured = [percent(keys[length]) for length in lengths]
+    assert cells(f"whole keys of {digits} digits that are right") == measured
     assert str(results["trained_length"]) == lengths[0]
 
 
