@@ -129,16 +129,21 @@ class PermutationProducts:
 class AssociativeRecall:
     """Multi-query associative recall: pairs of a key and a value, then each key once, as a query.
 
-    A row begins with `pairs` pairs. Later each key comes again at a random place; there, and only
+    An example begins with its pairs. Later each key comes again at a random place; there, and only
     there, the value of its pair is the target. The places follow a power law, so that most queries
     come soon. All other places hold random tokens. Keys are 1..vocab_size / 2 - 1, values are from
-    vocab_size / 2 on; neither repeats within a row.
-    Source: "Zoology", https://arxiv.org/abs/2312.04927, and `multiquery_ar.py` of its code.
+    vocab_size / 2 on; neither repeats within an example. A row holds as many examples as it has
+    room for, and each of them is a segment.
+    Source: "Zoology", https://arxiv.org/abs/2312.04927, and `multiquery_ar.py` of its code, which
+    also mixes short examples with long ones.
 
     Attributes:
       batch_size: B, number of rows.
-      sequence_length: T, tokens of a row, an even number; at least 4 for each pair.
-      pairs: number of pairs; of several numbers, the step chooses one at random.
+      sequence_length: T, tokens of a row.
+      examples: the kinds of examples, the easiest first: tokens, an even number that divides T,
+        and pairs, at most a fourth of the tokens. Each step has one kind, which it draws.
+      curriculum: number of steps in which the kinds join the draw, one after another. The first
+        step has the first kind; from the step `curriculum` on, all kinds are drawn.
       vocab_size: number of tokens, more than `sequence_length`.
       power: exponent of the power law; 1 gives all places the same probability.
       seed: another seed gives other batches.
@@ -146,7 +151,8 @@ class AssociativeRecall:
 
     batch_size: int = 64
     sequence_length: int = 512
-    pairs: tuple[int, ...] = (64,)
+    examples: tuple[tuple[int, int], ...] = ((512, 64),)
+    curriculum: int = 0
     vocab_size: int = 8192
     power: float = 0.01
     seed: int = TRAINING
@@ -154,22 +160,34 @@ class AssociativeRecall:
     def __call__(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0."""
         rng = np.random.default_rng((self.seed, step))
-        B, T, half = self.batch_size, self.sequence_length, self.vocab_size // 2
-        pairs = int(rng.choice(self.pairs))
-        keys = 1 + _distinct(rng, B, half - 1, pairs)
-        values = half + _distinct(rng, B, self.vocab_size - half, pairs)
-        inputs = rng.integers(0, self.vocab_size, (B, T))
-        targets = np.full((B, T), NOT_COUNTED)
+        kinds = len(self.examples)
+        if step < self.curriculum:
+            kinds = 1 + step * kinds // self.curriculum
+        tokens, pairs = self.examples[rng.integers(kinds)]
+        B, T = self.batch_size, self.sequence_length
+        inputs, targets = self._draw(rng, B * T // tokens, tokens, pairs)
+        segment_ids = np.broadcast_to(1 + np.arange(T, dtype=np.int32) // tokens, (B, T))
+        return Batch(inputs.reshape(B, T), targets.reshape(B, T), segment_ids)
+
+    def _draw(
+        self, rng: np.random.Generator, count: int, tokens: int, pairs: int
+    ) -> tuple[Int[np.ndarray, "count tokens"], Int[np.ndarray, "count tokens"]]:
+        """Returns inputs and targets of examples of one kind."""
+        half = self.vocab_size // 2
+        keys = 1 + _distinct(rng, count, half - 1, pairs)
+        values = half + _distinct(rng, count, self.vocab_size - half, pairs)
+        inputs = rng.integers(0, self.vocab_size, (count, tokens))
+        targets = np.full((count, tokens), NOT_COUNTED)
         inputs[:, 0 : 2 * pairs : 2] = keys
         inputs[:, 1 : 2 * pairs : 2] = values
         # Gumbel's trick: the largest of log p + noise are a weighted sample without repetition.
-        places = (T - 2 * pairs) // 2
+        places = (tokens - 2 * pairs) // 2
         log_probability = (self.power - 1) * np.log(np.arange(1, places + 1))
-        order = np.argsort(-(log_probability + rng.gumbel(size=(B, places))), axis=1)
+        order = np.argsort(-(log_probability + rng.gumbel(size=(count, places))), axis=1)
         queries = 2 * pairs + 2 * order[:, :pairs]
         np.put_along_axis(inputs, queries, keys, axis=1)
         np.put_along_axis(targets, queries, values, axis=1)
-        return Batch(inputs.astype(np.int32), targets.astype(np.int32))
+        return inputs.astype(np.int32), targets.astype(np.int32)
 
 
 def _distinct(

@@ -88,7 +88,7 @@ def test_sizes_of_the_full_forms():
     sizes = {
         "digit-reversal": "10,000 steps of 256 x 128",
         "state-tracking": "20,000 steps of 512 x 32",
-        "associative-recall": "5,000 steps of 64 rows",
+        "associative-recall": "8,000 steps of 64 rows",
         "passkey": "2,000 steps of 64 rows",
     }
     for name, text in sizes.items():

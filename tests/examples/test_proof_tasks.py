@@ -17,7 +17,7 @@ from examples.proofs.tasks import (
 TASKS = (
     DigitReversal(4, 40, max_digits=9),
     PermutationProducts(4, 6, degree=3),
-    AssociativeRecall(4, 32, pairs=(2, 8), vocab_size=64),
+    AssociativeRecall(4, 32, examples=((16, 2), (32, 8)), vocab_size=64),
     Passkey(4, 20, digits=3),
 )
 
@@ -81,14 +81,18 @@ def test_products_of_permutations_are_those_of_their_matrices(degree, factors):
 
 
 def test_the_answers_of_associative_recall_are_found_by_search():
-    task = AssociativeRecall(50, 64, pairs=(4, 16), vocab_size=256)
-    numbers, gaps = set(), []
-    for step in range(8):
+    task = AssociativeRecall(50, 64, examples=((32, 4), (64, 4), (64, 16)), vocab_size=256)
+    kinds, gaps = set(), []
+    for step in range(12):
         batch = task(step)
-        for tokens, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        (ids,) = {tuple(row) for row in batch.segment_ids.tolist()}
+        size = ids.count(1)
+        assert ids == tuple(1 + place // size for place in range(64))
+        examples = (x.reshape(-1, size).tolist() for x in (batch.inputs, batch.targets))
+        for tokens, targets in zip(*examples, strict=True):
             queries = [place for place, target in enumerate(targets) if target >= 0]
             pairs = len(queries)
-            numbers.add(pairs)
+            kinds.add((size, pairs))
             keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
             assert sorted(tokens[place] for place in queries) == sorted(set(keys))
             assert len(set(values)) == pairs
@@ -99,13 +103,22 @@ def test_the_answers_of_associative_recall_are_found_by_search():
                 assert place >= 2 * pairs
                 assert place % 2 == 0
                 assert targets[place] == tokens[tokens.index(tokens[place]) + 1]
-            if pairs == 4:
+            if (size, pairs) == (64, 4):
                 gaps += [place - 2 * pairs for place in queries]
-    assert numbers == {4, 16}
+    assert kinds == set(task.examples)
     # The power law: the first of 28 places has a query in most rows, the last one rarely.
     share = np.bincount(np.array(gaps) // 2, minlength=28) / (len(gaps) / 4)
     assert share[0] > 0.6
     assert share[-5:].mean() < 0.1
+
+
+def test_kinds_of_examples_join_one_after_another():
+    task = AssociativeRecall(1, 16, ((8, 1), (8, 2), (16, 4)), curriculum=30, vocab_size=64)
+    kinds = [(b.segment_ids.max(), (b.targets >= 0).sum()) for b in map(task, range(90))]
+    first, second, third = (2, 2), (2, 4), (1, 4)
+    assert set(kinds[:10]) == {first}
+    assert set(kinds[10:20]) == {first, second}
+    assert set(kinds[20:30]) == set(kinds[30:]) == {first, second, third}
 
 
 def test_passkeys_are_in_their_texts():

@@ -74,7 +74,7 @@ def test_products_of_permutations_are_tracked(run):
 def test_values_are_recalled(run):
     results = run(
         "associative-recall",
-        task=associative_recall.AssociativeRecall(64, 16, pairs=(4,), vocab_size=64),
+        task=associative_recall.AssociativeRecall(64, 16, ((16, 4),), vocab_size=64),
         recipe=recipe(250, 8e-3),
         num_layers=1,
         hidden_sizes=(32,),
