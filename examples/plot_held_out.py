@@ -2,7 +2,8 @@
 
     python examples/plot_held_out.py runs/debian-1 held-out.svg
 
-The time is that of the training steps in all parts of a run that was resumed, without the time for
+The plot leaves out the measurement before the first step, which is far above all others. The time
+is that of the training steps in all parts of a run that was resumed, without the time for
 measurements and checkpoints.
 """
 
@@ -44,17 +45,19 @@ def main(
       plot: the file to write, such as an SVG or a PNG.
     """
     curve = held_out_curve((run / "metrics.jsonl").read_text().splitlines())
-    if not curve:
-        raise ValueError(f"{run / 'metrics.jsonl'} has no measurement of held-out text")
     for minutes, tokens, bits in curve:
         print(f"{minutes:8.2f} min {tokens:9.2f} M tokens {bits:.4f} bits per byte")
-    minutes, tokens, bits = zip(*curve, strict=True)
+    trained = [point for point in curve if point[1]]
+    if not trained:
+        raise ValueError(f"{run / 'metrics.jsonl'} has no held-out text measured after a step")
+    minutes, tokens, bits = zip(*trained, strict=True)
     with rc_context({"svg.fonttype": "none"}):  # text stays text: a small file
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(minutes, bits, "o-", markersize=3)
         axes.set(xlabel="minutes of training", ylabel="held-out bits per byte")
-        axes.set_title(f"{tokens[-1]:.0f} million tokens: {bits[-1]:.3f} bits per byte")
+        title = f"{tokens[-1]:.0f} million tokens: {bits[-1]:.3f} bits per byte"
+        axes.set_title(f"{title}, at best {min(bits):.3f}")
         axes.grid(alpha=0.3)
         figure.savefig(plot)
 
