@@ -147,6 +147,9 @@ class AssociativeRecall:
       vocab_size: number of tokens, more than `sequence_length`.
       power: exponent of the power law; 1 gives all places the same probability.
       seed: another seed gives other batches.
+
+    Raises:
+      ValueError: for an example of another size.
     """
 
     batch_size: int = 64
@@ -156,6 +159,15 @@ class AssociativeRecall:
     vocab_size: int = 8192
     power: float = 0.01
     seed: int = TRAINING
+
+    def __post_init__(self) -> None:
+        for tokens, pairs in self.examples:
+            if self.sequence_length % tokens or tokens % 2 or not 0 < 4 * pairs <= tokens:
+                raise ValueError(
+                    "examples must have an even number of tokens that divides sequence_length="
+                    f"{self.sequence_length}, and at most a pair for 4 of them, got {tokens=}, "
+                    f"{pairs=}"
+                )
 
     def __call__(self, step: int) -> Batch:
         """Returns the batch of a step, counted from 0."""

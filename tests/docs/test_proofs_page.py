@@ -67,6 +67,8 @@ def test_state_tracking():
         expected = [percent(full[length - 1]), percent(short[length - 1])]
         assert cells(f"right products of {length} swaps") == expected
     assert cells("right products of 40 swaps") == [percent(full[39]), ""]
+    assert f"is 100 % up to 36 swaps, and falls to {percent(full[43])} at 44" in PAGE
+    assert {percent(share) for share in full[:36]} == {"100 %"}
 
 
 def test_associative_recall():

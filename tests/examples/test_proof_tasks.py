@@ -121,6 +121,13 @@ def test_kinds_of_examples_join_one_after_another():
     assert set(kinds[20:30]) == set(kinds[30:]) == {first, second, third}
 
 
+@pytest.mark.parametrize("example", [(24, 4), (1, 1), (16, 5), (16, 0)])
+def test_examples_that_do_not_fit(example):
+    tokens, pairs = example
+    with pytest.raises(ValueError, match=rf"sequence_length=64,.* got {tokens=}, {pairs=}"):
+        AssociativeRecall(4, 64, ((64, 4), example))
+
+
 def test_passkeys_are_in_their_texts():
     task = Passkey(100, 40, digits=4)
     batch = task(0)

@@ -303,24 +303,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_longer_and_from_any_checkpoint(run, finished, capsys):
-    """From step 4 on it follows the schedule of the longer run."""
+@pytest.mark.parametrize("total", [6, 10])
+def test_a_run_is_trained_to_another_end_and_from_any_checkpoint(run, finished, capsys, total):
+    """From step 4 on, the run of 8 steps follows the schedule of a shorter or longer one."""
     older = run / "checkpoints" / "00000004"
-    main(["train", f"--resume={older}", "--steps=10", "--save-every=1", "--keep=9"])
+    main(["train", f"--resume={older}", f"--steps={total}", "--save-every=1", "--keep=9"])
     rates = {line["step"]: line["learning_rate"] for line in lines_of(run) if "loss" in line}
-    progress = (np.arange(4, 10) - 2) / (10 - 2)
+    progress = (np.arange(4, total) - 2) / (total - 2)
     cosine = 2e-4 + (1e-2 - 2e-4) * (1 + np.cos(np.pi * progress)) / 2
-    np.testing.assert_allclose([rates[step] for step in range(5, 11)], cosine, rtol=1e-5)
-    assert list(rates) == list(range(1, 11))
+    np.testing.assert_allclose([rates[step] for step in range(5, total + 1)], cosine, rtol=1e-5)
+    assert list(rates) == list(range(1, total + 1))
     assert [rates[step] for step in range(1, 5)] == [
         line["learning_rate"] for line in lines_of(finished[0]) if "loss" in line
     ][:4]
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == [f"{step:08d}" for step in range(4, 11)]
+    assert names == [f"{step:08d}" for step in range(4, total + 1)]
     assert (run / "set_aside" / "1" / "00000008").is_dir()
-    assert yaml.safe_load((run / "settings.yaml").read_text())["steps"] == 10
+    assert yaml.safe_load((run / "settings.yaml").read_text())["steps"] == total
     capsys.readouterr()
-    assert f"{run} has made all of its 10 steps" in fails(capsys, "train", f"--resume={run}")
+    assert f"{run} has made all of its {total} steps" in fails(capsys, "train", f"--resume={run}")
     shutil.rmtree(older / "params")
     assert f"{older} is damaged" in fails(capsys, "train", f"--resume={older}")
 
