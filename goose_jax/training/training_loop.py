@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -103,20 +104,20 @@ def train_steps(
     first = int(state.step)
     if first >= steps:
         return
-    flight = _Flight()
-    batch = batches(first)
-    for step in range(first + 1, steps + 1):
-        start = time.perf_counter()
-        state, metrics = train_step(state, batch)
-        flight.add(_Dispatched(step, batch, metrics, start))
-        if step < steps:
-            batch = batches(step)  # while the device works
-        wait = wait_after(step) or step == steps
-        for report, of_report in flight.land(leave=0 if wait else STEPS_AHEAD):
-            if not report.is_finite:
-                on_non_finite(report, of_report)
-            on_report(report)
-        yield step, state
+    with _Flight() as flight:
+        batch = batches(first)
+        for step in range(first + 1, steps + 1):
+            start = time.perf_counter()
+            state, metrics = train_step(state, batch)
+            flight.add(step, batch, metrics, start)
+            if step < steps:
+                batch = batches(step)  # while the device works
+            wait = wait_after(step) or step == steps
+            for report, of_report in flight.land(leave=0 if wait else STEPS_AHEAD):
+                if not report.is_finite:
+                    on_non_finite(report, of_report)
+                on_report(report)
+            yield step, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,36 +126,52 @@ class _Dispatched:
 
     step: int
     batch: Batch
-    metrics: Metrics
     start: float
+    done: Future[tuple[Metrics, float]]
 
 
 class _Flight:
-    """The steps that have been dispatched and not been reported, the oldest first."""
+    """The steps that have been dispatched and not been reported, the oldest first.
+
+    A thread waits for each step. So the end of a step is known, even if the host has to wait
+    meanwhile until the device takes the launches of a later one.
+    """
 
     def __init__(self) -> None:
         self._steps: collections.deque[_Dispatched] = collections.deque()
         self._last_end = 0.0
+        self._waiting = ThreadPoolExecutor(max_workers=1)
 
-    def add(self, step: _Dispatched) -> None:
-        self._steps.append(step)
+    def __enter__(self) -> "_Flight":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting.shutdown(cancel_futures=True)
+
+    def add(self, step: int, batch: Batch, metrics: Metrics, start: float) -> None:
+        done = self._waiting.submit(_wait_for, metrics)
+        self._steps.append(_Dispatched(step, batch, start, done))
 
     def land(self, *, leave: int) -> Iterator[tuple[StepReport, Batch]]:
         """Waits for all but the newest steps, and yields their reports and batches."""
         while len(self._steps) > leave:
             step = self._steps.popleft()
-            numbers = jax.device_get(step.metrics)  # waits for the device
-            end = time.perf_counter()
+            metrics, end = step.done.result()
             report = StepReport(
                 step=step.step,
-                loss=float(numbers.loss),
-                gradient_norm=float(numbers.gradient_norm),
-                learning_rate=float(numbers.learning_rate),
-                tokens=int(numbers.tokens),
+                loss=float(metrics.loss),
+                gradient_norm=float(metrics.gradient_norm),
+                learning_rate=float(metrics.learning_rate),
+                tokens=int(metrics.tokens),
                 seconds=end - max(step.start, self._last_end),
             )
             self._last_end = end
             yield report, step.batch
+
+
+def _wait_for(metrics: Metrics) -> tuple[Metrics, float]:
+    """Returns metrics of a step as arrays of the host, and the time at which they were there."""
+    return jax.device_get(metrics), time.perf_counter()
 
 
 __all__ = ["STEPS_AHEAD", "NonFiniteError", "StepReport", "raise_non_finite", "train_steps"]

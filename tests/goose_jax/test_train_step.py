@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 
 import chex
 import jax
@@ -350,6 +351,25 @@ def test_steps_are_dispatched_ahead_of_their_reports():
     late = [(step, max(0, step - 5 - STEPS_AHEAD)) for step in range(6, 14)]
     assert made == [*late, (14, 9), (15, 9), (16, 9), (17, 9), (18, 13)]
     assert reports == [*range(6, 19)]
+
+
+def test_steps_take_their_own_time_however_long_their_dispatch_waits():
+    """A full queue of the device makes the host wait: that time is not that of older steps."""
+    reports, step = [], stub_step(-1)
+
+    def slow_to_dispatch(state, batch):
+        time.sleep(0.02)
+        return step(state, batch)
+
+    steps = train_steps(
+        *(slow_to_dispatch, Count(0), batches),
+        steps=9,
+        on_report=reports.append,
+        wait_after=lambda step: step == 6,
+    )
+    list(steps)
+    assert len(reports) == 9
+    assert min(report.seconds for report in reports) > 0.015
 
 
 def test_steps_go_on_from_the_state():
