@@ -78,6 +78,11 @@ def has(**wanted: Any) -> Derive:
     return lambda rows: [row for row in rows if matches(row)]
 
 
+def every(steps: int) -> Derive:
+    """Returns a function that takes the rows whose step is a multiple of a number, but 0."""
+    return lambda rows: [row for row in rows if row["step"] and row["step"] % steps == 0]
+
+
 def pivot(index: tuple[str, ...], over: tuple[str, ...], values: tuple[str, ...]) -> Derive:
     """Returns a function that joins rows with equal `index`.
 

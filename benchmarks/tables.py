@@ -7,6 +7,7 @@ from derive import (
     Table,
     beside_floor_and_others,
     decode_by_model,
+    every,
     has,
     pivot,
     ratios_to_scan,
@@ -22,6 +23,11 @@ TIMES = {"forward ms": "{forward_ms:.2f}", "forward + backward ms": "{forward_ba
 ERRORS = {"o": "{error_o:.1e}", "gradients": "{error_gradients:.1e}"}
 
 OPERATOR_TIMES = pivot(("operator",), ("direction", "implementation"), ("ms", "floor_ms"))
+RUNS = pivot(
+    ("step", "million_tokens"),
+    ("weight_decay",),
+    ("held_out_bits_per_byte", "training_bits_per_byte"),
+)
 PEER_STEPS = pivot(("layers", "width"), ("peer",), ("tokens_per_s", "peak_gib"))
 
 OPERATORS = {
@@ -183,6 +189,22 @@ TABLES = {
         has(parameter=...),
     ),
     "train-step-h200": Table(("train-step-h200",), TRAINING),
+    "trainer-h200": Table(
+        ("trainer-h200",),
+        {"program": "`{program}`", "tokens/s": "{tokens_per_s:,}"},
+    ),
+    "run-debian-h200": Table(
+        ("run-debian-h200", "run-debian-weight-decay-h200"),
+        {
+            "step": "{step:,}",
+            "million tokens": "{million_tokens:.0f}",
+            "weight decay 1: held out, in training": "{1_held_out_bits_per_byte:.3f}, "
+            "{1_training_bits_per_byte:.3f}",
+            "0.1: held out, in training": "{0_1_held_out_bits_per_byte:.3f}, "
+            "{0_1_training_bits_per_byte:.3f}",
+        },
+        then(every(2500), RUNS),
+    ),
     "train-step-h100": Table(
         ("train-step-h100",),
         {"vocabulary": "{vocab_size:,}", "`remat`": "{remat}", **TRAINING},

@@ -1,4 +1,4 @@
-"""Draws the held-out bits per byte of a run over the time that its training took.
+"""Draws bits per byte of a run, in training and on held-out text, over the time of its training.
 
     python examples/plot_held_out.py runs/debian-1 held-out.svg
 
@@ -10,54 +10,81 @@ measurements and checkpoints.
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 
-def held_out_curve(lines: Iterable[str]) -> list[tuple[float, int, float]]:
-    """Returns minutes, millions of tokens and bits per byte at each measurement of a run.
+def measurements(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns what a run measured on held-out text, and in training since the measurement before.
 
     Args:
       lines: the lines of the run's `metrics.jsonl`.
+
+    Returns:
+      For each measurement "step", "minutes" and "million_tokens" of training until then, and
+      "held_out_bits_per_byte". Where steps were made since the measurement before, also their
+      "training_bits_per_byte" (mean) and "tokens_per_second".
     """
-    curve = []
+    rows = []
     seconds = tokens = 0
+    since: list[dict[str, Any]] = []
     for line in lines:
         metrics = json.loads(line)
-        seconds += metrics.get("seconds", 0)
-        tokens += metrics.get("tokens", 0)
+        if "seconds" in metrics:
+            since.append(metrics)
         if "held_out_bits_per_byte" in metrics:
-            curve.append((seconds / 60, tokens / 1e6, metrics["held_out_bits_per_byte"]))
-    return curve
+            took = sum(steps["seconds"] for steps in since)
+            read = sum(steps["tokens"] for steps in since)
+            seconds, tokens = seconds + took, tokens + read
+            rows.append(
+                {
+                    "step": metrics["step"],
+                    "minutes": seconds / 60,
+                    "million_tokens": tokens / 1e6,
+                    "held_out_bits_per_byte": metrics["held_out_bits_per_byte"],
+                }
+            )
+            if since:
+                bits = sum(steps["bits_per_byte"] * steps["tokens"] for steps in since) / read
+                rows[-1] |= {
+                    "training_bits_per_byte": bits,
+                    "tokens_per_second": round(read / took),
+                }
+            since = []
+    return rows
 
 
 def main(
     run: Annotated[pathlib.Path, tyro.conf.Positional],
     plot: Annotated[pathlib.Path, tyro.conf.Positional],
 ) -> None:
-    """Draws the plot, and prints its numbers.
+    """Draws the plot, and prints its numbers, a JSON object for each measurement.
 
     Args:
       run: the folder of a run of `goose-jax train`.
       plot: the file to write, such as an SVG or a PNG.
     """
-    curve = held_out_curve((run / "metrics.jsonl").read_text().splitlines())
-    for minutes, tokens, bits in curve:
-        print(f"{minutes:8.2f} min {tokens:9.2f} M tokens {bits:.4f} bits per byte")
-    trained = [point for point in curve if point[1]]
+    rows = measurements((run / "metrics.jsonl").read_text().splitlines())
+    for row in rows:
+        print(json.dumps(row))
+    trained = [row for row in rows if "training_bits_per_byte" in row]
     if not trained:
         raise ValueError(f"{run / 'metrics.jsonl'} has no held-out text measured after a step")
-    minutes, tokens, bits = zip(*trained, strict=True)
+    minutes = [row["minutes"] for row in trained]
+    held_out = [row["held_out_bits_per_byte"] for row in trained]
     with rc_context({"svg.fonttype": "none"}):  # text stays text: a small file
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         axes = figure.subplots()
-        axes.plot(minutes, bits, "o-", markersize=3)
-        axes.set(xlabel="minutes of training", ylabel="held-out bits per byte")
-        title = f"{tokens[-1]:.0f} million tokens: {bits[-1]:.3f} bits per byte"
-        axes.set_title(f"{title}, at best {min(bits):.3f}")
+        axes.plot(minutes, held_out, "o-", markersize=3, label="held-out text")
+        training = [row["training_bits_per_byte"] for row in trained]
+        axes.plot(minutes, training, label="training, mean since the measurement before")
+        axes.set(xlabel="minutes of training", ylabel="bits per byte", ylim=(0, None))
+        title = f"{trained[-1]['million_tokens']:.0f} million tokens: {held_out[-1]:.3f}"
+        axes.set_title(f"{title} bits per byte on held-out text, at best {min(held_out):.3f}")
+        axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(plot)
 

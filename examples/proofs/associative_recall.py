@@ -113,4 +113,4 @@ def draw(figure: Figure, results: dict[str, Any]) -> None:
     axes.set(xlabel="pairs of key and value", ylabel="accuracy of the values", ylim=(0, 1.02))
     axes.set_xticks(pairs, [str(n) for n in pairs])
     axes.set_title("multi-query associative recall")
-    axes.legend()
+    axes.legend(loc="lower left")

@@ -10,13 +10,11 @@ from examples.proofs.__main__ import PROOFS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "proofs.md").read_text()
+LINE = " ".join(PAGE.split())
 FIGURES = ROOT / "docs" / "figures"
 
 
-MEASURED = [
-    *(f"{name}-short" for name in PROOFS),
-    *(name for name in PROOFS if name != "associative-recall"),
-]
+MEASURED = [*PROOFS, *(f"{name}-short" for name in PROOFS)]
 
 
 def record(stem):
@@ -44,7 +42,7 @@ def test_the_measured_settings_are_those_of_the_code(stem):
     assert measured["settings"]["task"] == json.loads(json.dumps(vars(settings.task)))
     assert f"](figures/{stem}.svg)" in PAGE
     assert measured["hardware"] in (FIGURES / f"{stem}.svg").read_text()
-    assert measured["hardware"].split(",")[0] in PAGE
+    assert measured["hardware"].split(",")[0] in LINE
 
 
 def test_digit_reversal():
@@ -71,9 +69,18 @@ def test_state_tracking():
     assert {percent(share) for share in full[:36]} == {"100 %"}
 
 
-def test_associative_recall():
-    for width, accuracy in record("associative-recall-short")["results"]["accuracy"].items():
-        assert cells(f"width {width}") == [percent(accuracy[str(n)]) for n in (2, 4, 8)]
+@pytest.mark.parametrize(
+    ("form", "pairs"), [("full size", (8, 16, 32, 64, 128)), ("shortened", (2, 4, 8))]
+)
+def test_associative_recall(form, pairs):
+    results = record("associative-recall" + "-short" * (form == "shortened"))["results"]
+    assert cells(f"{form}: right values of") == [f"{n} pairs" for n in pairs]
+    begin = PAGE.index(f"| {form}: right values of")
+    table = PAGE[begin : PAGE.index("\n\n", begin)]
+    rows = [f"| width {w} |" for w in results["accuracy"]]
+    for row, accuracy in zip(rows, results["accuracy"].values(), strict=True):
+        shares = " | ".join(percent(accuracy[str(n)]) for n in pairs)
+        assert f"{row} {shares} |" in table
 
 
 @pytest.mark.parametrize(("form", "digits"), [("full size", 5), ("shortened", 3)])
@@ -97,6 +104,35 @@ def test_sizes_of_the_full_forms():
         full = PROOFS[name].FULL
         assert text in PAGE
         assert text.startswith(f"{full.recipe.total_steps:,} steps of {full.task.batch_size} ")
+
+
+def measurements(name):
+    """Of a run: what training and held-out text gave, and how it ended."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found["command"], found["rows"]
+
+
+def test_the_run_on_real_text():
+    command, rows = measurements("run-debian-h200")
+    minutes, tokens = rows[-1]["minutes"], rows[-1]["million_tokens"]
+    best = min(rows, key=lambda row: row["held_out_bits_per_byte"])
+    alone = [row["tokens_per_second"] for row in rows if row["step"] > 10500]
+    assert f"took {minutes:.1f} minutes of training: {tokens:.0f} million tokens" in LINE
+    assert f"no other program used the GPU, and the run read {np.mean(alone):,.0f}"[:-3] in LINE
+    assert f"best after {best['million_tokens']:.0f} million tokens, at " in LINE
+    assert f"at {best['held_out_bits_per_byte']:.3f} bits per byte; from there on" in LINE
+    for part in command.split("; "):
+        assert part.replace("'", '"') in LINE.replace("\\ ", "")
+    title = (FIGURES / "debian-12x768.svg").read_text()
+    last = rows[-1]["held_out_bits_per_byte"]
+    assert f"{tokens:.0f} million tokens: {last:.3f} bits per byte on held-out text" in title
+    assert f"at best {best['held_out_bits_per_byte']:.3f}" in title
+
+
+def test_the_run_with_another_weight_decay():
+    _, rows = measurements("run-debian-weight-decay-h200")
+    bits, tokens = min((row["held_out_bits_per_byte"], row["million_tokens"]) for row in rows)
+    assert f"best at {bits:.3f} bits per byte, after {tokens:.0f} million tokens" in LINE
 
 
 def test_megabytes_of_the_packages_add_up():

@@ -71,16 +71,22 @@ def test_a_folder_without_packages_is_an_error(collect, tmp_path):
 def test_the_plot_adds_up_the_time_of_all_parts(tmp_path, capsys):
     lines = [
         {"step": 0, "held_out_bits_per_byte": 8.0},
-        {"step": 10, "loss": 5.0, "tokens": 1000, "seconds": 30.0},
-        {"step": 20, "loss": 4.0, "tokens": 2000, "seconds": 60.0},
+        {"step": 10, "bits_per_byte": 5.0, "tokens": 1000, "seconds": 30.0},
+        {"step": 20, "bits_per_byte": 3.5, "tokens": 2000, "seconds": 60.0},
         {"step": 20, "held_out_bits_per_byte": 3.0},
-        {"step": 30, "loss": 3.0, "tokens": 1000, "seconds": 30.0},
-        {"step": 30, "held_out_bits_per_byte": 2.0},
+        {"step": 30, "bits_per_byte": 2.0, "tokens": 1000, "seconds": 20.0},
+        {"step": 30, "held_out_bits_per_byte": 2.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = runpy.run_path(str(ROOT / "examples" / "plot_held_out.py"))
     names["main"](tmp_path, tmp_path / "plot.svg")
-    assert "2.000 bits per byte" in (tmp_path / "plot.svg").read_text()
-    assert "    1.50 min      0.00 M tokens 3.0000 bits per byte" in capsys.readouterr().out
-    curve = names["held_out_curve"](json.dumps(line) for line in lines)
-    assert curve == [(0.0, 0.0, 8.0), (1.5, 0.003, 3.0), (2.0, 0.004, 2.0)]
+    assert "2.500 bits per byte on held-out text" in (tmp_path / "plot.svg").read_text()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ("step", "minutes", "million_tokens", "held_out_bits_per_byte")
+    assert [[row[name] for name in names] for row in rows] == [
+        [0, 0, 0, 8],
+        [20, 1.5, 0.003, 3],
+        [30, pytest.approx(110 / 60), 0.004, 2.5],
+    ]
+    assert [row.get("training_bits_per_byte") for row in rows] == [None, 4, 2]
+    assert [row.get("tokens_per_second") for row in rows] == [None, 33, 50]
