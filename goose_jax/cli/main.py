@@ -1,8 +1,6 @@
 """The command `goose-jax`."""
 
-import contextlib
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ import jax
 import tyro
 
 from goose_jax.cli.chat import chat
+from goose_jax.cli.closed_pipes import discard_output
 from goose_jax.cli.compilation_cache import use_compilation_cache
 from goose_jax.cli.convert import convert
 from goose_jax.cli.evaluate import evaluate
@@ -81,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("goose-jax: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        with contextlib.suppress(io.UnsupportedOperation):  # so that the end of Python can flush
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(141)  # 128 and SIGPIPE
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):

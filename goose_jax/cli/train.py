@@ -258,10 +258,15 @@ def _purpose(settings: TrainSettings) -> str:
 
 
 def _fit(trainer: Trainer, state: TrainState) -> TrainState:
-    """Trains with a progress bar; exits with 128 plus the signal's number if one stops the run."""
+    """Trains with a progress bar; exits with 128 plus the signal's number if one stops the run.
+
+    A closed pipe of what is printed is taken as SIGPIPE: it stops the run, which saves first.
+    """
     total = trainer.config.optimizer.total_steps
     tell = functools.partial(tell_request, terminals=terminals())
-    with StopRequest(tell) as stop, Progress(total) as progress:
+    stop = StopRequest(tell)
+    closed_pipe = functools.partial(stop.request, signal.SIGPIPE)
+    with stop, Progress(total, closed_pipe) as progress:
         if jax.process_index() == 0:
             print("compiling ...", file=sys.stderr, flush=True)
         try:

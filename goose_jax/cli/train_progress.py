@@ -1,14 +1,17 @@
 """What `goose-jax train` shows while it trains."""
 
 import collections
+import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Self
 
 import jax
 import tqdm
 
+from goose_jax.cli.closed_pipes import discard_closed_output
 from goose_jax.training import StepReport
 
 _PROGRESS = (
@@ -23,10 +26,13 @@ class Progress:
 
     Args:
       total: number of steps of the run.
+      on_closed_pipe: called once where nobody reads what is shown any more, as after
+        `goose-jax train | head`. Nothing is shown from then on.
     """
 
-    def __init__(self, total: int):
-        self._total = total
+    def __init__(self, total: int, on_closed_pipe: Callable[[], None]):
+        self._total, self._on_closed_pipe = total, on_closed_pipe
+        self._is_closed = False
         self._bar: tqdm.tqdm | None = None
         self._recent: collections.deque[StepReport] = collections.deque(maxlen=_RECENT)
 
@@ -35,12 +41,31 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._show(self._bar.close)
 
     def add(self, report: StepReport) -> None:
         """Shows the report of the next step, in the first process of a run."""
-        if jax.process_index() > 0:
+        self._show(functools.partial(self._add, report))
+
+    def tell_evaluation(self, step: int, bits_per_byte: float) -> None:
+        """Prints a measurement on held-out text above the bar."""
+        if step > 0:
+            text = f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text"
+            self._show(functools.partial(tqdm.tqdm.write, text))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        if jax.process_index() > 0 or self._is_closed:
             return
+        try:
+            show()
+        except BrokenPipeError:
+            self._is_closed = True
+            if self._bar is not None:
+                self._bar.disable = True  # it would be drawn again when it is deleted
+            discard_closed_output()
+            self._on_closed_pipe()
+
+    def _add(self, report: StepReport) -> None:
         if self._bar is None:
             self._bar = tqdm.tqdm(
                 total=self._total,
@@ -60,11 +85,6 @@ class Progress:
                 f"step {report.step}: the loss is {report.loss}, the gradient's norm "
                 f"{report.gradient_norm}; the step is left out"
             )
-
-    def tell_evaluation(self, step: int, bits_per_byte: float) -> None:
-        """Prints a measurement on held-out text above the bar."""
-        if step > 0 and jax.process_index() == 0:
-            tqdm.tqdm.write(f"step {step}: {bits_per_byte:.3f} bits per byte on held-out text")
 
 
 def terminals() -> list[int]:

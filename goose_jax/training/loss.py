@@ -77,4 +77,11 @@ def num_targets(batch: Batch) -> Scalar:
     return jnp.sum(batch.targets >= 0)
 
 
-__all__ = ["L2WRAP", "mean_loss", "num_targets", "sum_of_losses", "token_losses"]
+def num_tokens(batch: Batch) -> Scalar:
+    """Returns the number of tokens that are read over all axes of a batch; int32."""
+    if batch.segment_ids is None:
+        return jnp.int32(batch.inputs.size)
+    return jnp.sum(batch.segment_ids > 0)  # 0 is padding
+
+
+__all__ = ["L2WRAP", "mean_loss", "num_targets", "num_tokens", "sum_of_losses", "token_losses"]

@@ -1,15 +1,18 @@
 """The metrics of a run: what its steps measured, and where that is written beside the run."""
 
+import contextlib
 import importlib.util
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from goose_jax.training.training_loop import StepReport
 
 _LN2 = math.log(2)
+_FLUSH_SECONDS = 30  # after which TensorBoard sees new values
 
 
 def summarise(
@@ -30,15 +33,16 @@ def summarise(
     Returns:
       "step": number of the last step. "loss" (nats per token), "bits_per_byte" and "gradient_norm"
       (before clipping): means of the steps, of which each counted token weighs the same in the
-      loss. "learning_rate": of the last step. "tokens" and "seconds": sums; "tokens_per_second":
-      their quotient. "mfu": the share of `peak_flops` that was used. "skipped": number of steps
-      whose loss or gradient was not finite, which are in no mean; left out if it is 0.
+      loss. "learning_rate": of the last step. "tokens" (that were
+      read, counted in the loss or not) and "seconds": sums; "tokens_per_second": their quotient.
+      "mfu": the share of `peak_flops` that was used. "skipped": number of steps whose loss or
+      gradient was not finite, which are in no mean; left out if it is 0.
     """
     finite = [report for report in reports if report.is_finite]
     tokens, seconds = (sum(r.tokens for r in reports), sum(r.seconds for r in reports))
     values: dict[str, Any] = {"step": reports[-1].step}
-    if counted := sum(report.tokens for report in finite):
-        values["loss"] = sum(report.loss * report.tokens for report in finite) / counted
+    if counted := sum(report.targets for report in finite):
+        values["loss"] = sum(report.loss * report.targets for report in finite) / counted
         values["bits_per_byte"] = values["loss"] / _LN2 / bytes_per_token
     if finite:
         values["gradient_norm"] = sum(report.gradient_norm for report in finite) / len(finite)
@@ -73,19 +77,52 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0):
-        from tensorboardX import SummaryWriter  # it takes a while to import
+        from tensorboardX.event_file_writer import EventsWriter  # it takes a while to import
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-        purge = first_step + 1 if first_step else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+        self._Event, self._Summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without the thread of SummaryWriter: it dies where the disk is full, and nobody is told.
+        self._folder = folder
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if first_step:
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=first_step + 1, session_log=log)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one scalar for each value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        """Writes one scalar for each value.
+
+        Raises:
+          OSError: if the values cannot be written.
+        """
+        scalars = [
+            self._Summary.Value(tag=name, simple_value=value) for name, value in values.items()
+        ]
+        self._add(step=step, summary=self._Summary(value=scalars))
 
     def close(self) -> None:
-        """Writes what has not been written yet."""
-        self._writer.close()
+        """Writes what has not been written yet.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        with self._named_in_errors():
+            self._events.close()
+
+    def _add(self, **values: Any) -> None:
+        with self._named_in_errors():
+            self._events.write_event(self._Event(wall_time=time.time(), **values))
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
 
 
 class WandbWriter:
@@ -98,7 +135,7 @@ class WandbWriter:
       settings: settings of the run, which are shown beside it.
 
     Raises:
-      ValueError: if wandb is not installed.
+      ValueError: if wandb is not installed, or does not let the run begin.
     """
 
     def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]):
@@ -106,17 +143,20 @@ class WandbWriter:
             raise ValueError("--wandb needs wandb: pip install 'goose-jax[wandb]'")
         import wandb
 
-        identity = folder / "wandb-id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4) + "\n")
-        self._run = wandb.init(
-            project=project,
-            id=identity.read_text().strip(),
-            name=folder.name,
-            dir=str(folder),
-            config=dict(settings),
-            resume="allow",
-        )
+        file = folder / "wandb-id"
+        identity = file.read_text().strip() if file.exists() else secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=identity,
+                name=folder.name,
+                dir=str(folder),
+                config=dict(settings),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(f"--wandb {project}: {error}") from error
+        file.write_text(identity + "\n")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

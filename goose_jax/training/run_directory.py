@@ -261,10 +261,10 @@ class RunDirectory:
             line = (json.dumps(dict(values), allow_nan=False) + "\n").encode()
             try:
                 if stream.write(line) < len(line):  # the disk took a part of it
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_file))
-            except OSError:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
                 stream.truncate(end)
-                raise
+                raise OSError(error.errno, error.strerror, str(self.metrics_file)) from None
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yields the lines of the metrics. A half-written last line is left out.

@@ -24,7 +24,7 @@ from goose_jax.parallel.in_model import (
     zeros_varying_as,
 )
 from goose_jax.parallel.placement import constrain_tree
-from goose_jax.training.loss import L2WRAP, num_targets, sum_of_losses
+from goose_jax.training.loss import L2WRAP, num_targets, num_tokens, sum_of_losses
 from goose_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from pallas_kernels.types import Scalar
 
@@ -58,13 +58,15 @@ class Metrics:
       loss: mean cross entropy of the counted targets, in nats.
       gradient_norm: global norm of the gradient before clipping.
       learning_rate: learning rate of the step.
-      tokens: int32, number of counted targets.
+      tokens: int32, number of tokens that the model read, without padding.
+      targets: int32, number of targets that the loss counts.
     """
 
     loss: Scalar
     gradient_norm: Scalar
     learning_rate: Scalar
     tokens: Int[Array, ""]
+    targets: Int[Array, ""]
 
 
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -209,8 +211,8 @@ def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
     def differentiate(
         params: Parameters, frozen: Parameters, batch: Batch
     ) -> tuple[tuple[Scalar, Scalar], Parameters]:
-        tokens = sum_over_mesh(num_targets(batch))
-        count = jnp.maximum(tokens, 1).astype(jnp.float32)
+        targets = sum_over_mesh(num_targets(batch))
+        count = jnp.maximum(targets, 1).astype(jnp.float32)
 
         def share(params: Parameters, batch: Batch) -> Scalar:
             return loss(params, frozen, batch) / count  # this device's part of the mean
@@ -222,15 +224,21 @@ def _step(loss: Loss, config: OptimizerConfig, mesh: Mesh | None) -> TuningStep:
             gradient = sum_of_copies(gradient, params)
         else:
             value, gradient = jax.value_and_grad(share)(params, batch)
-        return (sum_over_mesh(value), tokens), gradient
+        return (sum_over_mesh(value), targets), gradient
 
     differentiate_on_mesh = on_mesh(differentiate, mesh, gradient=True)
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
-        (value, tokens), gradient = differentiate_on_mesh(state.params, frozen, batch)
+        (value, targets), gradient = differentiate_on_mesh(state.params, frozen, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
-            metrics = Metrics(value, optax.tree.norm(gradient), schedule(state.step), tokens)
+            metrics = Metrics(
+                loss=value,
+                gradient_norm=optax.tree.norm(gradient),
+                learning_rate=schedule(state.step),
+                tokens=num_tokens(batch),
+                targets=targets,
+            )
             params = optax.apply_updates(state.params, updates)
             is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.gradient_norm)
             params = _where(is_finite, params, state.params)

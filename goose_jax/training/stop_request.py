@@ -10,7 +10,8 @@ class StopRequest:
     """A context in which the first Ctrl-C, SIGTERM or SIGHUP only sets `requested`.
 
     The second signal acts as it does outside of the context: Ctrl-C raises `KeyboardInterrupt`.
-    Signal handlers can only be set in the main thread.
+    Signals that are ignored outside, such as SIGHUP under `nohup`, are ignored inside, too. Signal
+    handlers can only be set in the main thread.
 
     Args:
       on_request: called once by the signal handler, with the number of the first signal.
@@ -22,7 +23,7 @@ class StopRequest:
       ...             break
 
     Attributes:
-      requested: whether a signal has come.
+      requested: whether a signal has come, or `request` was called.
       exit_status: 128 and the number of the signal, with which a program says what ended it: 130
         for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 0 without a signal.
     """
@@ -35,8 +36,14 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def request(self, number: int) -> None:
+        """Sets `requested` as if a signal had come, such as SIGPIPE, which Python ignores."""
+        self.requested = True
+        self.exit_status = 128 + number
 
     def __exit__(
         self,
@@ -47,8 +54,7 @@ class StopRequest:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.exit_status = 128 + number
+        self.request(number)
         self._restore()
         self._on_request(number)
 

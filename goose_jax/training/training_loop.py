@@ -33,7 +33,8 @@ class StepReport:
       loss: mean cross entropy before the update, in nats per token.
       gradient_norm: global norm of the gradient before clipping.
       learning_rate: learning rate of the step.
-      tokens: number of targets that the loss counts.
+      tokens: number of tokens that the model read, without padding.
+      targets: number of targets that the loss counts.
       seconds: wall time from the end of the step before to the end of this one. The first step
         includes the time to compile.
     """
@@ -43,11 +44,12 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     tokens: int
+    targets: int
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """The number of counted targets per second of wall time."""
+        """The number of tokens per second of wall time."""
         return self.tokens / self.seconds
 
     @property
@@ -163,6 +165,7 @@ class _Flight:
                 gradient_norm=float(metrics.gradient_norm),
                 learning_rate=float(metrics.learning_rate),
                 tokens=int(metrics.tokens),
+                targets=int(metrics.targets),
                 seconds=end - max(step.start, self._last_end),
             )
             self._last_end = end

@@ -269,10 +269,10 @@ def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
 
 def test_the_time_that_is_left_is_told_without_compilation(capsys):
     """The bar begins at the first report, and its rate is that of the steps after it."""
-    with Progress(10) as progress:
+    with Progress(10, on_closed_pipe=pytest.fail) as progress:
         for step in range(3, 6):
             seconds = 100.0 if step == 3 else 0.5  # the first step compiles
-            progress.add(StepReport(step, 1.0, 1.0, 0.1, tokens=60, seconds=seconds))
+            progress.add(StepReport(step, 1.0, 1.0, 0.1, tokens=60, targets=30, seconds=seconds))
         bar = progress._bar
         assert (bar.n, bar.initial) == (5, 3)
         assert bar.format_dict["elapsed"] < 100

@@ -140,6 +140,27 @@ def test_a_full_disk(finished, tmp_path, module_compilation_cache):
     chex.assert_trees_all_equal(saved(run)[0], saved(finished)[0])
 
 
+def test_a_closed_pipe_saves(text, tmp_path, module_compilation_cache):
+    """As after `goose-jax train 2>&1 | head`."""
+    arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
+    pipe, run = tmp_path / "pipe", tmp_path / "fox-1"
+    os.mkfifo(pipe)
+    process = child_process.start(
+        ["train", *arguments, f"--data={text}", f"--out={tmp_path}"],
+        output=pipe,
+        cache=module_compilation_cache,
+    )
+    with pipe.open("rb", buffering=0) as printed:
+        while steps_made(run) < 4:
+            printed.read(64)
+    process.join(timeout=120)
+    assert process.exitcode == 141
+    made = int(RunDirectory(run).newest_checkpoint.name)
+    assert 4 <= made < 100000
+    main(["train", f"--resume={run}", f"--steps={made + 2}"])
+    assert int(RunDirectory(run).newest_checkpoint.name) == made + 2
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(
     number, status, text, tmp_path, module_compilation_cache

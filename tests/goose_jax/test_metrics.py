@@ -1,6 +1,7 @@
 """The metrics of a run, and the files that others read."""
 
 import importlib.util
+import resource
 import struct
 import time
 
@@ -15,18 +16,19 @@ from goose_jax.training.metrics import summarise
 from goose_jax.training.throughput import flops_per_token, peak_flops
 
 
-def report(step, loss, tokens, seconds, norm=2.0):
+def report(step, loss, targets, seconds, norm=2.0):
     return StepReport(
         step=step,
         loss=loss,
         gradient_norm=norm,
         learning_rate=step / 10,
-        tokens=tokens,
+        tokens=50,
+        targets=targets,
         seconds=seconds,
     )
 
 
-def test_means_weigh_tokens_and_leave_out_what_is_not_finite():
+def test_means_weigh_targets_and_leave_out_what_is_not_finite():
     nan = float("nan")
     steps = [
         *(report(4, 1.0, 10, 0.5), report(5, 4.0, 20, 1.0, norm=5.0)),
@@ -40,10 +42,10 @@ def test_means_weigh_tokens_and_leave_out_what_is_not_finite():
             "bits_per_byte": 3.0 * 1.4426950408889634 / 2,
             "gradient_norm": 3.5,
             "learning_rate": 0.7,
-            "tokens": 100,
+            "tokens": 200,
             "seconds": 3.0,
-            "tokens_per_second": 33,
-            "mfu": 100 / 3 * 6e3 / 1e6,
+            "tokens_per_second": 67,
+            "mfu": 200 / 3 * 6e3 / 1e6,
             "skipped": 2,
         }
     )
@@ -89,20 +91,25 @@ def test_peaks_of_devices():
     assert peak_flops(jax.devices("cpu")[0], "bfloat16") is None
 
 
-def read_events(folder):
-    """The scalars in event files: records of length, checksum, message, checksum (TFRecord)."""
+def events_in(folder):
+    """The events in event files: records of length, checksum, message, checksum (TFRecord)."""
     from tensorboardX.proto.event_pb2 import Event
 
-    scalars = {}
     for file in sorted(folder.glob("events.out.tfevents.*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             (size,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + size])
+            yield Event.FromString(data[at + 12 : at + 12 + size])
             at += 12 + size + 4
-            for value in event.summary.value:
-                scalars[value.tag, event.step] = value.simple_value
-    return scalars
+
+
+def read_events(folder):
+    """The scalars of event files."""
+    return {
+        (value.tag, event.step): value.simple_value
+        for event in events_in(folder)
+        for value in event.summary.value
+    }
 
 
 def test_tensorboard_gets_the_values(tmp_path):
@@ -115,6 +122,27 @@ def test_tensorboard_gets_the_values(tmp_path):
         ("tokens", 10): 80.0,
         ("loss", 20): 1.25,
     }
+
+
+def test_tensorboard_hides_what_a_resumed_run_makes_again(tmp_path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    TensorBoardWriter(tmp_path, first_step=20).close()
+    (_, start) = events_in(tmp_path)
+    assert (start.step, start.session_log.status) == (21, SessionLog.START)
+
+
+def test_tensorboard_tells_of_a_full_disk(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))  # SIGXFSZ is ignored in Python
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
+            [writer.write(step, {"loss": 1.0}) for step in range(1000)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    writer.close()
+    assert 0 < len(read_events(tmp_path)) < 1000
 
 
 def read_records(file):
@@ -171,6 +199,19 @@ def test_weights_and_biases_gets_the_values(tmp_path, monkeypatch):
         if record.WhichOneof("record_type") == "history"
     ]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 1.25), (20, 2.5), (15, 1.875)]
+
+
+@pytest.mark.slow
+def test_what_wandb_refuses_is_an_error_that_names_the_flag(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"--wandb geese: No API key configured\."):
+        WandbWriter("geese", tmp_path, {})
+    assert not (tmp_path / "wandb-id").exists()
 
 
 def test_wandb_is_missing(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from goose_jax.training import (
     train_steps,
     with_params,
 )
-from goose_jax.training.loss import num_targets
+from goose_jax.training.loss import num_targets, num_tokens
 from goose_jax.training.training_loop import STEPS_AHEAD
 from tests.helpers import relative_rms
 
@@ -131,7 +131,7 @@ def test_microbatches_make_the_step_of_the_big_batch(model, train_step):
     state, metrics = train_step(init_train_state(model, RECIPE), big)
     accumulated, accumulated_metrics = train_step(init_train_state(model, RECIPE), small)
 
-    assert int(metrics.tokens) == int(accumulated_metrics.tokens) == 2 * T + 3
+    assert int(metrics.targets) == int(accumulated_metrics.targets) == 2 * T + 3
     assert_close(accumulated_metrics, metrics, 1e-5)
     assert_close(accumulated.opt_state, state.opt_state, 1e-4)
     assert int(accumulated.step) == int(state.step) == 1
@@ -228,7 +228,18 @@ def test_metrics(model, train_step, gradient_of_mean_loss):
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.gradient_norm) == pytest.approx(norm, rel=1e-5)
     assert float(metrics.learning_rate) == pytest.approx(1e-3)
-    assert int(metrics.tokens) == 4 * T
+    assert int(metrics.tokens) == int(metrics.targets) == 4 * T
+
+
+def test_tokens_are_those_that_are_read_and_targets_those_that_count():
+    tokens = some_tokens(2, T + 1)
+    segment_ids = np.ones((2, T), np.int32)
+    segment_ids[1, -3:] = 0  # padding
+    targets = np.full((2, T), -1, np.int32)
+    targets[:, :2] = tokens[:, 1:3]
+    batch = Batch(tokens[:, :-1], targets, segment_ids)
+    assert (int(num_tokens(batch)), int(num_targets(batch))) == (2 * T - 3, 4)
+    assert int(num_tokens(dataclasses.replace(batch, segment_ids=None))) == 2 * T
 
 
 @pytest.mark.slow
@@ -290,7 +301,7 @@ def test_bits_per_byte(model):
 def stub_step(bad_step, **bad):
     def step(state, batch):
         values = {"loss": 1.0, "gradient_norm": 2.0} | (bad if state.step == bad_step else {})
-        metrics = Metrics(**values, learning_rate=0.1, tokens=batch.targets.size)
+        metrics = Metrics(**values, learning_rate=0.1, tokens=8, targets=8)
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return step
@@ -418,3 +429,15 @@ def test_the_first_signal_is_a_request_and_the_second_is_not(number):
     finally:
         signal.signal(number, before)
     assert seen == ["request", "outer", "outer"]
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
