@@ -8,12 +8,11 @@ from goose_jax.chat.presets import SAMPLING_PRESETS
 from goose_jax.chat.prompt import STOPS, Thinking, check_thinking, next_turn, reply_prefix
 from goose_jax.chat.tools import tools_text
 from goose_jax.generation import SamplingConfig, generate, prefill
-from goose_jax.generation.validation import SEEDS, check_seed
+from goose_jax.generation.validation import SEEDS, check_max_new_tokens, check_seed
 from goose_jax.nn import RWKV7, DecodingWeights, prepare_decoding
 from goose_jax.state import RWKV7State
 from goose_jax.text import TextStop, TextStream, Tokenizer, encode_continuation
 from goose_jax.text.tokenizer import REPLACEMENT
-from pallas_kernels.validation import check_positive
 
 type Ending = Literal["end", "length", "interrupted"]
 """Why a reply ended: by itself, at its greatest length, or by the user."""
@@ -52,7 +51,7 @@ class ReplySettings:
 
     def __post_init__(self) -> None:
         check_thinking(self.think)
-        check_positive("max_new_tokens", self.max_new_tokens)
+        check_max_new_tokens(self.max_new_tokens)
         check_seed(self.seed)
         TextStop(self.stop)
 

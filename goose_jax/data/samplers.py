@@ -162,7 +162,7 @@ class MagicPrimeWindows(BinidxBatches):
         default = magic_prime(num_tokens, self.sequence_length)
         if prime is None:
             object.__setattr__(self, "magic_prime", default)
-        elif not (isinstance(prime, int) and prime % 3 == 2 and _is_prime(prime)):
+        elif not _may_be_magic(prime, num_tokens):
             raise ValueError(f"magic_prime must be a prime of the form 3 k + 2, got {prime}")
         elif prime != default:
             slots = num_tokens // self.sequence_length
@@ -198,6 +198,13 @@ def magic_prime(num_tokens: int, sequence_length: int) -> int:
         f"{num_tokens} tokens are too few for the magic prime of {sequence_length=}: "
         f"at least {3 * sequence_length} are needed"
     )
+
+
+def _may_be_magic(prime: int, num_tokens: int) -> bool:
+    """Returns whether a number has the form of a magic prime; a prime, if the tokens reach it."""
+    if not isinstance(prime, int) or prime % 3 != 2:
+        return False
+    return prime >= num_tokens or _is_prime(prime)  # of a large one the range is checked
 
 
 def _is_prime(number: int) -> bool:

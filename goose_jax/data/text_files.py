@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,11 @@ def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Returns the files in a folder and the folders below it whose names fit one of the patterns.
 
     Files and folders whose names start with a dot are left out. The list is sorted by path.
+
+    Raises:
+      ValueError: if there is no pattern, or one cannot be the pattern of a name.
     """
+    check_patterns(patterns)
     found = {file for pattern in patterns for file in folder.rglob(pattern) if file.is_file()}
     visible = [
         file
@@ -31,6 +36,26 @@ def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
         if not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     return sorted(visible, key=lambda file: file.relative_to(folder).parts)
+
+
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Checks that there are patterns, and that each can fit files in a folder.
+
+    Raises:
+      ValueError: if not; the message has the pattern.
+    """
+    if not patterns:
+        raise ValueError("patterns must hold at least one pattern")
+    for pattern in patterns:
+        if not pattern:
+            raise ValueError(f"{pattern=} must fit names in a folder, as in '*.txt'")
+        try:
+            next(Path(os.devnull).rglob(pattern), None)
+        except (ValueError, NotImplementedError) as error:
+            reason = f"{error}".rstrip(".")
+            raise ValueError(
+                f"pattern={pattern!r} must fit names in a folder, as in '*.txt': {reason}"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -133,6 +158,7 @@ def _place_to_cut(data: bytes) -> int:
 __all__ = [
     "PIECE_BYTES",
     "DamagedFileError",
+    "check_patterns",
     "list_files",
     "open_unpacked",
     "read_pieces",

@@ -34,6 +34,7 @@ type Sampling = Literal["windows", "packed", "magic-prime"]
 
 _RECORD = "record.json"
 _FORMAT = 1
+_CHECKED_TOKENS = 2**24
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # of UTF-8
 
 
@@ -128,10 +129,12 @@ def open_tokens(
 
     Raises:
       OSError: if a file cannot be read.
-      ValueError: if a file is damaged, or too short to hold something out.
+      ValueError: if a file is damaged, too short to hold something out, or has other ids than the
+        tokenizer among its first tokens.
     """
     data = Binidx(path)
     total = len(data.tokens)
+    _check_first_tokens(data, tokenizer)
     if held_out is not None:
         return TrainingData(
             source=str(path),
@@ -154,6 +157,18 @@ def open_tokens(
         held_out=[document for document in documents if document.text],
         tokenizer=tokenizer,
     )
+
+
+def _check_first_tokens(data: Binidx, tokenizer: Tokenizer) -> None:
+    """Checks ids before training starts; a batch checks its own tokens again."""
+    first = np.asarray(data.tokens[:_CHECKED_TOKENS])
+    wrong = np.flatnonzero((first < 0) | (first >= tokenizer.vocab_size))
+    if wrong.size:
+        raise ValueError(
+            f"--data {data.prefix}.bin: token number {wrong[0]} is {first[wrong[0]]}, but the "
+            f"tokenizer has the ids 0..{tokenizer.vocab_size - 1}; give the --tokenizer that made "
+            "the tokens"
+        )
 
 
 def _last_items(data: Binidx, tokenizer: Tokenizer, held_out_bytes: int) -> int:

@@ -39,7 +39,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) in _BY_NAME:
         return _BY_NAME[str(name_or_path)]()
     path = Path(name_or_path)
-    if not path.exists():
+    if name_or_path == "" or not path.exists():
         raise ValueError(
             f"tokenizer {str(name_or_path)!r} is unknown; give one of {list(_BY_NAME)}, "
             "or the path of a tokenizer.json or a vocabulary file"
@@ -90,6 +90,8 @@ def tokenizer_name(checkpoint: Path, *, given: str | None, recorded: str | None)
     Raises:
       ValueError: if nothing names a tokenizer, or the folder holds several tokenizer files.
     """
+    if given == "":
+        raise ValueError("tokenizer must be a name or a path, got ''")
     file = find_tokenizer_file(checkpoint) if checkpoint.is_dir() and not given else None
     chosen = given or file or recorded
     if chosen is None:

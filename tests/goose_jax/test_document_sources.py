@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -130,6 +131,15 @@ def test_several_patterns(tmp_path):
     for name in ("a.txt", "b.md", "c.py", "d/e.txt"):
         write(tmp_path / name, name)
     assert texts(tmp_path, patterns=["*.txt", "*.py", "a*"]) == ["a.txt", "c.py", "d/e.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["/tmp/*", ""])
+def test_what_is_no_pattern_is_named(tmp_path, pattern):
+    write(tmp_path / "a.txt", "text")
+    with pytest.raises(ValueError, match=f"pattern='{re.escape(pattern)}' must fit names in a fol"):
+        open_documents(tmp_path, patterns=["*", pattern])
+    with pytest.raises(ValueError, match="patterns must hold at least one pattern"):
+        open_documents(tmp_path, patterns=[])
 
 
 def test_what_a_pattern_finds_nothing_for_is_named(tmp_path):

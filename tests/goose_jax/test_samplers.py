@@ -98,6 +98,7 @@ def test_the_official_order_visits_every_slot_once(tmp_path):
         (-1, "must be a prime of the form 3 k [+] 2, got -1"),
         (17, "must be above 0.9 of the 37 slots of 8 tokens in .*data, .*; got 17"),
         (41, "must be above 0.9 of the 37 slots"),
+        (2**63 - 3, "must be above 0.9 of the 37 slots"),
     ],
 )
 def test_a_wrong_prime_is_refused(tmp_path, prime, message):

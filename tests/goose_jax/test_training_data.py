@@ -219,6 +219,14 @@ def test_the_last_items_of_tokens_are_held_out(tmp_path):
         data.batches("magic-prime", **SIZES)
 
 
+@pytest.mark.parametrize("wrong", [257, 60000])
+def test_tokens_of_another_tokenizer_are_named(tmp_path, wrong):
+    prefix = write_by_hand(tmp_path / "a", [by_bytes("geese"), [1, wrong]])
+    message = rf"--data .*a.bin: token number 7 is {wrong}, but the tokenizer has the ids 0\.\.256"
+    with pytest.raises(ValueError, match=f"{message}; give the --tokenizer that"):
+        open_tokens(prefix, TOKENIZER, held_out_bytes=40)
+
+
 @pytest.mark.parametrize("held_out_bytes", [1, 7, 8, 30, 1000])
 def test_the_last_tokens_are_held_out_where_no_item_fits(tmp_path, held_out_bytes):
     text = "Gänse 鹅🦢 " * 40
