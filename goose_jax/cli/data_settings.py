@@ -1,9 +1,11 @@
 """The flags that say which data is read, and how."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from goose_jax.chat import render_conversation
+from goose_jax.cli.flags import check_integers
 from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.data import (
     BatchSource,
@@ -23,6 +25,10 @@ from goose_jax.text import Tokenizer
 from pallas_kernels.validation import check_positive
 
 _KEPT_TOKENS = ".tokens"
+_LONG = (
+    *("held_out_bytes", "magic_prime"),
+    *("log_every", "evaluate_every", "save_every", "keep", "keep_every"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,9 @@ class DocumentSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if not self.pattern:
-            raise ValueError("--pattern needs at least one pattern")
+        check_pattern_given(self.pattern)
+        values = {name: value for name, value in vars(self).items() if name != "seed"}
+        check_integers(values, long=_LONG)  # a seed has a range of its own
 
     def open_documents(self) -> DocumentSource:
         """Opens the documents.
@@ -170,6 +177,26 @@ class DataSettings(DocumentSettings):
         return PrefetchedBatches(batches, ahead=self.prefetch, workers=self.data_workers)
 
 
+def check_pattern_given(pattern: Sequence[str]) -> None:
+    """Checks that `--pattern` has a value."""
+    if not pattern:
+        raise ValueError("--pattern needs at least one pattern, as in --pattern '*.txt'")
+
+
+def check_field(field: str | None, sources: Sequence[DocumentSource]) -> None:
+    """Checks that `--field`, if it is given, names a field of something that is read.
+
+    Raises:
+      ValueError: if all sources are texts or there is none; the message names the flag.
+    """
+    items = [item for source in sources for item in source.items]
+    if field is not None and all(item.kind == "text" for item in items):
+        names = " and ".join(source.source for source in sources) or "the data"
+        raise ValueError(
+            f"--field {field!r} is for JSONL files and data sets, and {names} holds none"
+        )
+
+
 def read_texts(
     path: Path, *, pattern: tuple[str, ...], field: str | None, strict: bool
 ) -> list[Document]:
@@ -194,4 +221,10 @@ def read_texts(
     return documents
 
 
-__all__ = ["DataSettings", "DocumentSettings", "read_texts"]
+__all__ = [
+    "DataSettings",
+    "DocumentSettings",
+    "check_field",
+    "check_pattern_given",
+    "read_texts",
+]

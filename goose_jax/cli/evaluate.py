@@ -7,10 +7,12 @@ import tyro
 from flax import nnx
 
 from goose_jax.checkpoints import load_model_and_tokenizer
-from goose_jax.cli.data_settings import read_texts
+from goose_jax.cli.data_settings import check_field, check_pattern_given, read_texts
+from goose_jax.cli.flags import check_integers
 from goose_jax.cli.model_devices import mesh_for_batches
 from goose_jax.cli.train_devices import describe_devices
 from goose_jax.config import Dtype
+from goose_jax.data import open_documents
 from goose_jax.parallel import place_tree
 from goose_jax.training import make_evaluation, starting_state, state_loss, wkv_of
 from pallas_kernels.types import Precision
@@ -70,6 +72,9 @@ def evaluate(
     """
     check_positive("--batch-size", batch_size)
     check_positive("--sequence-length", sequence_length)
+    check_integers({"batch_size": batch_size, "sequence_length": sequence_length})
+    check_pattern_given(pattern)
+    check_field(field, [open_documents(text, patterns=pattern)])
     devices = mesh_for_batches(mesh, batch_size=batch_size, sequence_length=sequence_length)
     documents = read_texts(text, pattern=pattern, field=field, strict=strict)
     model, found = load_model_and_tokenizer(

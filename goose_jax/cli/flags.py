@@ -1,7 +1,12 @@
-"""Flags and the names that they stand for."""
+"""Flags, the names that they stand for, and the range of their integers."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_INT32, _INT64 = 2**31 - 1, 2**63 - 1
+_NAME = re.compile(r"(?<![^\s(])(self\.)?(?P<name>[a-z]\w*)\b(?=\s*(=|must\b))")
 
 
 def option(name: str) -> str:
@@ -9,19 +14,25 @@ def option(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def name_flags(message: str, names: Iterable[str]) -> str:
+def name_flags(message: str, names: Iterable[str], values: Iterable[str] = ()) -> str:
     """Replaces names of arguments in an error by their flags, where `=` or `must` follows the name.
 
     Args:
       message: the error, as in "top_p must be in [0, 1]" or "self.head_size=64 must be at least 2".
       names: the arguments that have a flag.
+      values: what the user typed, such as the path "steps=3": it is not changed.
     """
     known = set(names)
 
     def flag(match: re.Match[str]) -> str:
         return option(match["name"]) if match["name"] in known else match[0]
 
-    return re.sub(r"(self\.)?(?<![-\w])(?P<name>[a-z]\w*)\b(?=\s*(=|must\b))", flag, message)
+    # A value without `=` or `must` is no more than the beginning of what is replaced.
+    kept = sorted({v for v in values if _NAME.search(v)}, key=len, reverse=True)
+    if not kept:
+        return _NAME.sub(flag, message)
+    parts = re.split("(" + "|".join(map(re.escape, kept)) + ")", message)
+    return "".join(part if i % 2 else _NAME.sub(flag, part) for i, part in enumerate(parts))
 
 
 def typed_names(arguments: Sequence[str]) -> set[str]:
@@ -30,4 +41,27 @@ def typed_names(arguments: Sequence[str]) -> set[str]:
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
-__all__ = ["name_flags", "option", "typed_names"]
+def typed_values(arguments: Sequence[str]) -> set[str]:
+    """Returns the values that a command line holds, also as messages write them, as paths."""
+    pairs = (a.partition("=") if a.startswith("--") else ("", "=", a) for a in arguments)
+    values = {value for _, equals, value in pairs if equals and value}
+    return values | {str(Path(value)) for value in values}
+
+
+def check_integers(values: Mapping[str, Any], *, long: Iterable[str] = ()) -> None:
+    """Checks that integers are not larger than 32 bits with a sign can hold.
+
+    Args:
+      values: values by name; those that are no integers are passed over.
+      long: the names of integers that may have 64 bits.
+
+    Raises:
+      ValueError: if an integer is larger; the message names its flag and the value.
+    """
+    for name, value in values.items():
+        most = _INT64 if name in long else _INT32
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{option(name)} must be at most {most}, got {value}")
+
+
+__all__ = ["check_integers", "name_flags", "option", "typed_names", "typed_values"]

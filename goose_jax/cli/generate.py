@@ -13,6 +13,7 @@ from goose_jax.cli.prompts import read_prompt
 from goose_jax.config import Dtype
 from goose_jax.generation import SamplingConfig
 from goose_jax.generation import generate as generate_tokens
+from goose_jax.generation.validation import check_max_new_tokens, check_seed
 from goose_jax.text import TextStop, TextStream
 from goose_jax.training import starting_state
 from pallas_kernels.types import Precision
@@ -58,7 +59,8 @@ def generate(
         that lies beside the weights, or zeros.
       max_new_tokens: Maximum number of new tokens. The end of the document ends the text sooner.
       sampling: How tokens are drawn.
-      stop: Texts that end the generation; they are not printed.
+      stop: Texts that end the generation; they are not printed. A text that begins with two dashes
+        is given as in --stop=--end.
       seed: The same seed gives the same text.
       echo: Print the prompt, too.
       mesh: Devices to divide the model over, as in fsdp=2,tensor=4 (see docs/parallel.md); by
@@ -69,6 +71,8 @@ def generate(
       OSError: if the checkpoint does not exist or cannot be read.
       NonFiniteLogitsError: if the logits are NaN or infinite.
     """
+    check_seed(seed)
+    check_max_new_tokens(max_new_tokens)
     stop_texts = TextStop(stop)
     devices = mesh_for_one_text(mesh)
     prompt = read_prompt(prompt, prompt_file)

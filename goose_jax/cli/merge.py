@@ -39,7 +39,7 @@ def merge(
       OSError: if something cannot be read or written.
     """
     if out.exists():
-        raise FileExistsError(f"{out} exists; a checkpoint is not written over anything")
+        raise FileExistsError(f"--out {out} exists; a checkpoint is not written over anything")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = load_tuning_checkpoint(adapter)
         if found.lora is None:

@@ -1,5 +1,7 @@
-"""The devices that `goose-jax generate`, `chat` and `evaluate` divide a model over."""
+"""The devices of `--mesh`, which commands divide a model over."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -21,14 +23,15 @@ def mesh_for_one_text(mesh: str | None) -> Mesh | None:
     """
     if mesh is None:
         return None
-    sizes: dict[str, Any] = {"data": 1} | parse_mesh(mesh)
-    for axis in ("data", "context"):
-        if sizes.get(axis, 1) > 1:
-            raise ValueError(
-                f"mesh {mesh!r}: {axis} divides batches, but this command works on one text; the "
-                "axes fsdp and tensor divide the model, as in tensor=4"
-            )
-    return make_mesh(**sizes)
+    with mesh_named(mesh):
+        sizes: dict[str, Any] = {"data": 1} | parse_mesh(mesh)
+        for axis in ("data", "context"):
+            if sizes.get(axis, 1) > 1:
+                raise ValueError(
+                    f"{axis} divides batches, but this command works on one text; the axes fsdp "
+                    "and tensor divide the model, as in 'tensor=4'"
+                )
+        return make_mesh(**sizes)
 
 
 def mesh_for_batches(mesh: str | None, *, batch_size: int, sequence_length: int) -> Mesh | None:
@@ -45,10 +48,21 @@ def mesh_for_batches(mesh: str | None, *, batch_size: int, sequence_length: int)
     """
     if mesh is None:
         return None
-    sizes: dict[str, Any] = dict(parse_mesh(mesh))
-    made = make_mesh(**sizes)
-    check_mesh_of_batches(made, batch_size=batch_size, sequence_length=sequence_length)
-    return made
+    with mesh_named(mesh):
+        sizes: dict[str, Any] = dict(parse_mesh(mesh))
+        made = make_mesh(**sizes)
+        check_mesh_of_batches(made, batch_size=batch_size, sequence_length=sequence_length)
+        return made
 
 
-__all__ = ["mesh_for_batches", "mesh_for_one_text"]
+@contextlib.contextmanager
+def mesh_named(mesh: str) -> Iterator[None]:
+    """Lets each `ValueError` begin with `--mesh` and its value."""
+    try:
+        yield
+    except ValueError as error:
+        prefix = "--" if str(error).startswith(f"mesh {mesh!r}") else f"--mesh {mesh!r}: "
+        raise ValueError(f"{prefix}{error}") from error
+
+
+__all__ = ["mesh_for_batches", "mesh_for_one_text", "mesh_named"]

@@ -10,14 +10,17 @@ _TEXTS = ("--prompt", "--system")
 def join_texts(arguments: Sequence[str]) -> list[str]:
     """Joins `--prompt TEXT` to `--prompt=TEXT` where the text begins with a dash.
 
-    Such a text would be taken for another flag.
+    Such a text would be taken for another flag. `--stop TEXT` is joined if it begins with one dash:
+    two may be another flag.
 
     Args:
       arguments: the arguments of the command line.
     """
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] in _TEXTS and argument.startswith("-"):
+        before = joined[-1] if joined else ""
+        is_stop = before == "--stop" and not argument.startswith("--")
+        if argument.startswith("-") and (before in _TEXTS or is_stop):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

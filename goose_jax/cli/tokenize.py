@@ -10,8 +10,9 @@ from typing import Annotated
 import tqdm
 import tyro
 
-from goose_jax.cli.data_settings import DocumentSettings
+from goose_jax.cli.data_settings import DocumentSettings, check_field
 from goose_jax.cli.skipped_files import SkippedFiles
+from goose_jax.cli.train_checks import check_folder
 from goose_jax.data import DocumentSource, TokenizeProgress
 from goose_jax.data import tokenize as tokenize_documents
 from goose_jax.data.binidx import is_binidx, prefix_of
@@ -39,6 +40,8 @@ class TokenizeFlags(DocumentSettings):
         super().__post_init__()
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be at least 0, got {self.workers}")
+        if self.tokenizer == "":
+            raise ValueError("--tokenizer must be a name or a path, got ''")
         if self.data is not None and is_binidx(self.data):
             raise ValueError(f"--data {self.data} holds tokens already")
 
@@ -56,6 +59,8 @@ def tokenize(flags: Annotated[TokenizeFlags, tyro.conf.arg(name="")]) -> None:
       goose-jax train --data my-texts.bin --tokenizer world
     """
     source, out = flags.open_documents(), prefix_of(flags.out)
+    check_field(flags.field, [source])
+    check_folder(f"--out {flags.out}", out.parent)
     tokenizer = get_tokenizer(flags.tokenizer)
     workers = len(os.sched_getaffinity(0)) if flags.workers is None else flags.workers
     report, skipped = _Report(source), SkippedFiles()

@@ -14,15 +14,19 @@ import jax
 
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.directory import verify_directory
+from goose_jax.cli.memory import parameters_fit
 from goose_jax.cli.settings_file import to_values
 from goose_jax.cli.train_arguments import check_changes
+from goose_jax.cli.train_checks import check_before_training, check_steps_left, refusals_named
 from goose_jax.cli.train_defaults import optimizer_config, with_defaults
 from goose_jax.cli.train_devices import describe_devices, joined_processes
 from goose_jax.cli.train_progress import Progress, tell_request, terminals
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.cli.train_setup import Prepared, name_of_run, prepare
+from goose_jax.cli.unused_run import removed_if_unused
 from goose_jax.generation import SamplingConfig, generate
 from goose_jax.parallel.processes import from_first_process, lost_processes_named
+from goose_jax.text import tokenizer_files
 from goose_jax.training import (
     MetricsWriter,
     NonFiniteError,
@@ -61,7 +65,7 @@ def train(settings: TrainSettings) -> None:
       goose-jax train --mesh data=2,fsdp=4
       goose-jax train --coordinator host0:9876 --num-processes 2 --process-id 0
     """
-    with joined_processes(settings), lost_processes_named():
+    with joined_processes(settings), lost_processes_named(), refusals_named(settings):
         _train(settings)
 
 
@@ -71,6 +75,7 @@ def _train(settings: TrainSettings) -> None:
         raise ValueError(
             "the loss curve needs matplotlib: pip install 'goose-jax[plots]', or give --no-plot"
         )
+    check_before_training(settings)
     if settings.resume is None:
         prepared = prepare(settings, None)
         settings = dataclasses.replace(settings, tokenizer=prepared.tokenizer_name)
@@ -83,6 +88,7 @@ def _train(settings: TrainSettings) -> None:
     resume = settings.resume
     with _locked(run):
         checkpoint = Path(from_first_process(lambda: str(_checkpoint_to_resume(resume, run))))
+        check_steps_left(settings, checkpoint)
         _train_in(run, settings, prepare(settings, checkpoint), checkpoint)
 
 
@@ -94,8 +100,9 @@ def _new_run(settings: TrainSettings, prepared: Prepared) -> Iterator[tuple[RunD
         name = name_of_run(settings)
         return str(RunDirectory.create(settings.out, name, to_values(settings)).path)
 
+    files = tokenizer_files(prepared.tokenizer_name)
     run = RunDirectory(from_first_process(create))
-    with _locked(run):
+    with _locked(run), removed_if_unused(run, files):
         kept = from_first_process(lambda: run.keep_tokenizer(prepared.tokenizer_name))
         yield run, kept
 
@@ -126,7 +133,8 @@ def _train_in(
         writers: list[MetricsWriter] = []
         trainer = _make_trainer(settings, run, prepared, writers)
         if checkpoint is None:
-            state = trainer.start()
+            with parameters_fit(settings):
+                state = trainer.start()
         else:
             state = trainer.resume(checkpoint)
             if folder := from_first_process(lambda: _rewind(run, int(state.step), settings)):

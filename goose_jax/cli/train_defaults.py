@@ -1,15 +1,22 @@
 """The defaults of `goose-jax train`, which depend on what is trained, and the official presets."""
 
 import dataclasses
+import math
 from typing import Any
 
-from goose_jax.cli.flags import name_flags
+from goose_jax.cli.flags import name_flags, option
 from goose_jax.cli.train_settings import OF_A_NEW_MODEL, Preset, TrainSettings, Tune
 from goose_jax.config import RWKV7Config, default_compute_dtype
 from goose_jax.training import LoraConfig, OptimizerConfig
 
 _TUNING_RATES: dict[Tune, float] = {"full": 2e-5, "lora": 2e-4, "state": 0.1}
 _LONGEST_WARMUP = 30
+_OF_A_STEP = ("batch_size", "microbatches", "sequence_length")
+_SIZES = (
+    *("num_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("decay_rank", "alpha_rank", "value_rank", "gate_rank"),
+)
+_MOST_TOKENS, _MOST_PARAMETERS = 2**40, 2**50  # far more than any machine holds
 
 # 240 sequences make a step in the official training on the Pile, which has 332,115,325,534 tokens.
 _PILE = {
@@ -50,15 +57,19 @@ for the peaks of the learning rate of 24 layers, which are those of the official
 def with_defaults(settings: TrainSettings) -> TrainSettings:
     """Fills in a value for each setting that was left out and has a default.
 
-    A setting of the preset overrides the default. Settings that depend on the model's checkpoint
+    A setting of the preset overrides the default; its warm-up, like the default one, is at most a
+    tenth of the steps. Settings that depend on the model's checkpoint
     (`tokenizer` with `from_`), on the machine (`compute_dtype`, `implementation`) or on the text
     (`prompt`) stay None, and so do sizes that `RWKV7Config` derives from others.
 
     Raises:
       ValueError: if a value is out of range; the message names its flag.
     """
+    longest_warmup = _LONGEST_WARMUP
     if settings.preset is not None:
-        settings = _fill(settings, PRESETS[settings.preset])
+        preset = dict(PRESETS[settings.preset])
+        longest_warmup = preset.pop("warmup_steps")
+        settings = _fill(settings, preset)
     if settings.from_ is None:
         defaults: dict[str, Any] = {
             "num_layers": 2,
@@ -84,14 +95,35 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
     assert settings.learning_rate is not None
     peak = settings.learning_rate
     final = min(2e-4, peak) if settings.from_ is None else peak / 10
-    warmup = min(_LONGEST_WARMUP, settings.steps // 10)
+    warmup = min(longest_warmup, settings.steps // 10)
     settings = _fill(settings, {"final_learning_rate": final, "warmup_steps": warmup})
     optimizer_config(settings)
+    _check_tokens(settings)
     if settings.from_ is None:
         model_config(settings, vocab_size=1)
     elif settings.tune == "lora":
         lora_config(settings)
     return settings
+
+
+def _check_tokens(settings: TrainSettings) -> None:
+    sizes = {name: getattr(settings, name) or 1 for name in _OF_A_STEP}
+    tokens = math.prod(sizes.values())
+    if tokens > _MOST_TOKENS:
+        named = ", ".join(f"{option(name)}={size}" for name, size in sizes.items())
+        raise ValueError(f"{named} make {tokens:.1e} tokens of a step, more than 2**40")
+
+
+def _check_parameters(settings: TrainSettings, config: RWKV7Config) -> None:
+    """Refuses a model whose arrays have more bytes than JAX can count."""
+    width = 4 * config.hidden_size + 2 * config.intermediate_size
+    ranks = config.decay_rank + config.alpha_rank + config.value_rank + config.gate_rank
+    of_layers = config.num_layers * (width + 2 * ranks) * config.hidden_size
+    parameters = of_layers + 2 * config.vocab_size * config.hidden_size
+    if parameters > _MOST_PARAMETERS:
+        sizes = {name: getattr(settings, name) for name in _SIZES}
+        named = ", ".join(f"{option(n)}={size}" for n, size in sizes.items() if size is not None)
+        raise ValueError(f"{named} make {parameters:.1e} parameters, more than 2**50")
 
 
 def _fill(settings: TrainSettings, values: dict[str, Any]) -> TrainSettings:
@@ -146,7 +178,7 @@ def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
             f"got {settings.vocab_size}"
         )
     try:
-        return RWKV7Config(
+        config = RWKV7Config(
             **values,
             compute_dtype=settings.compute_dtype or default_compute_dtype(),
             remat=settings.remat,
@@ -156,6 +188,8 @@ def model_config(settings: TrainSettings, *, vocab_size: int) -> RWKV7Config:
         )
     except ValueError as error:
         raise ValueError(name_flags(str(error), values)) from error
+    _check_parameters(settings, config)
+    return config
 
 
 __all__ = ["PRESETS", "lora_config", "model_config", "optimizer_config", "with_defaults"]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from goose_jax.cli.model_devices import mesh_named
 from goose_jax.cli.train_settings import TrainSettings
 from goose_jax.config import RWKV7Config
 from goose_jax.parallel import check_mesh, describe_mesh, make_mesh, parse_mesh
@@ -47,23 +48,22 @@ def open_mesh(settings: TrainSettings, config: RWKV7Config) -> Mesh | None:
       ValueError: if the mesh does not fit the number of devices, the model or its batches; the
         message names the axis and what would fit.
     """
+    batches: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "sequence_length": settings.sequence_length,
+    }
     if settings.mesh is not None:
-        sizes: dict[str, Any] = dict(parse_mesh(settings.mesh))
-        mesh = make_mesh(**sizes)
-    elif len(devices := default_devices()) > 1:
-        mesh = make_mesh(devices=devices)
-    else:
+        with mesh_named(settings.mesh):
+            sizes: dict[str, Any] = dict(parse_mesh(settings.mesh))
+            mesh = make_mesh(**sizes)
+            check_mesh(mesh, config, **batches)
+            return mesh
+    if len(devices := default_devices()) == 1:
         return None
+    mesh = make_mesh(devices=devices)
     try:
-        check_mesh(
-            mesh,
-            config,
-            batch_size=settings.batch_size,
-            sequence_length=settings.sequence_length,
-        )
+        check_mesh(mesh, config, **batches)
     except ValueError as error:
-        if settings.mesh is not None:
-            raise
         raise ValueError(
             f"{error}. All {len(default_devices())} devices are used for data parallelism, unless "
             "--mesh says otherwise"

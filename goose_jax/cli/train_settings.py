@@ -19,7 +19,7 @@ type Tune = Literal["full", "lora", "state"]
 type Preset = Literal["minipile-12x768", "pile-24x1024", "pile-24x2048"]
 
 _POSITIVE = (
-    *("steps", "batch_size", "microbatches", "sequence_length"),
+    *("steps", "batch_size", "microbatches", "sequence_length", "vocab_size"),
     *("log_every", "evaluate_every", "save_every", "keep", "keep_every"),
 )
 OF_A_NEW_MODEL = (
@@ -85,8 +85,8 @@ class TrainSettings(DataSettings):
         (lora) or 0.1 (state).
       final_learning_rate: learning rate at the end; by default 2e-4, with --from a tenth of the
         learning rate at the peak; never above the peak.
-      warmup_steps: number of steps until the learning rate is at its peak; by default 30, but at
-        most a tenth of the steps.
+      warmup_steps: number of steps until the learning rate is at its peak; by default 30, with a
+        preset 10, but at most a tenth of the steps. A file of --config keeps its number.
       weight_decay: weight decay of the large matrices, but not of adapters and states; by default
         0.1, with --from 0.
       beta1: decay of Adam's first moment.
@@ -197,6 +197,8 @@ class TrainSettings(DataSettings):
             raise ValueError(f"--l2wrap must be a finite number >= 0, got {self.l2wrap}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak-tflops must be more than 0, got {self.peak_tflops}")
+        if self.tokenizer == "":
+            raise ValueError("--tokenizer must be a name or a path, got ''")
         if self.sample_length and self.prompt == "":
             raise ValueError("--prompt must not be empty; --sample-length 0 turns the sample off")
         self._check_processes()

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from goose_jax.checkpoints import load_merged_state, load_pretrained, load_state
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
+from goose_jax.cli.memory import parameters_fit
 from goose_jax.cli.train_defaults import lora_config, model_config
 from goose_jax.cli.train_devices import open_mesh
 from goose_jax.cli.train_settings import TrainSettings
@@ -94,7 +95,8 @@ def _new_model(settings: TrainSettings) -> Prepared:
     def make() -> RWKV7:
         return RWKV7(config, rngs=nnx.Rngs(settings.seed))
 
-    model = make() if mesh is None else create_sharded(make, mesh)
+    with parameters_fit(settings):
+        model = make() if mesh is None else create_sharded(make, mesh)
     return Prepared(FullTuning(model, l2wrap=settings.l2wrap), text, batches, name, mesh)
 
 
@@ -161,15 +163,16 @@ def _open_base(
             f"{base} begins with a trained initial state, which this training would not "
             "use; take it off by goose-jax convert --state"
         )
-    model, metadata = load_pretrained(
-        base,
-        dtype=dtype,
-        compute_dtype=settings.compute_dtype or default_compute_dtype(),
-        remat=settings.remat,
-        unroll_layers=settings.unroll_layers,
-        implementation=settings.implementation,
-        precision=settings.precision,
-    )
+    with parameters_fit(settings):
+        model, metadata = load_pretrained(
+            base,
+            dtype=dtype,
+            compute_dtype=settings.compute_dtype or default_compute_dtype(),
+            remat=settings.remat,
+            unroll_layers=settings.unroll_layers,
+            implementation=settings.implementation,
+            precision=settings.precision,
+        )
     name = tokenizer_name(base, given=settings.tokenizer, recorded=metadata.tokenizer)
     tokenizer = open_tokenizer(name, model.config.vocab_size)
     mesh = open_mesh(settings, model.config)

@@ -94,12 +94,12 @@ def parse_mesh(text: str) -> dict[str, int]:
         if name not in AXES or not equals:
             raise ValueError(
                 f"mesh {text!r} has {part.strip()!r}, but each part must be AXIS=SIZE, with an "
-                f"axis of {', '.join(AXES)}, as in {_EXAMPLE}"
+                f"axis of {', '.join(AXES)}, as in {_EXAMPLE!r}"
             )
         if name in sizes:
             raise ValueError(f"mesh {text!r} gives the axis {name} twice")
         if not (size.isascii() and size.isdigit() and int(size) > 0):
-            raise ValueError(f"mesh {text!r}: the size of {name} must be an integer >= 1")
+            raise ValueError(f"mesh {text!r}: the size of {name!r} must be an integer >= 1")
         sizes[name] = int(size)
     return sizes
 

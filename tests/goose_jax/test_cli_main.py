@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,9 +17,13 @@ import goose_jax
 from goose_jax import RWKV7, RWKV7Config, save_pretrained
 from goose_jax.checkpoints import CheckpointMetadata
 from goose_jax.cli import main as command
-from goose_jax.cli.flags import name_flags, typed_names
+from goose_jax.cli.flags import name_flags, typed_names, typed_values
 from goose_jax.cli.main import main
+from goose_jax.cli.memory import MORE_MEMORY, parameters_fit
 from goose_jax.cli.prompts import join_texts, read_prompt
+from goose_jax.cli.train_checks import refusals_named
+from goose_jax.cli.train_settings import TrainSettings
+from pallas_kernels import NotServed
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
@@ -55,11 +60,20 @@ def test_version(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["goose_jax", "goose_jax.cli.main"])
-def test_a_closed_pipe_ends_the_program_silently(checkpoint, tmp_path, module):
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("goose_jax", "inspect"), ("goose_jax.cli.main", "inspect"), ("goose_jax", "--version")],
+)
+def test_a_closed_pipe_ends_the_program_silently(checkpoint, tmp_path, module, command):
     """Also: both modules are the program, which keeps compiled programs."""
     with subprocess.Popen(
-        [sys.executable, "-m", module, "inspect", str(checkpoint)],
+        [
+            sys.executable,
+            "-m",
+            module,
+            command,
+            *([str(checkpoint)] if command == "inspect" else []),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,6 +104,50 @@ def test_memory_that_cannot_be_had_is_one_line(function, monkeypatch, capsys):
         assert flag in err
 
 
+@pytest.mark.parametrize("command", MORE_MEMORY)
+def test_the_flags_that_save_memory_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    advised = set(re.findall(r"--[a-z-]+", MORE_MEMORY[command]))
+    assert advised
+    assert advised <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        (TrainSettings(), "--hidden-size"),
+        (TrainSettings(from_=pathlib.Path("x")), "--tune lora"),
+        (TrainSettings(from_=pathlib.Path("x"), tune="state"), "--frozen-dtype"),
+    ],
+)
+def test_parameters_that_do_not_fit(settings, flag, monkeypatch, capsys):
+    def fail(_):
+        with parameters_fit(settings):
+            out_of_host_memory(_)
+
+    monkeypatch.setattr(command, "train", fail)
+    err = fails(capsys, "train")
+    assert "PiB could not be had" in err
+    assert flag in err
+    assert "--batch-size" not in err
+
+
+def test_an_implementation_that_does_not_serve_is_one_line(monkeypatch, capsys):
+    def fail(settings):
+        with refusals_named(settings):
+            raise NotServed("mosaic_gpu needs inputs of 16 bits")
+
+    monkeypatch.setattr(command, "train", fail)
+    err = fails(capsys, "train", "--implementation=mosaic_gpu")
+    assert err == (
+        "goose-jax: error: --implementation mosaic_gpu cannot run this training: mosaic_gpu needs "
+        "inputs of 16 bits\n"
+    )
+    with pytest.raises(NotServed), refusals_named(TrainSettings()):
+        raise NotServed
+
+
 def test_other_errors_of_the_device_keep_their_traceback(monkeypatch):
     def broken(_):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
@@ -105,6 +163,8 @@ def test_prompts_that_begin_with_a_dash():
     ]
     assert join_texts(["--prompt"]) == ["--prompt"]
     assert join_texts(["--prompt", "a", "-b"]) == ["--prompt", "a", "-b"]
+    assert join_texts(["--stop", "-y", "--seed"]) == ["--stop=-y", "--seed"]
+    assert join_texts(["--stop", "--seed"]) == ["--stop", "--seed"]
 
 
 @pytest.mark.slow
@@ -163,6 +223,13 @@ def test_errors_name_the_flags_that_were_typed(capsys):
     )
 
 
+@pytest.mark.parametrize("value", ["data=x", "a/data=x", "./data=x", "data must=, data=3"])
+def test_what_the_user_typed_is_not_changed(value):
+    arguments = ["train", "--data", value, "--mesh=data=x"]
+    for message in (f"mesh {value!r}: no", f"{pathlib.Path(value)} is too short", f"a={value}"):
+        assert name_flags(message, typed_names(arguments), typed_values(arguments)) == message
+
+
 def test_what_evaluate_cannot_do(tmp_path, capsys):
     text, checkpoint = tmp_path / "text", tmp_path / "model.pth"
     assert f"there is no file or folder at {text}" in fails(capsys, "evaluate", checkpoint, text)
@@ -172,3 +239,12 @@ def test_what_evaluate_cannot_do(tmp_path, capsys):
             capsys, "evaluate", checkpoint, text, f"{flag}=0"
         )
     assert f"{checkpoint}" in fails(capsys, "evaluate", checkpoint, text)
+    for arguments, message in (
+        (["--field=foo"], "--field 'foo' is for JSONL files and data sets"),
+        (["--pattern"], "--pattern needs at least one pattern"),
+        ([f"--batch-size={2**31}"], f"--batch-size must be at most {2**31 - 1}, got {2**31}"),
+    ):
+        assert message in fails(capsys, "evaluate", checkpoint, text, *arguments)
+    assert "--pattern='/x/*' must fit names in a folder" in fails(
+        capsys, "evaluate", checkpoint, tmp_path, "--pattern", "/x/*"
+    )

@@ -21,6 +21,7 @@ from goose_jax.checkpoints import load_checkpoint
 from goose_jax.cli import main as command
 from goose_jax.cli.main import main
 from goose_jax.cli.train_progress import Progress
+from goose_jax.cli.unused_run import removed_if_unused
 from goose_jax.training import RunDirectory, StepReport
 
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "module_compilation_cache")
@@ -204,6 +205,23 @@ def test_an_empty_folder(tmp_path, capsys):
         ("--seed=-1", "--seed must be at least 0, got -1"),
         ("--l2wrap=inf", "--l2wrap must be a finite number >= 0, got inf"),
         ("--from=x --preset=minipile-12x768", "--preset cannot be given with --from"),
+        ("--mesh=data=x", "--mesh 'data=x': the size of 'data' must be an integer >= 1"),
+        ("--mesh foo=2", "--mesh 'foo=2' has 'foo=2', but each part must be AXIS=SIZE"),
+        ("--seed=4294967296", "--seed must lie in 0..2**32-1, got 4294967296"),
+        (f"--seed={2**80}", f"--seed must lie in 0..2**32-1, got {2**80}"),
+        ("--steps=3000000000", "--steps must be at most 2147483647, got 3000000000"),
+        ("--vocab-size=0", "--vocab-size must be an integer >= 1, got 0"),
+        ("--hidden-size=2147483584", "--hidden-size=2147483584 make 1.1e+20 parameters, more"),
+        (
+            "--batch-size=2147483647 --microbatches=2147483647",
+            "--microbatches=2147483647, --sequence-length=128 make 5.9e+20 tokens of a step",
+        ),
+        (
+            "--implementation=mosaic_gpu",
+            "--implementation mosaic_gpu cannot run this training: mosaic_gpu needs a Hopper GPU",
+        ),
+        ("--tokenizer=", "--tokenizer must be a name or a path, got ''"),
+        ("--field=foo", "--field 'foo' is for JSONL files and data sets, and "),
     ],
 )
 def test_a_wrong_setting(folder, tmp_path, capsys, argument, message):
@@ -213,6 +231,45 @@ def test_a_wrong_setting(folder, tmp_path, capsys, argument, message):
         capsys, "train", *argument.split(), f"--data={data}", f"--out={out}", "--no-plot"
     )
     assert not out.exists()
+
+
+def test_a_file_where_runs_should_be(folder, capsys):
+    file = folder / "fox.txt"
+    assert f"--out {file}: {file} is a file" in fails(capsys, "train", f"--out={file}", "--no-plot")
+    tokenize = ("tokenize", f"--data={file}", f"--out={file / 'tokens'}")
+    assert f"--out {file / 'tokens'}: {file} is a file" in fails(capsys, *tokenize)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "stays"),
+    [
+        ("tokenizer.json", "{}", False),
+        ("metrics.jsonl", '{"step": 0, "held_out_bits_per_byte": 8.0}\n', False),
+        ("metrics.jsonl", '{"step": 1, "loss": 5.0}\n', True),
+        ("checkpoints/00000001/metadata.json", "{}", True),
+        ("non_finite/00000001.npz", "", True),
+        ("notes.txt", "mine", True),
+    ],
+)
+def test_a_run_that_fails_before_its_first_step_is_removed(tmp_path, file, content, stays):
+    run = RunDirectory.create(tmp_path / "runs", "fox", {"steps": 3})
+    with (  # noqa: PT012
+        pytest.raises(MemoryError),
+        run.lock(),
+        removed_if_unused(run, ["tokenizer.json"]),
+    ):
+        (run.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / file).write_text(content)
+        raise MemoryError
+    assert run.path.exists() == stays
+    assert (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_interrupted_stays(tmp_path):
+    run = RunDirectory.create(tmp_path, "fox", {"steps": 3})
+    with pytest.raises(KeyboardInterrupt), removed_if_unused(run, []):
+        raise KeyboardInterrupt
+    assert run.settings_file.exists()
 
 
 def test_what_cannot_be_parsed(capsys):
@@ -245,6 +302,9 @@ def test_a_run_that_cannot_be_resumed(run, capsys):
         "--batch-size=3", "--seed=9"
     )
     assert f"{run} has made all of its 8 steps" in resume()
+    newest = run / "checkpoints" / "00000008"
+    assert f"--steps=3 must be more than the 8 steps of {newest}" in resume("--steps=3")
+    assert f"--steps=2 must be more than the 2 steps of warm-up in {run}\n" in resume("--steps=2")
 
     file = run / "settings.yaml"
     settings = file.read_text()

@@ -228,8 +228,8 @@ def test_a_mesh_is_read_from_a_text():
         ("data", "'data', but each part must be AXIS=SIZE"),
         ("rows=2", "'rows=2', but each part must be AXIS=SIZE, with an axis of data, fsdp"),
         ("data=2,data=4", "gives the axis data twice"),
-        ("data=0", "the size of data must be an integer >= 1"),
-        ("data=two", "the size of data must be an integer >= 1"),
+        ("data=0", "the size of 'data' must be an integer >= 1"),
+        ("data=two", "the size of 'data' must be an integer >= 1"),
     ],
 )
 def test_a_wrong_text_of_a_mesh_names_the_part(text, message):
@@ -348,7 +348,7 @@ def test_a_divided_model_is_evaluated_as_on_one_device(checkpoint, capsys, tmp_p
     ("command", "mesh", "message"),
     [
         ("generate", "tensor=3", "mesh axis tensor=3 cannot divide num_heads=4; sizes that would"),
-        ("generate", "rows=2", "mesh 'rows=2' has 'rows=2', but each part must be AXIS=SIZE"),
+        ("generate", "rows=2", "--mesh 'rows=2' has 'rows=2', but each part must be AXIS=SIZE"),
         ("generate", "tensor=16", "tensor of 16 has 16 devices, but there are 8"),
         ("chat", "tensor=2,data=2", "data divides batches, but this command works on one text"),
         ("chat", "context=2", "context divides batches, but this command works on one text"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import yaml
 
 from goose_jax import RWKV7Config
 from goose_jax.cli.settings_file import from_values, to_values
+from goose_jax.cli.tokenize import TokenizeFlags
 from goose_jax.cli.train_arguments import settings_before_flags
+from goose_jax.cli.train_checks import check_warmup
 from goose_jax.cli.train_defaults import (
     PRESETS,
     lora_config,
@@ -87,6 +90,42 @@ def test_defaults_depend_on_what_is_trained():
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (10, 1), (250, 25), (9999, 30)])
 def test_short_trials_have_a_short_warmup(steps, warmup):
     assert with_defaults(TrainSettings(steps=steps)).warmup_steps == warmup
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(3, 0), (50, 5), (200, 10), (None, 10)])
+def test_short_trials_of_a_preset_have_a_short_warmup(steps, warmup):
+    settings = TrainSettings(preset="minipile-12x768", steps=steps)
+    assert with_defaults(settings).warmup_steps == warmup
+
+
+def test_the_file_of_a_warmup_is_named(tmp_path):
+    file = tmp_path / "settings.yaml"
+    settings = TrainSettings(config=file, warmup_steps=10, steps=5)
+    with pytest.raises(ValueError, match=r"--steps=5 must be more than the 10 steps of warm-up in"):
+        check_warmup(settings, {"steps"})
+    check_warmup(settings, {"warmup_steps"})  # its flag is named elsewhere
+    check_warmup(dataclasses.replace(settings, steps=11), set())
+
+
+def integers(kind):
+    hints = typing.get_type_hints(kind)
+    return [name for name, hint in hints.items() if hint is int or int in typing.get_args(hint)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in (TrainSettings, TokenizeFlags)
+        for name in integers(kind)
+        if name != "seed"
+    ],
+)
+def test_integers_that_are_too_large(kind, name):
+    given = {"out": Path("x")} if kind is TokenizeFlags else {}
+    message = f"--{name.replace('_', '-')} must be at most (2147483647|9223372036854775807), got"
+    with pytest.raises(ValueError, match=rf"{message} {2**63}"):
+        kind(**given, **{name: 2**63})
 
 
 def test_values_that_are_given_are_kept():
