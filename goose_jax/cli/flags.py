@@ -22,13 +22,13 @@ def name_flags(message: str, names: Iterable[str], values: Iterable[str] = ()) -
       names: the arguments that have a flag.
       values: what the user typed, such as the path "steps=3": it is not changed.
     """
-    known = set(names)
+    values = set(values)
+    known = set(names) - values
 
     def flag(match: re.Match[str]) -> str:
         return option(match["name"]) if match["name"] in known else match[0]
 
-    # A value without `=` or `must` is no more than the beginning of what is replaced.
-    kept = sorted({v for v in values if _NAME.search(v)}, key=len, reverse=True)
+    kept = sorted((value for value in values if _NAME.search(value)), key=len, reverse=True)
     if not kept:
         return _NAME.sub(flag, message)
     parts = re.split("(" + "|".join(map(re.escape, kept)) + ")", message)

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _run_command(arguments)
         finally:  # not at the end of Python, which would show a closed pipe
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("goose-jax: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(out_of_memory(error, arguments[0]))
     except NotServed as error:
+        if arguments[0] == "train":  # it names --implementation, if that was given
+            raise
         _fail(
             f"the implementation that the checkpoint records cannot run here: {error}; a copy by "
             "goose-jax convert --layout pth records none"

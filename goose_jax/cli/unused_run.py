@@ -31,6 +31,8 @@ def removed_if_unused(run: RunDirectory, files: Iterable[str]) -> Iterator[None]
 
 
 def _is_unused(run: RunDirectory, files: set[str]) -> bool:
+    if not run.path.is_dir():
+        return False
     names = {path.name for path in run.path.iterdir()}
     checkpoints = run.path / "checkpoints"
     return (

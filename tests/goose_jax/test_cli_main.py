@@ -223,10 +223,10 @@ def test_errors_name_the_flags_that_were_typed(capsys):
     )
 
 
-@pytest.mark.parametrize("value", ["data=x", "a/data=x", "./data=x", "data must=, data=3"])
+@pytest.mark.parametrize("value", ["data=x", "a/data=x", "./data=x", "data", "data must, data=3"])
 def test_what_the_user_typed_is_not_changed(value):
     arguments = ["train", "--data", value, "--mesh=data=x"]
-    for message in (f"mesh {value!r}: no", f"{pathlib.Path(value)} is too short", f"a={value}"):
+    for message in (f"mesh {value!r}: no", f"{pathlib.Path(value)} must be", f"a={value}"):
         assert name_flags(message, typed_names(arguments), typed_values(arguments)) == message
 
 
