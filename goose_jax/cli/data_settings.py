@@ -29,6 +29,8 @@ _LONG = (
     *("held_out_bytes", "magic_prime"),
     *("log_every", "evaluate_every", "save_every", "keep", "keep_every"),
 )
+_TAKING_MEMORY = ("prefetch", "data_workers", "workers")
+_MOST = dict.fromkeys(_LONG, 2**63 - 1) | dict.fromkeys(_TAKING_MEMORY, 2**16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class DocumentSettings:
     def __post_init__(self) -> None:
         check_pattern_given(self.pattern)
         values = {name: value for name, value in vars(self).items() if name != "seed"}
-        check_integers(values, long=_LONG)  # a seed has a range of its own
+        check_integers(values, _MOST)  # a seed has a range of its own
 
     def open_documents(self) -> DocumentSource:
         """Opens the documents.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_INT32, _INT64 = 2**31 - 1, 2**63 - 1
+_INT32 = 2**31 - 1
 _NAME = re.compile(r"(?<![^\s(])(self\.)?(?P<name>[a-z]\w*)\b(?=\s*(=|must\b))")
 
 
@@ -48,20 +48,20 @@ def typed_values(arguments: Sequence[str]) -> set[str]:
     return values | {str(Path(value)) for value in values}
 
 
-def check_integers(values: Mapping[str, Any], *, long: Iterable[str] = ()) -> None:
-    """Checks that integers are not larger than 32 bits with a sign can hold.
+def check_integers(values: Mapping[str, Any], most: Mapping[str, int] | None = None) -> None:
+    """Checks that integers are not too large: 32 bits with a sign hold most of them.
 
     Args:
       values: values by name; those that are no integers are passed over.
-      long: the names of integers that may have 64 bits.
+      most: the largest values of integers with another limit, by name.
 
     Raises:
       ValueError: if an integer is larger; the message names its flag and the value.
     """
     for name, value in values.items():
-        most = _INT64 if name in long else _INT32
-        if isinstance(value, int) and value > most:
-            raise ValueError(f"{option(name)} must be at most {most}, got {value}")
+        limit = (most or {}).get(name, _INT32)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{option(name)} must be at most {limit}, got {value}")
 
 
 __all__ = ["check_integers", "name_flags", "option", "typed_names", "typed_values"]

@@ -123,7 +123,9 @@ def integers(kind):
 )
 def test_integers_that_are_too_large(kind, name):
     given = {"out": Path("x")} if kind is TokenizeFlags else {}
-    message = f"--{name.replace('_', '-')} must be at most (2147483647|9223372036854775807), got"
+    message = (
+        f"--{name.replace('_', '-')} must be at most (65536|2147483647|9223372036854775807), got"
+    )
     with pytest.raises(ValueError, match=rf"{message} {2**63}"):
         kind(**given, **{name: 2**63})
 
