@@ -11,7 +11,8 @@ from pathlib import Path
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which is renamed to `path` at the end.
 
-    If the body raises an error, whatever it wrote is removed and `path` does not change.
+    If the body raises an error, whatever it wrote is removed and `path` does not change. An
+    `OSError` that names no file, as of a full disk, then names `path`.
 
     Args:
       path: path of the file or directory to create. An existing file is replaced.
@@ -21,8 +22,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -137,8 +137,7 @@ def _train_in(
                 state = trainer.start()
         else:
             state = trainer.resume(checkpoint)
-            if folder := from_first_process(lambda: _rewind(run, int(state.step), settings)):
-                print(f"later checkpoints and a copy of the metrics are in {folder}")
+            from_first_process(lambda: _rewind(run, int(state.step), settings))
         for writer in _open_writers(settings, run, int(state.step)):
             stack.callback(writer.close)
             writers.append(writer)
@@ -164,6 +163,8 @@ def _train_in(
 def _rewind(run: RunDirectory, step: int, settings: TrainSettings) -> str:
     """Makes the run what it was after a step; returns where later checkpoints are, or ""."""
     folder = run.rewind(step)
+    if folder is not None:  # told before anything else can fail
+        print(f"later checkpoints and a copy of the metrics are in {folder}", flush=True)
     run.write_settings(to_values(settings))
     return "" if folder is None else str(folder)
 

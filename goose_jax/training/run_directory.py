@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,8 @@ from goose_jax.checkpoints.directory import verify_directory
 from goose_jax.checkpoints.native import CHECKPOINTS, list_checkpoints
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.data import Batch
+from goose_jax.training.metrics_file import HELD_OUT_METRIC, check_metrics, read_metrics
 from goose_jax.training.yaml_file import read_yaml, write_yaml
-
-HELD_OUT_METRIC = "held_out_bits_per_byte"
-"""The name of the measurements on held-out text in the metrics."""
 
 
 class RunInUseError(OSError):
@@ -160,24 +158,34 @@ class RunDirectory:
     def rewind(self, step: int) -> Path | None:
         """Makes the run what it was after a step, so that it can be trained on from there.
 
-        Checkpoints of later steps, and then a copy of the metrics, are moved to a folder of their
-        own in "set_aside/". A half-written last line of the metrics is removed.
+        Checkpoints of later steps, and a copy of the metrics, are moved to a folder of their own in
+        "set_aside/". A half-written last line of the metrics is removed.
 
         Returns:
           That folder; None if there was no later checkpoint.
 
         Raises:
-          OSError: if a file cannot be written or moved.
-          CheckpointError: if a line of the metrics is damaged; the message names it.
+          OSError: if a file cannot be written or moved. If the disk is full, nothing has moved.
+          CheckpointError: if a line of the metrics is damaged; the message names it. Nothing has
+            moved then.
         """
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         later = [path for path in self.checkpoints if int(path.name) > step]
-        folder = self._new_folder("set_aside") if later else None
-        if folder is not None:
+        with atomic_path(self.metrics_file) as new:
+            new.write_text("".join(kept))
+            return self._set_aside(later) if later else None
+
+    def _set_aside(self, checkpoints: Sequence[Path]) -> Path:
+        """Moves checkpoints to a new folder, in which a copy of the metrics lies already."""
+        folder = self._new_folder("set_aside")
+        try:
             if self.metrics_file.exists():
                 shutil.copy(self.metrics_file, folder)
-            for path in later:
-                path.rename(folder / path.name)
-        self.forget_after(step)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        for path in checkpoints:
+            path.rename(folder / path.name)
         return folder
 
     def _new_folder(self, parent: str) -> Path:
@@ -251,14 +259,19 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics; `values` must have a "step".
+        """Appends one line to the metrics.
+
+        Args:
+          values: a "step", which is an integer of at least 0, and finite numbers by name.
 
         Raises:
           OSError: if the line cannot be written, for example on a full disk. No part of it is kept.
+          ValueError: if a value is something else.
         """
+        check_metrics(dict(values))
         with self.metrics_file.open("ab", buffering=0) as stream:
             end = stream.tell()
-            line = (json.dumps(dict(values), allow_nan=False) + "\n").encode()
+            line = (json.dumps(dict(values)) + "\n").encode()
             try:
                 if stream.write(line) < len(line):  # the disk took a part of it
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -270,20 +283,9 @@ class RunDirectory:
         """Yields the lines of the metrics. A half-written last line is left out.
 
         Raises:
-          ValueError: if another line is damaged; the message names it.
+          CheckpointError: if another line is damaged; the message names file and line.
         """
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]  # what has no end is no line
-        for number, line in enumerate(lines, start=1):
-            try:
-                values = json.loads(line)
-                int(values["step"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise CheckpointError(
-                    f"{self.metrics_file}:{number} is no line of metrics, remove it: {error!r}"
-                ) from error
-            yield values
+        return read_metrics(self.metrics_file)
 
     def remove_old(
         self, *, keep: int, keep_best: bool = False, keep_every: int | None = None
@@ -329,17 +331,6 @@ class RunDirectory:
         with atomic_path(path) as new, new.open("wb") as stream:
             np.savez(stream, **{name: a for name, a in arrays.items() if a is not None})
         return path
-
-    def forget_after(self, step: int) -> None:
-        """Removes the metrics of the steps after this one, and a half-written last line.
-
-        Raises:
-          OSError: if the file cannot be written. It does not change then.
-          ValueError: if a line is damaged; the message names it.
-        """
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        with atomic_path(self.metrics_file) as new:
-            new.write_text("".join(kept))
 
 
 __all__ = ["HELD_OUT_METRIC", "RunDirectory", "RunInUseError"]
