@@ -89,7 +89,9 @@ def _train(settings: TrainSettings) -> None:
     with _locked(run):
         checkpoint = Path(from_first_process(lambda: str(_checkpoint_to_resume(resume, run))))
         check_steps_left(settings, checkpoint)
-        _train_in(run, settings, prepare(settings, checkpoint), checkpoint)
+        beside = run.path.resolve().parent  # --out may be relative to another folder than this
+        prepared = prepare(dataclasses.replace(settings, out=beside), checkpoint)
+        _train_in(run, settings, prepared, checkpoint)
 
 
 @contextlib.contextmanager

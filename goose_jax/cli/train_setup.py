@@ -25,6 +25,7 @@ from goose_jax.text import (
     open_tokenizer,
     tokenizer_name,
 )
+from goose_jax.text.tokenizer_lookup import absolute_name
 from goose_jax.training import FullTuning, LoraTuning, StateTuning, Tuning
 
 
@@ -86,7 +87,7 @@ def name_of_run(settings: TrainSettings) -> str:
 
 
 def _new_model(settings: TrainSettings) -> Prepared:
-    name = settings.tokenizer or "byte"
+    name = absolute_name(settings.tokenizer or "byte")
     tokenizer = get_tokenizer(name)
     config = model_config(settings, vocab_size=tokenizer.vocab_size)
     text, batches = _load_text(settings, tokenizer)

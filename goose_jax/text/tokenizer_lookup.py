@@ -96,9 +96,18 @@ def tokenizer_name(checkpoint: Path, *, given: str | None, recorded: str | None)
     chosen = given or file or recorded
     if chosen is None:
         raise ValueError(f"{checkpoint} does not tell its tokenizer; {_HOW_TO_GIVE_ONE}")
-    if chosen in TOKENIZER_NAMES or not Path(chosen).exists():
-        return str(chosen)
-    return str(Path(chosen).absolute())
+    return absolute_name(str(chosen))
+
+
+def absolute_name(name: str) -> str:
+    """Returns the name or path of a tokenizer as it can be used from any folder.
+
+    Args:
+      name: a name or path that `get_tokenizer` accepts. What is neither does not change.
+    """
+    if name in TOKENIZER_NAMES or not Path(name).exists():
+        return name
+    return str(Path(name).absolute())
 
 
 def find_tokenizer_file(folder: Path) -> Path | None:
@@ -163,6 +172,7 @@ def _file_in(folder: Path) -> Path:
 
 __all__ = [
     "TOKENIZER_NAMES",
+    "absolute_name",
     "find_tokenizer_file",
     "get_tokenizer",
     "open_tokenizer",

@@ -327,6 +327,55 @@ def test_a_text_that_has_changed(run, folder, tmp_path, capsys):
     assert f"was trained on another text than is in {other} now" in err
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder that is the working directory; commands end before they train."""
+    monkeypatch.setattr(
+        "goose_jax.cli.train._train_in", lambda _run, _settings, prepared, _: prepared.close()
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_a_run_that_is_resumed_from_another_folder(run, finished, elsewhere):
+    """Its tokens are those beside it, wherever it was begun and whatever its folder is called."""
+    settings = yaml.safe_load((run / "settings.yaml").read_text()) | {"out": "runs"}
+    (run / "settings.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(finished[0].parent / ".tokens", run.parent / ".tokens")
+    (kept,) = (run.parent / ".tokens").iterdir()
+    before = (kept / "tokens.bin").stat().st_ino
+    for name in (run, pathlib.Path("..", run.name)):
+        main(["train", f"--resume={name}", "--steps=9"])
+    os.chdir(run)
+    main(["train", "--resume=.", "--steps=9"])
+    os.chdir("checkpoints")
+    main(["train", "--resume=..", "--steps=9"])
+    assert list(elsewhere.iterdir()) == []
+    assert [path.name for path in (run.parent / ".tokens").iterdir()] == [kept.name]
+    assert (kept / "tokens.bin").stat().st_ino == before
+    assert not (run / "runs").exists()
+    assert yaml.safe_load((run / "settings.yaml").read_text()) == settings
+
+
+@pytest.mark.slow
+def test_recorded_settings_can_be_used_from_any_folder(tmp_path, elsewhere):
+    """All paths are absolute in them, the tokenizer's, too, but for the folder of the runs."""
+    (elsewhere / "fox.txt").write_text(TEXT)
+    letters = sorted(set(TEXT))
+    lines = "".join(f"{token} {letter!r} 1\n" for token, letter in enumerate(letters, start=1))
+    (elsewhere / "letters.txt").write_text(lines)
+    files = ["--data=fox.txt", "--held-out=fox.txt", "--tokenizer=letters.txt"]
+    main(["train", *SMALL, *files])
+    recorded = yaml.safe_load((elsewhere / "runs" / "fox-1" / "settings.yaml").read_text())
+    assert recorded["data"] == recorded["held_out"] == str(elsewhere / "fox.txt")
+    assert recorded["tokenizer"] == str(elsewhere / "letters.txt")
+    os.chdir(tmp_path)
+    main(["train", f"--config={elsewhere / 'runs' / 'fox-1' / 'settings.yaml'}"])
+    again = yaml.safe_load((tmp_path / "runs" / "fox-1" / "settings.yaml").read_text())
+    assert again == recorded
+
+
 def test_the_time_that_is_left_is_told_without_compilation(capsys):
     """The bar begins at the first report, and its rate is that of the steps after it."""
     with Progress(10, on_closed_pipe=pytest.fail) as progress:
