@@ -6,6 +6,7 @@ from goose_jax.checkpoints.errors import CheckpointError
 from goose_jax.checkpoints.model_and_tokenizer import load_model_and_tokenizer
 from goose_jax.checkpoints.native import (
     CheckpointMetadata,
+    CheckpointWarning,
     begin_checkpoint,
     load_checkpoint,
     load_optimizer_state,
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointContents",
     "CheckpointError",
     "CheckpointMetadata",
+    "CheckpointWarning",
     "Saving",
     "begin_checkpoint",
     "load_checkpoint",

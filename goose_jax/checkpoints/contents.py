@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from goose_jax.checkpoints.containers import CheckpointKind, checkpoint_kind
 from goose_jax.checkpoints.key_map import axis_sizes
 from goose_jax.checkpoints.layouts import OFFICIAL, Layout
-from goose_jax.checkpoints.native import CheckpointMetadata, find_checkpoint, read_description
+from goose_jax.checkpoints.native import (
+    DESCRIPTION,
+    CheckpointMetadata,
+    open_checkpoint,
+    read_description,
+)
 from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.config import RWKV7Config, dtype_name
 
@@ -57,7 +62,7 @@ def read_contents(path: Path) -> CheckpointContents:
         be seen without reading parameters.
     """
     if checkpoint_kind(path) == "native":
-        path = find_checkpoint(path)
+        path = open_checkpoint(path, only=DESCRIPTION)
         config, metadata = read_description(path)
         dtype, sizes = dtype_name("param_dtype", config.param_dtype), axis_sizes(config)
         counts: Counter[tuple[str, str]] = Counter()

@@ -12,10 +12,12 @@ name is therefore always complete, and a failure while saving leaves earlier che
 """
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -33,6 +35,9 @@ from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.parallel import check_mesh
 
 _CONFIG, _METADATA = "config.json", "metadata.json"
+DESCRIPTION = (_CONFIG, _METADATA)
+"""The files that say what a checkpoint of a model is."""
+
 _PARAMS = "params"
 OPTIMIZER = "optimizer"
 """The folder of the state of the optimizer, which only training reads."""
@@ -43,6 +48,11 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter.json"
 """This file marks a directory that holds adapters or an initial state instead of a model."""
 _FORMAT = 1
+_MOST_NAMED = 8  # damaged checkpoints in one error
+
+
+class CheckpointWarning(UserWarning):
+    """The newest checkpoint of a run is damaged, and an older one is used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +148,8 @@ def load_checkpoint(
     """Loads the model of a checkpoint. The state of the optimizer is not read.
 
     Args:
-      path: directory of a checkpoint, or of a training run, whose newest checkpoint is loaded.
+      path: directory of a checkpoint, or of a training run, whose newest intact checkpoint is
+        loaded. (A run of several processes needs the newest one.)
       mesh: the mesh that the parameters are divided over, which may be another one than that of the
         run that saved them; no process then reads more than its devices need. None loads to the
         default device.
@@ -150,9 +161,11 @@ def load_checkpoint(
       CheckpointError: if it is not a checkpoint, is damaged, or its parameters do not fit its
         configuration.
       ValueError: if an override is out of range, or the mesh does not divide the model.
+
+    Warns:
+      CheckpointWarning: for each newer checkpoint of a run that is damaged.
     """
-    path = find_checkpoint(path)
-    verify_directory(path, leave_out=OPTIMIZER)
+    path = open_checkpoint(path, leave_out=OPTIMIZER)
     config, metadata = read_description(path, **overrides)
     if mesh is not None:
         check_mesh(mesh, config)
@@ -177,7 +190,7 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
             f"{path} holds what was tuned beside a model and not the model: for adapters use "
             "goose-jax merge, for initial states --state"
         )
-    verify_directory(path, only=(_CONFIG, _METADATA))
+    verify_directory(path, only=DESCRIPTION)
     stored = read_json(path / _METADATA)
     if (found := stored.pop("format", None)) != _FORMAT:
         shown = shorten_name(repr(found))
@@ -240,17 +253,80 @@ def find_checkpoint(path: Path | str) -> Path:
     raise CheckpointError(f"{path} is neither a checkpoint ({CHECKSUMS} is missing) nor a run")
 
 
+def open_checkpoint(
+    path: Path | str, *, leave_out: str | None = None, only: Sequence[str] | None = None
+) -> Path:
+    """Returns the path of the checkpoint at `path`, or of the newest intact one of the run there.
+
+    In a run of several processes only the newest one will do: each process reads its own part of
+    the files, so they could not agree on another one.
+
+    Args:
+      path: directory of a checkpoint or of a training run.
+      leave_out: name of a folder whose files are not checked.
+      only: names of the files to check; None checks all.
+
+    Raises:
+      FileNotFoundError: if `path` does not exist.
+      CheckpointError: if it is neither a checkpoint nor a run with checkpoints, or what it holds is
+        damaged.
+
+    Warns:
+      CheckpointWarning: for each newer checkpoint that is damaged.
+    """
+    found = find_checkpoint(path)
+    if found != Path(path).absolute() and jax.process_count() == 1:
+        return newest_intact(Path(path), leave_out=leave_out, only=only)
+    verify_directory(found, leave_out=leave_out, only=only)
+    return found
+
+
+def newest_intact(
+    run: Path, *, leave_out: str | None = None, only: Sequence[str] | None = None
+) -> Path:
+    """Returns the path of a run's newest checkpoint whose files are all as they were written.
+
+    Args:
+      run: folder of a run with checkpoints.
+      leave_out: name of a folder whose files are not checked.
+      only: names of the files to check; None checks all.
+
+    Raises:
+      CheckpointError: if all are damaged. The message names each of them and its damage.
+
+    Warns:
+      CheckpointWarning: for each newer checkpoint that is damaged.
+    """
+    damaged: list[CheckpointError] = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            verify_directory(path, leave_out=leave_out, only=only)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for damage in damaged:
+            warnings.warn(f"{damage}; going on from {path}", CheckpointWarning, stacklevel=2)
+        return path
+    shown = "; ".join(map(str, damaged[:_MOST_NAMED]))
+    others = f"; and {len(damaged) - _MOST_NAMED} more" if damaged[_MOST_NAMED:] else ""
+    raise CheckpointError(f"all checkpoints of {run} are damaged: {shown}{others}")
+
+
 __all__ = [
     "ADAPTER",
     "CHECKPOINTS",
+    "DESCRIPTION",
     "OPTIMIZER",
     "CheckpointMetadata",
+    "CheckpointWarning",
     "begin_checkpoint",
     "checkpoint_path",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_state",
+    "newest_intact",
+    "open_checkpoint",
     "read_description",
     "save_checkpoint",
 ]

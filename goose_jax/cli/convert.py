@@ -40,7 +40,7 @@ def convert(
 
     Args:
       source: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax, or
-        the folder of a training run (then its newest checkpoint).
+        the folder of a training run (then its newest intact one).
       target: What to create; nothing is ever overwritten. An end of .pth, .safetensors or .st asks
         for such a file, any other name for a folder with config.json.
       layout: Names of the tensors. pth: the official file; official: the same names in any file;

@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
-        or the folder of a training run (then its newest checkpoint).
+        or the folder of a training run (then its newest intact one).
       text: A file or a folder of texts, as goose-jax train reads them.
       pattern: Which files of a folder are read, as in "*.txt".
       field: The field of JSONL and data sets that holds the text or the conversation; by default

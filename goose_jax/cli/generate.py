@@ -47,7 +47,7 @@ def generate(
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
-        or the folder of a training run (then its newest checkpoint).
+        or the folder of a training run (then its newest intact one).
       prompt: Text to continue; without one, a new document begins.
       prompt_file: File with the text to continue, in UTF-8; - for stdin.
       tokenizer: byte, world, or the path of a tokenizer.json or a vocabulary file; by default the

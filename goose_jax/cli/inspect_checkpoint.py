@@ -30,7 +30,7 @@ def inspect(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
 
     Args:
       checkpoint: A .pth or safetensors file, a folder of Hugging Face, a checkpoint of goose-jax,
-        or the folder of a training run (then its newest checkpoint).
+        or the folder of a training run (then its newest intact one).
 
     Raises:
       ValueError: if it is not a checkpoint, or is damaged as far as that can be seen without

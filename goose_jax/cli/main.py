@@ -20,6 +20,7 @@ from goose_jax.cli.inspect_checkpoint import inspect
 from goose_jax.cli.memory import is_out_of_memory, out_of_memory
 from goose_jax.cli.merge import merge
 from goose_jax.cli.prompts import join_texts
+from goose_jax.cli.short_warnings import short_warnings
 from goose_jax.cli.tokenize import tokenize
 from goose_jax.cli.train import train
 from goose_jax.cli.train_arguments import settings_before_flags
@@ -37,6 +38,7 @@ def run() -> None:
     main()
 
 
+@short_warnings()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand.
 

@@ -26,7 +26,7 @@ def merge(
       goose-jax merge runs/poems-1 --base rwkv7.pth --out poems.pth --layout pth
 
     Args:
-      adapter: The folder of a run with --tune lora (then its newest checkpoint), or a checkpoint.
+      adapter: The folder of a run with --tune lora (then its newest intact one), or a checkpoint.
       base: The checkpoint that the adapters were trained on.
       out: What to make; nothing is ever written over.
       layout: native: a checkpoint of goose-jax; pth: the official file; huggingface: the folder

@@ -12,7 +12,6 @@ from typing import assert_never
 
 import jax
 
-from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.directory import verify_directory
 from goose_jax.cli.memory import parameters_fit
 from goose_jax.cli.settings_file import to_values
@@ -119,11 +118,7 @@ def _checkpoint_to_resume(path: Path, run: RunDirectory) -> Path:
     if path.resolve() != run.path.resolve():
         verify_directory(path)
         return path.absolute()
-    damaged: list[CheckpointError] = []
-    checkpoint = run.intact_checkpoint(damaged.append)
-    for error in damaged:
-        print(f"goose-jax: warning: {error}; going on from {checkpoint}", file=sys.stderr)
-    return checkpoint
+    return run.intact_checkpoint()
 
 
 def _train_in(

@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ import numpy as np
 
 from goose_jax.checkpoints import CheckpointError
 from goose_jax.checkpoints.atomic_write import atomic_path
-from goose_jax.checkpoints.directory import verify_directory
-from goose_jax.checkpoints.native import CHECKPOINTS, list_checkpoints
+from goose_jax.checkpoints.native import CHECKPOINTS, list_checkpoints, newest_intact
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer
 from goose_jax.data import Batch
 from goose_jax.training.metrics_file import HELD_OUT_METRIC, check_metrics, read_metrics
@@ -136,24 +135,18 @@ class RunDirectory:
             finally:
                 self._is_locked = False
 
-    def intact_checkpoint(self, on_damaged: Callable[[CheckpointError], None]) -> Path:
+    def intact_checkpoint(self) -> Path:
         """Returns the newest checkpoint whose files are all as they were written.
 
-        Args:
-          on_damaged: called with an error that names the damage, for each newer checkpoint.
-
         Raises:
-          CheckpointError: if there is no checkpoint, or all are damaged.
+          CheckpointError: if there is no checkpoint, or all are damaged. The message names each.
+
+        Warns:
+          CheckpointWarning: for each newer checkpoint that is damaged.
         """
-        for path in reversed(self.checkpoints):
-            try:
-                verify_directory(path)
-            except CheckpointError as error:
-                on_damaged(error)
-            else:
-                return path
-        damaged = "; all of its checkpoints are damaged" if self.checkpoints else ""
-        raise CheckpointError(f"{self.path} has no checkpoint to resume from{damaged}")
+        if not self.checkpoints:
+            raise CheckpointError(f"{self.path} has no checkpoint to resume from")
+        return newest_intact(self.path)
 
     def rewind(self, step: int) -> Path | None:
         """Makes the run what it was after a step, so that it can be trained on from there.

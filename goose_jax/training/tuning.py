@@ -16,7 +16,7 @@ from goose_jax.checkpoints import (
     save_state,
 )
 from goose_jax.checkpoints.fingerprint import fingerprint
-from goose_jax.checkpoints.native import find_checkpoint, read_description
+from goose_jax.checkpoints.native import DESCRIPTION, open_checkpoint, read_description
 from goose_jax.nn import RWKV7, abstract_model
 from goose_jax.parallel.placement import to_host
 from goose_jax.state import RWKV7State
@@ -139,7 +139,7 @@ class FullTuning:
         `init` cannot be used.
 
         Args:
-          path: directory of a checkpoint, or of a training run, whose newest checkpoint is used.
+          path: directory of a checkpoint, or of a training run, whose newest intact one is used.
           l2wrap: factor of the pull on large logits, as for `token_losses`.
           **overrides: other values for fields of `RWKV7Config` that do not determine shapes, such
             as `remat`.
@@ -149,7 +149,7 @@ class FullTuning:
           CheckpointError: if it holds no model, or is damaged.
           ValueError: if an override is out of range.
         """
-        config, _ = read_description(find_checkpoint(path), **overrides)
+        config, _ = read_description(open_checkpoint(path, only=DESCRIPTION), **overrides)
         tuning = cls(abstract_model(config), l2wrap=l2wrap)
         tuning._initial = None
         return tuning
@@ -175,7 +175,7 @@ class FullTuning:
         """Loads the parameters of the model in a checkpoint, and the checkpoint's metadata.
 
         Args:
-          path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+          path: directory of the checkpoint, or of a run, whose newest intact one is loaded.
           mesh: the mesh that the parameters are divided over; None for one device.
 
         Raises:
@@ -225,7 +225,7 @@ class _TuningBesideModel:
         """Loads the trained parameters in a checkpoint, and the checkpoint's metadata.
 
         Args:
-          path: directory of the checkpoint, or of a run, whose newest checkpoint is loaded.
+          path: directory of the checkpoint, or of a run, whose newest intact one is loaded.
           mesh: the mesh that the parameters are divided over; None for one device.
 
         Raises:

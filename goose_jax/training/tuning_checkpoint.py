@@ -19,15 +19,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from goose_jax.checkpoints import CheckpointError, CheckpointMetadata
-from goose_jax.checkpoints.directory import (
-    read_arrays,
-    read_json,
-    verify_directory,
-)
+from goose_jax.checkpoints.directory import read_arrays, read_json
 from goose_jax.checkpoints.directory_writer import Saving, begin_directory
 from goose_jax.checkpoints.errors import cause
 from goose_jax.checkpoints.fingerprint import fingerprint
-from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, find_checkpoint
+from goose_jax.checkpoints.native import ADAPTER, OPTIMIZER, open_checkpoint
 from goose_jax.checkpoints.tokenizer_copy import embed_tokenizer, locate_tokenizer
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import RWKV7, abstract_model
@@ -106,17 +102,17 @@ def load_tuning_checkpoint(path: Path | str, *, mesh: Mesh | None = None) -> Tun
     """Loads what `save_tuning_checkpoint` saved. The optimizer's state is not read.
 
     Args:
-      path: directory of a checkpoint, or of a training run, whose newest checkpoint is loaded.
+      path: directory of a checkpoint, or of a training run, whose newest intact checkpoint is
+        loaded, as by `load_checkpoint`.
       mesh: the mesh that the parameters are divided over; None loads to the default device.
 
     Raises:
       FileNotFoundError: if `path` does not exist.
       CheckpointError: if it is no such checkpoint, or is damaged.
     """
-    path = find_checkpoint(path)
+    path = open_checkpoint(path, leave_out=OPTIMIZER)
     if not (path / ADAPTER).is_file():
         raise CheckpointError(f"{path} holds a model, and nothing that was tuned beside one")
-    verify_directory(path, leave_out=OPTIMIZER)
     stored = read_json(path / ADAPTER)
     if stored.get("format") != _FORMAT:
         raise CheckpointError(f"{path} has format {stored.get('format')}, but {_FORMAT} is read")

@@ -15,8 +15,10 @@ from goose_jax import RWKV7, RWKV7Config
 from goose_jax.checkpoints import (
     CheckpointError,
     CheckpointMetadata,
+    CheckpointWarning,
     load_checkpoint,
     load_optimizer_state,
+    read_contents,
     save_checkpoint,
 )
 from goose_jax.checkpoints.native import checkpoint_path
@@ -120,6 +122,57 @@ def test_the_newest_checkpoint_of_a_run_is_found(saved, tmp_path):
         copied = pathlib.Path(shutil.copytree(saved, checkpoint_path(tmp_path, step)))
         edit(copied, "metadata.json", step=step)
     assert load_checkpoint(tmp_path)[1].step == 200
+
+
+@pytest.fixture
+def damaged_run(saved, tmp_path):
+    """The checkpoints of steps 10 and 200 are damaged in different ways, that of step 9 is not."""
+    for step in (9, 10, 200):
+        shutil.copytree(saved, checkpoint_path(tmp_path, step))
+        edit(checkpoint_path(tmp_path, step), "metadata.json", step=step)
+    file = next(file for file in (checkpoint_path(tmp_path, 10) / "params").rglob("*") if
+                file.is_file() and file.stat().st_size)  # fmt: skip
+    file.write_bytes(file.read_bytes()[:-1])
+    (checkpoint_path(tmp_path, 200) / "checksums.json").unlink()
+    return tmp_path
+
+
+def test_damaged_checkpoints_of_a_run_are_passed_over(damaged_run, model):
+    with pytest.warns(CheckpointWarning) as warned:
+        loaded, metadata = load_checkpoint(damaged_run)
+    assert metadata.step == 9
+    assert_equal(params_of(loaded), params_of(model))
+    older = checkpoint_path(damaged_run, 9)
+    first, second = (str(warning.message) for warning in warned)
+    assert first.startswith(f"{checkpoint_path(damaged_run, 200) / 'checksums.json'} is damaged: ")
+    assert second.startswith(f"{checkpoint_path(damaged_run, 10)} is damaged: params/")
+    assert first.endswith(f"; going on from {older}")
+    assert second.endswith(f"; going on from {older}")
+    with pytest.warns(CheckpointWarning):  # the description of step 10 is intact
+        assert read_contents(damaged_run).metadata.step == 10
+    for named in (10, 200):  # one that is named itself has none before it
+        with pytest.raises(CheckpointError, match=r"is damaged|is neither a checkpoint"):
+            load_checkpoint(checkpoint_path(damaged_run, named))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(damaged_run):
+    (checkpoint_path(damaged_run, 9) / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"all checkpoints of {damaged_run} are") as error:
+        load_checkpoint(damaged_run)
+    text = str(error.value)
+    assert f"{checkpoint_path(damaged_run, 9)} is damaged: config.json is missing" in text
+    assert f"{checkpoint_path(damaged_run, 10)} is damaged: params/" in text
+    assert f"{checkpoint_path(damaged_run, 200) / 'checksums.json'} is damaged" in text
+    for step in range(20, 30):
+        checkpoint_path(damaged_run, step).mkdir()
+    with pytest.raises(CheckpointError, match="; and 5 more"):
+        load_checkpoint(damaged_run)
+
+
+def test_several_processes_do_not_choose_a_checkpoint_each(damaged_run, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(CheckpointError, match=f"{checkpoint_path(damaged_run, 200)}.* is damaged"):
+        load_checkpoint(damaged_run)
 
 
 def test_nothing_is_written_over(saved, model, tmp_path):

@@ -412,6 +412,38 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, finished, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "RUN", "--prompt=the", "--max-new-tokens=2"],
+        ["chat", "RUN", "--max-new-tokens=2"],
+        ["evaluate", "RUN", "fox.txt", "--batch-size=2", "--sequence-length=12"],
+        ["convert", "RUN", "copy", "--layout=native"],
+        ["inspect", "RUN"],
+        ["train", "--from=RUN", "--data=fox.txt"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_passes_over_damaged_checkpoints(
+    run, command, elsewhere, monkeypatch, capsys
+):
+    newest, older = run / "checkpoints" / "00000008", run / "checkpoints" / "00000004"
+    (newest / "metadata.json").write_text("{}")
+    (elsewhere / "fox.txt").write_text(TEXT)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    command = [argument.replace("RUN", str(run)) for argument in command]
+    main(command)
+    err = capsys.readouterr().err
+    warning = f"goose-jax: warning: {newest} is damaged: metadata.json is not what was written; "
+    assert err.count(f"{warning}going on from {older}\n") == 1
+    (older / "config.json").write_text("{}")
+    shutil.rmtree("copy", ignore_errors=True)  # what convert has made
+    line = fails(capsys, *command)
+    assert f"all checkpoints of {run} are damaged: {newest} is damaged: metadata.json" in line
+    assert f"; {older} is damaged: config.json is not what was written" in line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [6, 10])
 def test_a_run_is_trained_to_another_end_and_from_any_checkpoint(run, finished, capsys, total):
     """From step 4 on, the run of 8 steps follows the schedule of a shorter or longer one."""
