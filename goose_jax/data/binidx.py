@@ -16,8 +16,8 @@
 RWKV-LM makes one item of each document, with the id 0 at its end. Source: `binidx.py` and
 `make_data.py` in https://github.com/BlinkDL/RWKV-LM.
 
-Beside them, and unknown to RWKV-LM, may be `NAME.counted`: a byte for each token, 0 if the loss
-does not count it.
+Beside them, and unknown to RWKV-LM, may be `NAME.counted`: a byte for each token, 1 if the loss
+counts it, else 0.
 """
 
 import functools
@@ -94,6 +94,7 @@ class Binidx:
                 f"{file} has {file.stat().st_size} bytes, but {self._bin} has "
                 f"{len(self.tokens)} tokens"
             )
+        _check_counted(file)
         return _map(file, np.bool_, 0, len(self.tokens))
 
     def __reduce__(self) -> tuple[type["Binidx"], tuple[Path]]:
@@ -143,6 +144,18 @@ class Binidx:
             if file.exists():
                 _hash_file(digest, file, whole=file == self._idx)
         return digest.hexdigest()
+
+
+def _check_counted(file: Path) -> None:
+    """Checks that each byte of a file is 0 or 1."""
+    start = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            values = np.frombuffer(block, np.uint8)
+            if values.max() > 1:
+                at = int(np.argmax(values > 1))
+                raise ValueError(f"{file}, byte {start + at}: must be 0 or 1, got {values[at]}")
+            start += len(block)
 
 
 def prefix_of(path: Path | str) -> Path:

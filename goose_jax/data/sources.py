@@ -155,6 +155,18 @@ class DocumentSource:
             return whole + size * position.offset // self._num_rows[position.item]
         return whole + (0 if item.path.suffix == ".gz" else position.offset)
 
+    def holds(self, position: Position) -> bool:
+        """Returns whether a position is in the source or at its end, as far as that is known.
+
+        The unpacked size of a `.gz` file is not.
+        """
+        if position.item >= len(self.items):
+            return position == Position(len(self.items))
+        item = self.items[position.item]
+        if item.kind == "dataset":
+            return position.offset <= self._num_rows[position.item]
+        return item.path.suffix == ".gz" or position.offset <= self._sizes[position.item]
+
     @functools.cached_property
     def _num_rows(self) -> dict[int, int]:
         return {

@@ -9,11 +9,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from goose_jax.data.binidx import Binidx, files_of
 from goose_jax.data.binidx_writer import BinidxWriter, Written, errors_name
 from goose_jax.data.encoding import encode_stream, tokenizer_fingerprint
+from goose_jax.data.json_lines import short
+from goose_jax.data.records import read_object, sizes_from_object
 from goose_jax.data.sources import DocumentSource, Position, no_text
 from goose_jax.text import Tokenizer
 
@@ -164,26 +165,45 @@ class _Record:
         self._file = Path(f"{prefix}.progress.json")
         parts = [source.fingerprint, tokenizer_fingerprint(tokenizer)]
         self._of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        self._source = source.source
+        self._documents = source
 
     def load(self) -> TokenizeProgress | None:
         if not self._file.exists():
             return None
         try:
-            values: dict[str, Any] = json.loads(self._file.read_bytes())
-            of = values.pop("of")
-            position, written = Position(**values.pop("position")), Written(**values.pop("written"))
-            progress = TokenizeProgress(**values, position=position, written=written)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self._file} is damaged: {error!r}; remove it to begin anew"
-            ) from error
+            values = read_object(self._file)
+            of = values.pop("of", None)
+            if not isinstance(of, str):
+                raise ValueError(f"of must be a text, got {short(of)}")
+            progress = sizes_from_object(TokenizeProgress, values, "progress")
+        except ValueError as error:
+            raise self._damaged(error) from error
         if of != self._of:
             raise ValueError(
-                f"{self._file} is of another tokenization: {self._source}, the tokenizer or a flag "
-                "has changed since; remove it to begin anew"
+                f"{self._file} is of another tokenization: {self._documents.source}, the tokenizer "
+                "or a flag has changed since; remove it to begin anew"
             )
+        try:
+            self._check(progress)
+        except ValueError as error:
+            raise self._damaged(error) from error
         return progress
+
+    def _check(self, progress: TokenizeProgress) -> None:
+        """Checks that numbers fit each other and the source; else documents would be left out."""
+        written, position = progress.written, progress.position
+        if (progress.documents, progress.tokens) != (written.items, written.tokens):
+            raise ValueError(
+                f"it tells of {progress.documents} documents and {progress.tokens} tokens, but of "
+                f"{written.items} and {written.tokens} that are written"
+            )
+        if written.pending > written.tokens:
+            raise ValueError(f"{written.pending} tokens are pending of {written.tokens}")
+        if not self._documents.holds(position):
+            raise ValueError(f"{self._documents.source} has no place {position}")
+
+    def _damaged(self, error: ValueError) -> ValueError:
+        return ValueError(f"{self._file} is damaged: {error}; remove it to begin anew")
 
     def save(self, progress: TokenizeProgress) -> None:
         temporary = self._file.with_suffix(".tmp")

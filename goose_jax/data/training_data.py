@@ -20,6 +20,8 @@ from goose_jax.data.binidx_writer import BinidxWriter
 from goose_jax.data.documents import Document
 from goose_jax.data.encoding import encode_stream, tokenizer_fingerprint
 from goose_jax.data.held_out import HeldOutFilter, choose_in_stream
+from goose_jax.data.json_lines import short
+from goose_jax.data.records import check_fields, check_size, document_from_object, read_object
 from goose_jax.data.samplers import (
     BinidxBatches,
     MagicPrimeWindows,
@@ -251,6 +253,8 @@ def prepare_documents(
         _keep(source, tokenizer, kept, held_out_bytes if own else None, workers)
     data = Binidx(kept / "tokens")
     kept_held_out, num_skipped = _read_record(kept / _RECORD)
+    if held_out is None and not kept_held_out:
+        raise ValueError(f"{kept / _RECORD} is damaged: held_out is empty; remove {kept}")
     return TrainingData(
         source=source.source,
         data=data,
@@ -352,18 +356,18 @@ def _encode(
 def _read_record(file: Path) -> tuple[list[Document], int]:
     """Returns the held-out documents, and the number of files that were left out."""
     try:
-        record = json.loads(file.read_bytes())
+        record = read_object(file)
+        check_fields(record, ("held_out", "num_skipped"), "it")
+        values = record["held_out"]
+        if not isinstance(values, list):
+            raise ValueError(f"held_out must be a list of documents, got {short(values)}")
         documents = [
-            Document(
-                value["name"],
-                value["text"],
-                value["counted"] and tuple((start, stop) for start, stop in value["counted"]),
-            )
-            for value in record["held_out"]
+            document_from_object(value, f"held_out[{number}]")
+            for number, value in enumerate(values)
         ]
-        return documents, int(record["num_skipped"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}; remove {file.parent}") from error
+        return documents, check_size(record["num_skipped"], "num_skipped")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove {file.parent}") from error
 
 
 __all__ = ["Sampling", "TrainingData", "open_tokens", "prepare_documents"]

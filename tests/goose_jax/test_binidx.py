@@ -222,8 +222,40 @@ def test_a_missing_half_is_named(tmp_path, missing):
         Binidx(prefix)
 
 
-def test_what_is_counted_must_fit(tmp_path):
+BAD_COUNTED = {
+    **{
+        f"{size} bytes": (b"\1" * size, rf"a\.counted has {size} bytes, but .*a\.bin has 8 tokens")
+        for size in (0, 1, 4, 7, 9, 16, 8000)
+    },
+    **{
+        f"byte {at} is {value}": (
+            b"\0" * at + bytes([value]) + b"\1" * (7 - at),
+            rf"a\.counted, byte {at}: must be 0 or 1, got {value}",
+        )
+        for at in (0, 3, 7)
+        for value in (2, 48, 128, 255)
+    },
+    "text": (b"11110000", r"a\.counted, byte 0: must be 0 or 1, got 49"),
+    "two that are wrong": (b"\1\1\5\6\1\1\1\1", "byte 2: must be 0 or 1, got 5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COUNTED)
+def test_what_is_counted_must_fit(tmp_path, name):
+    content, message = BAD_COUNTED[name]
     prefix = write_by_hand(tmp_path / "a", ITEMS)
-    (tmp_path / "a.counted").write_bytes(b"\1" * 7)
-    with pytest.raises(ValueError, match=r"a\.counted has 7 bytes, but .*a\.bin has 8 tokens"):
+    (tmp_path / "a.counted").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Binidx(prefix)
+
+
+def test_what_is_counted_is_checked_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("goose_jax.data.binidx._BLOCK", 3)
+    prefix = write_by_hand(tmp_path / "a", ITEMS)
+    (tmp_path / "a.counted").write_bytes(b"\1" * 7 + b"\2")
+    with pytest.raises(ValueError, match=r"a\.counted, byte 7: must be 0 or 1, got 2"):
+        Binidx(prefix)
+    (tmp_path / "a.counted").unlink()
+    (tmp_path / "a.counted").mkdir()
+    with pytest.raises((OSError, ValueError), match=r"a\.counted"):
         Binidx(prefix)

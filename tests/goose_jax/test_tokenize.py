@@ -281,14 +281,64 @@ def test_a_source_that_changed_or_vanished_is_named(tmp_path):
     assert len(tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")) == len(TEXTS) - 1
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"of": 1}', b"\0", b'{"position": {"item": 0, "x": 1}}']
-)
-def test_a_damaged_record_is_named(tmp_path, content):
-    file = write_lines(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "a.progress.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.progress\.json is damaged: .*; remove it"):
-        tokenize(open_documents(file), ByteTokenizer(), tmp_path / "a")
+BAD_RECORDS = [
+    (b"", "Expecting value: line 1 column 1"),
+    (b"{", "line 1 column 2"),
+    (b"\0", "Expecting value"),
+    (b"\xff\xfe", "byte 0xff in position 0"),
+    (b"[" * 10**5, "nested too deeply"),
+    (b"[]", r"must hold a JSON object, got \[\]"),
+    (b"{}", "of must be a text, got None"),
+    (b'{"of": 1}', "of must be a text, got 1"),
+    (b'{"of": "1"}', "progress must have the fields documents, tokens,"),
+    ({"documents": ...}, "progress must have the fields documents"),
+    ({"more": 1}, "progress must have the fields documents"),
+    ({"documents": "1"}, r"progress\.documents must be an integer .* got '1'"),
+    ({"documents": True}, r"progress\.documents must be an integer .* got True"),
+    ({"tokens": 1.0}, r"progress\.tokens must be an integer .* got 1.0"),
+    ({"num_bytes": -1}, r"progress\.num_bytes must be an integer .* got -1"),
+    ({"skipped": None}, r"progress\.skipped must be an integer .* got None"),
+    ({"skipped": "x" * 10**5}, r"progress\.skipped must be an integer .* got 'xxx"),
+    ({"position": [0, 0, 1]}, r"progress\.position must be an object, got \[0, 0, 1\]"),
+    ({"position": {"item": 0, "x": 1}}, r"progress\.position must have the fields item, offset"),
+    ({"position.offset": 10**30}, r"progress\.position\.offset must be an integer from 0 to 2"),
+    ({"position.offset": 10**6}, r"a\.jsonl has no place Position\(item=0, offset=1000000"),
+    ({"position.item": 2}, r"a\.jsonl has no place Position\(item=2"),
+    ({"position.line": "1"}, r"progress\.position\.line must be an integer"),
+    ({"written": None}, r"progress\.written must be an object, got None"),
+    ({"written.items": [1]}, r"progress\.written\.items must be an integer"),
+    ({"written.tokens": 1}, "it tells of .* tokens, but of .* and 1 that are written"),
+    ({"documents": 10**6}, "it tells of 1000000 documents"),
+    ({"written.pending": 10**6}, "1000000 tokens are pending of"),
+]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A tokenization that was interrupted: its text, and the intact record."""
+    file = write_lines(tmp_path_factory.mktemp("started") / "a.jsonl", TEXTS)
+    interrupted(open_documents(file), file.with_name("a"))
+    return file, json.loads(file.with_name("a.progress.json").read_bytes())
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_RECORDS, ids=lambda change: repr(change)[:50])
+def test_a_damaged_record_is_named(started, change, message):
+    file, record = started
+    if isinstance(change, dict):
+        record = json.loads(json.dumps(record))
+        for name, value in change.items():
+            *outer, last = name.split(".")
+            inner = record[outer[0]] if outer else record
+            inner.pop(last, None)
+            inner |= {} if value is ... else {last: value}
+        change = json.dumps(record).encode()
+    file.with_name("a.progress.json").write_bytes(change)
+    with pytest.raises(ValueError, match=message) as error:
+        tokenize(open_documents(file), ByteTokenizer(), file.with_name("a"))
+    text, name = str(error.value), file.with_name("a.progress.json")
+    assert text.startswith(f"{name} is damaged: ")
+    assert text.endswith("; remove it to begin anew")
+    assert len(text) < 300 + 2 * len(str(name))
 
 
 @pytest.mark.parametrize("end", [".bin", ".idx"])

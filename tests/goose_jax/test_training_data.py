@@ -274,10 +274,69 @@ def test_conversations_are_counted_as_far_as_the_assistant_speaks(tmp_path, toke
     assert "User" not in text
 
 
-def test_damaged_held_out_text_is_named(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [f"Goose {i}" for i in range(50)])
-    prepare(file, tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").iterdir()
-    (kept / "record.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"record\.json is damaged: .*; remove .*kept"):
-        prepare(file, tmp_path / "kept")
+KEPT = {"name": "a", "text": "geese", "counted": None, "continues": False}
+ONE = [KEPT]
+BAD_RECORDS = {
+    b"": "Expecting value: line 1 column 1",
+    b"{": "line 1 column 2",
+    b"\0": "Expecting value",
+    b"\xff": "byte 0xff in position 0",
+    b"[" * 10**5: "nested too deeply",
+    b"[1]": r"it must hold a JSON object, got \[1\]",
+    b"null": "it must hold a JSON object, got None",
+    b"{}": "it must have the fields held_out, num_skipped",
+    b'{"held_out": []}': "it must have the fields held_out, num_skipped",
+    **{
+        json.dumps({"held_out": held_out, "num_skipped": skipped}).encode(): message
+        for held_out, skipped, message in [
+            ([], 0, "held_out is empty"),
+            ({}, 0, "held_out must be a list of documents, got {}"),
+            ("geese", 0, "held_out must be a list of documents, got 'geese'"),
+            (ONE, -1, "num_skipped must be an integer from 0 .* got -1"),
+            (ONE, "0", "num_skipped must be an integer from 0 .* got '0'"),
+            (ONE, 1.0, "num_skipped must be an integer from 0 .* got 1.0"),
+            (ONE, 10**30, "num_skipped must be an integer from 0"),
+            (["geese"], 0, r"held_out\[0\] must be an object, got 'geese'"),
+            ([KEPT, {}], 0, r"held_out\[1\] must have the fields name, text, counted, continues"),
+            ([KEPT | {"more": 1}], 0, r"held_out\[0\] must have the fields .*'more'"),
+            ([KEPT | {"name": 3}], 0, r"held_out\[0\]\.name must be a text, got 3"),
+            ([KEPT | {"text": None}], 0, r"held_out\[0\]\.text must be a text, got None"),
+            ([KEPT | {"text": ["x" * 1000]}], 0, r"held_out\[0\]\.text must be a text, got \['xx"),
+            ([KEPT | {"text": "a\ud800"}], 0, "half of a surrogate pair at character 1"),
+            ([KEPT | {"continues": 1}], 0, "continues must be true or false, got 1"),
+            ([KEPT | {"counted": True}], 0, "counted must be null or a list of ranges, got True"),
+            ([KEPT | {"counted": [3]}], 0, r"counted\[0\] must be a range .* 0 to 5, got 3"),
+            ([KEPT | {"counted": [[1]]}], 0, r"counted\[0\] must be a range .* got \[1\]"),
+            ([KEPT | {"counted": [[0, 6]]}], 0, r"counted\[0\] must be a range .* got \[0, 6\]"),
+            ([KEPT | {"counted": [[-1, 2]]}], 0, r"counted\[0\] must be a range .* got \[-1, 2\]"),
+            ([KEPT | {"counted": [[2, 1]]}], 0, r"counted\[0\] must be a range .* got \[2, 1\]"),
+            ([KEPT | {"counted": [[0, 2], [1, 3]]}], 0, r"counted\[1\] must be .* from 2 to 5"),
+            (
+                [KEPT | {"counted": [[0, 1.5]]}],
+                0,
+                r"counted\[0\] must be a range .* got \[0, 1.5\]",
+            ),
+        ]
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A text, and the folder in which its tokens are kept."""
+    folder = tmp_path_factory.mktemp("kept")
+    file = write_lines(folder / "a.jsonl", [f"Goose {i}" for i in range(50)])
+    prepare(file, folder / "kept")
+    (kept,) = (folder / "kept").iterdir()
+    return file, kept
+
+
+@pytest.mark.parametrize("content", BAD_RECORDS, ids=lambda content: repr(content[:60]))
+def test_damaged_held_out_text_is_named(kept, content):
+    file, folder = kept
+    (folder / "record.json").write_bytes(content)
+    with pytest.raises(ValueError, match=BAD_RECORDS[content]) as error:
+        prepare(file, folder.parent)
+    assert str(error.value).startswith(f"{folder / 'record.json'} is damaged: ")
+    assert str(error.value).endswith(f"; remove {folder}")
+    assert len(str(error.value)) < 300 + 2 * len(str(folder))
