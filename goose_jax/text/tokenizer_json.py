@@ -19,6 +19,8 @@ type _Step = Callable[[str | bytes], str | bytes]
 
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _CONFIG = "tokenizer_config.json"
+_MAX_ID = 2**24 - 1  # the package visits all ids up to the largest
+_LONGEST = 250  # characters of a message, which may hold a part of the file
 
 
 class HuggingFaceTokenizer:
@@ -55,13 +57,17 @@ class HuggingFaceTokenizer:
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            _check_ids(vocabulary)
             # The package writes all fields, in one form, whatever the file leaves out.
             fields = json.loads(self._tokenizer.to_str())
-        except OSError:
+        except (OSError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the package raises plain exceptions
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        except BaseException as error:  # plain exceptions, and panics, which are none
+            raise ValueError(f"{path} is no tokenizer.json: {_short(error)}") from error
+        self._tokenizer.no_truncation()  # the file may say how long a text is for its model
+        self._tokenizer.no_padding()
+        self._path = path
         special = {token["content"] for token in fields["added_tokens"] if token["special"]}
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.end_of_document = _end_of_document(Path(path), vocabulary, special)
@@ -79,9 +85,14 @@ class HuggingFaceTokenizer:
 
         Raises:
           UnicodeEncodeError: if the text holds half of a surrogate pair, which UTF-8 cannot encode.
+          ValueError: if the vocabulary has no token for a part of the text, nor one for what is
+            unknown.
         """
         text.encode()
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises plain exceptions
+            raise ValueError(f"{self._path} cannot encode the text: {_short(error)}") from error
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Returns the text of token ids, the first of which begins a text. It never fails.
@@ -96,18 +107,35 @@ class HuggingFaceTokenizer:
         return b"".join(self._bytes.get(int(token), REPLACEMENT) for token in tokens)
 
 
+def _check_ids(vocabulary: Mapping[str, int]) -> None:
+    for name, token in vocabulary.items():
+        if token > _MAX_ID:
+            raise ValueError(f"{name[:80]!r} has the id {token}, at most {_MAX_ID} is read")
+
+
 def _end_of_document(path: Path, vocabulary: Mapping[str, int], special: set[str]) -> int | None:
     config = path.with_name(_CONFIG)
-    if config.is_file():
-        try:
-            token = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is not the JSON of a tokenizer: {error}") from error
-        name = token["content"] if isinstance(token, dict) else token
-        if name is not None and name not in vocabulary:
-            raise ValueError(f"{config} has eos_token {name!r}, which is not in {path.name}")
-        return None if name is None else vocabulary[name]
-    return next((vocabulary[name] for name in _END_NAMES if name in special), None)
+    if not config.is_file():
+        return next((vocabulary[name] for name in _END_NAMES if name in special), None)
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is not the JSON of a tokenizer: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{config} is not the JSON of a tokenizer: it holds no object")
+    token = fields.get("eos_token")
+    name = token.get("content", token) if isinstance(token, dict) else token
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in vocabulary:
+        raise ValueError(
+            f"{config} has eos_token {_short(repr(name))}, which is not in {path.name}"
+        )
+    return vocabulary[name]
+
+
+def _short(message: object) -> str:
+    return str(message)[:_LONGEST]
 
 
 def _decoder(fields: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes], bool]:

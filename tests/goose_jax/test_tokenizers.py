@@ -504,12 +504,124 @@ def test_other_decoders_are_refused(folder, tmp_path, decoder):
         get_tokenizer(path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": 3}'])
-def test_other_files_are_no_tokenizer_json(tmp_path, text):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: "):
+BAD_JSON = {
+    b"": "Expecting value: line 1 column 1",
+    b"{}": "Model missing",
+    b"[1]": "invalid type: sequence",
+    b"null": "invalid type: null",
+    b'"a"': "invalid type: string",
+    b'{"model": 3}': "ModelUntagged at line 1 column 12",
+    b"\0": "Expecting value: line 1 column 1",
+    b"\xff\xfe{": "byte 0xff in position 0",
+    b"[" * 10**5: "recursion",
+    b"x" * 10**6: "Expecting value: line 1 column 1",
+    b'{"model": {"vocab": {"a": 0}}': "Expecting ',' delimiter: line 1 column 30",
+    b'{"model": {"vo': "Unterminated string starting at: line 1 column 12",
+    b'{"' + b"x" * 10**5 + b'": 1}': "expected",
+}
+BAD_FIELDS = [
+    ({"model": None}, "ModelUntagged"),
+    ({"model": {"type": "Unheard"}}, "ModelUntagged"),
+    ({"model.vocab": None}, "expected a map"),
+    ({"model.vocab": {"a": "1"}}, 'invalid type: string "1"'),
+    ({"model.vocab": {"a": -1}}, "invalid value: integer `-1`"),
+    ({"model.vocab": {"a": 2**40}}, "invalid value: integer `1099511627776`"),
+    ({"model.vocab": {"a": 2**31}, "model.merges": []}, "'a' has the id 2147483648, at most"),
+    ({"model.merges": [1]}, "MergeType"),
+    ({"model.merges": ["a"]}, "Merges text file invalid"),
+    ({"model.merges": ["a unheard"]}, "Token `unheard` out of vocabulary"),
+    ({"model.dropout": 7}, "Dropout should be between 0 and 1"),
+    ({"added_tokens": 3}, "expected a sequence"),
+    ({"added_tokens": [{}]}, "missing field `id`"),
+    ({"decoder": {"type": "Unheard"}}, "PyDecoderWrapper"),
+    ({"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}}, "parenthesis"),
+    ({"pre_tokenizer": {"type": "x"}}, "PreTokenizerUntagged"),
+    ({"version": "99"}, "Unknown tokenizer version '99'"),
+    (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        "Cannot parse precompiled_charsmap",  # the package panics, which is no Exception
+    ),
+]
+
+
+def assert_refused(path, message):
+    with pytest.raises(ValueError, match=message) as error:
         get_tokenizer(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 350 + 2 * len(str(path))
+
+
+@pytest.mark.parametrize("content", BAD_JSON, ids=lambda content: repr(content[:30]))
+def test_other_files_are_no_tokenizer_json(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    assert_refused(path, BAD_JSON[content])
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FIELDS, ids=lambda value: str(value)[:50])
+def test_damaged_fields_of_a_tokenizer_json_are_named(folder, tmp_path, change, message):
+    fields = json.loads((folder / "byte_level.json").read_text())
+    for name, value in change.items():
+        outer, _, inner = name.partition(".")
+        fields |= {outer: fields[outer] | {inner: value} if inner else value}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    assert_refused(path, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", "Expecting value: line 1 column 1"),
+        ("{", "line 1 column 2"),
+        ("[" * 10**5, "recursion"),
+        ("[]", "it holds no object"),
+        ("null", "it holds no object"),
+        ('"</s>"', "it holds no object"),
+        ('{"eos_token": 3}', "eos_token 3, which is not in"),
+        ('{"eos_token": true}', "eos_token True, which is not in"),
+        ('{"eos_token": [1]}', r"eos_token \[1\], which is not in"),
+        ('{"eos_token": {}}', "eos_token {}, which is not in"),
+        ('{"eos_token": {"content": {}}}', "eos_token {}, which is not in"),
+        ('{"eos_token": "' + "x" * 10**5 + '"}', "eos_token 'xxx.*, which is not in"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_damaged_config_of_a_tokenizer_is_named(folder, tmp_path, config, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes((folder / "byte_level.json").read_bytes())
+    path.with_name("tokenizer_config.json").write_text(config)
+    with pytest.raises(
+        ValueError, match=rf"tokenizer_config\.json (is not|has) .*{message}"
+    ) as error:
+        get_tokenizer(path)
+    assert len(str(error.value)) < 350 + len(str(path))
+
+
+def test_a_text_is_neither_cut_nor_filled(folder, tmp_path):
+    """A file may say how many tokens its own model reads."""
+    fields = json.loads((folder / "byte_level.json").read_text())
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields | {"truncation": cut, "padding": fill}))
+    text = "the quick brown fox"
+    assert get_tokenizer(path).encode(text) == get_tokenizer(folder / "byte_level.json").encode(
+        text
+    )
+
+
+def test_a_text_without_tokens_is_an_error(tmp_path):
+    fields = {
+        "version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {"geese": 0}, "unk_token": "unknown"},
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    assert get_tokenizer(path).encode("geese") == [0]
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode the text: .*Missing"):
+        get_tokenizer(path).encode("ducks")
 
 
 def test_fields_may_be_missing(folder, tmp_path):
