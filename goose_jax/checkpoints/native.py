@@ -13,7 +13,7 @@ name is therefore always complete, and a failure while saving leaves earlier che
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +49,8 @@ ADAPTER = "adapter.json"
 """This file marks a directory that holds adapters or an initial state instead of a model."""
 _FORMAT = 1
 _MOST_NAMED = 8  # damaged checkpoints in one error
+_LONGEST_NAME = 255  # characters of a file's name
+_LAST_STEP = 2**31 - 1  # steps are int32
 
 
 class CheckpointWarning(UserWarning):
@@ -82,13 +84,39 @@ class CheckpointMetadata:
         Raises:
           CheckpointError: if `values` is something else.
         """
-        kinds = {"tokenizer": (str, type(None)), "step": (int,), "extra": (dict,)}
         known = values if isinstance(values, dict) else {"metadata": values}
-        wrong = [name for name, value in known.items() if type(value) not in kinds.get(name, ())]
-        if wrong or "tokenizer" not in known or known.get("step", 0) < 0:
-            names = list_names(wrong or known)
-            raise CheckpointError(f"{source} is damaged: it is no metadata in {names}")
+        wrong = [
+            f"{shorten_name(name)} is {shorten_name(repr(value))}"
+            for name, value in known.items()
+            if not _IS_METADATA.get(name, _is_nothing)(value)
+        ]
+        if wrong or "tokenizer" not in known:
+            found = list_names(wrong) if wrong else f"only {list_names(known)}"
+            raise CheckpointError(f"{source} is damaged: it is no metadata: {found}")
         return cls(**known)
+
+
+def _is_tokenizer(value: Any) -> bool:
+    """Returns whether a value may name a tokenizer: None, a name, or a path that can exist."""
+    if value is None:
+        return True
+    is_path = isinstance(value, str) and bool(value) and "\0" not in value
+    return is_path and all(len(part) <= _LONGEST_NAME for part in value.split("/"))
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LAST_STEP
+
+
+def _is_nothing(value: Any) -> bool:
+    return False
+
+
+_IS_METADATA: dict[str, Callable[[Any], bool]] = {
+    "tokenizer": _is_tokenizer,
+    "step": _is_step,
+    "extra": lambda value: isinstance(value, dict),
+}
 
 
 def save_checkpoint(
@@ -192,7 +220,8 @@ def read_description(path: Path, **overrides: Any) -> tuple[RWKV7Config, Checkpo
         )
     verify_directory(path, only=DESCRIPTION)
     stored = read_json(path / _METADATA)
-    if (found := stored.pop("format", None)) != _FORMAT:
+    found = stored.pop("format", None)
+    if type(found) is not int or found != _FORMAT:
         shown = shorten_name(repr(found))
         raise CheckpointError(f"{path} has format {shown}, but {_FORMAT} is read here")
     try:

@@ -336,6 +336,56 @@ def test_another_format_is_refused(copy):
         load_checkpoint(copy)
 
 
+BAD_METADATA = [
+    (b"", "Expecting value: line 1 column 1"),
+    (b"{", "line 1 column 2"),
+    (b'{"format": 1, "tok', "Unterminated string starting at: line 1 column 15"),
+    (b"\0", "Expecting value"),
+    (b"\xff", "byte 0xff in position 0"),
+    (b"[" * 10**5, "recursion"),
+    (b"x" * 10**6, "Expecting value"),
+    (b"[]", "it holds no JSON object"),
+    (b"null", "it holds no JSON object"),
+    (b"{}", "has format None, but 1 is read here"),
+    (b'{"format": 1}', "it is no metadata: only "),
+    ({"format": "1"}, "has format '1'"),
+    ({"format": True}, "has format True"),
+    ({"format": 1.0}, r"has format 1\.0"),
+    ({"format": "x" * 10**5}, r"has format 'xxx.*\.\.\."),
+    ({"step": -1}, "it is no metadata: step is -1"),
+    ({"step": "7"}, "it is no metadata: step is '7'"),
+    ({"step": 1.5}, r"it is no metadata: step is 1\.5"),
+    ({"step": True}, "it is no metadata: step is True"),
+    ({"step": None}, "it is no metadata: step is None"),
+    ({"step": 2**31}, "it is no metadata: step is 2147483648"),
+    ({"tokenizer": 3}, "it is no metadata: tokenizer is 3"),
+    ({"tokenizer": ["byte"]}, r"it is no metadata: tokenizer is \['byte'\]"),
+    ({"tokenizer": ""}, "it is no metadata: tokenizer is ''"),
+    ({"tokenizer": "a\0b"}, r"it is no metadata: tokenizer is 'a\\x00b'"),
+    ({"tokenizer": "/tmp/" + "x" * 256}, "it is no metadata: tokenizer is '/tmp/xxx"),
+    ({"extra": None}, "it is no metadata: extra is None"),
+    ({"extra": [], "step": -1}, r"it is no metadata: step is -1, extra is \[\]"),
+    ({"more": 1}, "it is no metadata: more is 1"),
+    ({"x" * 10**5: "\ud800" * 1000}, "it is no metadata: xxx"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_METADATA, ids=lambda value: str(value)[:40])
+def test_damaged_metadata_are_named(saved, tmp_path, change, message):
+    """Also where checksums know nothing of it. Parameters are not read before."""
+    text = json.dumps(json.loads((saved / "metadata.json").read_text()) | change).encode() if (
+        isinstance(change, dict)) else change  # fmt: skip
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (tmp_path / "metadata.json").write_bytes(text)
+    (tmp_path / "checksums.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(tmp_path)
+    shown = str(error.value)
+    assert shown.startswith((f"{tmp_path / 'metadata.json'} is damaged", f"{tmp_path} has format"))
+    assert len(shown) < 400 + len(str(tmp_path))
+    assert shown.isprintable()
+
+
 def test_an_optimizer_state_that_does_not_fit(saved):
     with pytest.raises(CheckpointError, match="optimizer does not fit its configuration: "):
         load_optimizer_state(saved, {"count": jnp.zeros((), jnp.int32)})

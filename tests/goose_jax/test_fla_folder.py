@@ -198,7 +198,7 @@ def test_tokenizer_of_the_folder(tmp_path):
     settings = json.loads(file.read_text())
     assert settings["goose_jax"]["tokenizer"] == "world"
     change_json(file, goose_jax={"colour": 1})
-    assert_refused(tmp_path / "model", "goose_jax is damaged: it is no metadata in colour")
+    assert_refused(tmp_path / "model", "goose_jax is damaged: it is no metadata: colour is 1")
     file.write_text('{"model_type": "rwkv7"}')
     assert load_pretrained(tmp_path / "model")[1].tokenizer == "world"
     (tmp_path / "model" / "tokenizer.json").write_text("{}")  # then its vocabulary is that one's
