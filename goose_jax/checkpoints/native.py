@@ -285,7 +285,7 @@ def find_checkpoint(path: Path | str) -> Path:
 def open_checkpoint(
     path: Path | str, *, leave_out: str | None = None, only: Sequence[str] | None = None
 ) -> Path:
-    """Returns the path of the checkpoint at `path`, or of the newest intact one of the run there.
+    """Returns the absolute path of a checkpoint, or of the newest intact one of a run.
 
     In a run of several processes only the newest one will do: each process reads its own part of
     the files, so they could not agree on another one.
@@ -313,7 +313,7 @@ def open_checkpoint(
 def newest_intact(
     run: Path, *, leave_out: str | None = None, only: Sequence[str] | None = None
 ) -> Path:
-    """Returns the path of a run's newest checkpoint whose files are all as they were written.
+    """Returns the absolute path of a run's newest checkpoint that is as it was written.
 
     Args:
       run: folder of a run with checkpoints.
@@ -327,7 +327,7 @@ def newest_intact(
       CheckpointWarning: for each newer checkpoint that is damaged.
     """
     damaged: list[CheckpointError] = []
-    for path in reversed(list_checkpoints(run)):
+    for path in reversed(list_checkpoints(run.absolute())):  # Orbax needs absolute paths
         try:
             verify_directory(path, leave_out=leave_out, only=only)
         except CheckpointError as error:

@@ -137,9 +137,10 @@ def damaged_run(saved, tmp_path):
     return tmp_path
 
 
-def test_damaged_checkpoints_of_a_run_are_passed_over(damaged_run, model):
+def test_damaged_checkpoints_of_a_run_are_passed_over(damaged_run, model, monkeypatch):
+    monkeypatch.chdir(damaged_run.parent)
     with pytest.warns(CheckpointWarning) as warned:
-        loaded, metadata = load_checkpoint(damaged_run)
+        loaded, metadata = load_checkpoint(damaged_run.name)
     assert metadata.step == 9
     assert_equal(params_of(loaded), params_of(model))
     older = checkpoint_path(damaged_run, 9)

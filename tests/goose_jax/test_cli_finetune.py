@@ -160,6 +160,24 @@ def test_a_run_holds_its_tokenizer(folder, full, lora, tmp_path, capsys, monkeyp
         (folder / "words.txt").write_bytes(words)
 
 
+@pytest.mark.slow
+def test_what_was_tuned_is_taken_from_an_intact_checkpoint(folder, lora, state, tmp_path, capsys):
+    """By merge, and by the flag --state, as by commands that take a model."""
+    words = f"--tokenizer={folder / 'words.txt'}"
+    for original, arguments in (
+        (lora, ["merge", "RUN", f"--base={folder / 'base.pth'}", f"--out={tmp_path / 'merged'}"]),
+        (state, ["generate", str(folder / "base.pth"), "--state=RUN", words, "--max-new-tokens=2"]),
+    ):
+        run = pathlib.Path(shutil.copytree(original, tmp_path / original.parent.name))
+        older, newest = sorted((run / "checkpoints").iterdir())
+        (newest / "adapter.json").unlink()
+        main([argument.replace("RUN", str(run)) for argument in arguments])
+        assert capsys.readouterr().err == (
+            f"goose-jax: warning: {newest} is damaged: adapter.json is missing; "
+            f"going on from {older}\n"
+        )
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "state"])
 def test_a_run_opens_its_tokenizer_once(kind, folder, monkeypatch):
     opened = []
