@@ -31,8 +31,9 @@ def check_metrics(values: Any) -> None:
             f"step must be an integer of at least 0, got {shorten_name(repr(values['step']))}"
         )
     for name, value in values.items():
-        # Other comparisons than this one fail for integers that no float holds.
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # math.isfinite fails for integers that no float holds.
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise ValueError(
                 f"{shorten_name(name)} must be a finite number, got {shorten_name(repr(value))}"
             )
