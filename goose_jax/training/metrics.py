@@ -34,7 +34,7 @@ def summarise(
       "step": number of the last step. "loss" (nats per token), "bits_per_byte" and "gradient_norm"
       (before clipping): means of the steps, of which each counted token weighs the same in the
       loss. "learning_rate": of the last step. "tokens" (that were
-      read, counted in the loss or not) and "seconds": sums; "tokens_per_second": their quotient.
+      read), "targets" (that the loss counts) and "seconds": sums; "tokens_per_second": of tokens.
       "mfu": the share of `peak_flops` that was used. "skipped": number of steps whose loss or
       gradient was not finite, which are in no mean; left out if it is 0.
     """
@@ -47,7 +47,8 @@ def summarise(
     if finite:
         values["gradient_norm"] = sum(report.gradient_norm for report in finite) / len(finite)
     values["learning_rate"] = reports[-1].learning_rate
-    values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": round(tokens / seconds)}
+    values |= {"tokens": tokens, "targets": sum(report.targets for report in reports)}
+    values |= {"seconds": seconds, "tokens_per_second": round(tokens / seconds)}
     if peak_flops is not None:
         values["mfu"] = tokens * flops_per_token / seconds / peak_flops
     if len(finite) < len(reports):

@@ -69,9 +69,10 @@ def test_packed_conversations_and_data_that_changes_or_vanishes(tmp_path, capsys
     train(out, f"--data={file}", "--sampling=packed", "--pattern", "*.jsonl", "*.txt")
     run = out / "chat-1"
     whole = losses_of(run)
-    tokens = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    counted = [line["tokens"] for line in tokens if "tokens" in line]
-    assert 0.5 < sum(counted) / (4 * 48) < 0.95  # of a conversation 54 of 74 tokens
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "tokens" in line]
+    assert [line["tokens"] for line in steps] == [48] * 4
+    assert 0.5 < sum(line["targets"] for line in steps) / (4 * 48) < 0.95  # 54 of 74 tokens
     assert len(list((out / ".tokens").iterdir())) == 1
 
     content = file.read_text()

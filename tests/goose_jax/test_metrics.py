@@ -43,6 +43,7 @@ def test_means_weigh_targets_and_leave_out_what_is_not_finite():
             "gradient_norm": 3.5,
             "learning_rate": 0.7,
             "tokens": 200,
+            "targets": 100,
             "seconds": 3.0,
             "tokens_per_second": 67,
             "mfu": 200 / 3 * 6e3 / 1e6,
@@ -51,7 +52,8 @@ def test_means_weigh_targets_and_leave_out_what_is_not_finite():
     )
     only = summarise(steps[2:], bytes_per_token=2.0, flops_per_token=6e3)
     assert only.keys() == {
-        *("step", "learning_rate", "tokens", "seconds", "tokens_per_second", "skipped"),
+        *("step", "learning_rate", "tokens", "targets", "seconds", "tokens_per_second"),
+        "skipped",
     }
 
 
