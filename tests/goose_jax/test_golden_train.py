@@ -1,4 +1,9 @@
-"""The recipe against 20 steps of the official code."""
+"""The recipe against 20 steps of the official code.
+
+    pytest -s tests/goose_jax/test_golden_train.py
+
+prints the differences that docs/training.md lists.
+"""
 
 import numpy as np
 import pytest
@@ -15,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 RECIPE = OptimizerConfig(
     total_steps=50, warmup_steps=10, learning_rate=6e-4, final_learning_rate=6e-5, weight_decay=0.1
 )
+
+
+def assert_below(limit, name, differences):
+    largest = np.max(differences)
+    print(f"\n{name}: {largest:.1e}")
+    assert largest < limit
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +50,20 @@ def run(golden):
 
 def test_losses(run, golden):
     losses = np.array([metrics.loss for metrics in run[0]])
-    np.testing.assert_allclose(losses, golden["loss_fp64"], rtol=0, atol=1e-4)  # 1.2e-6
+    differences = np.abs(losses - golden["loss_fp64"])
+    assert_below(1e-4, "loss, at any step", differences)  # 1.4e-6
 
 
 def test_gradient_norms(run, golden):
     norms = np.array([metrics.gradient_norm for metrics in run[0]])
-    np.testing.assert_allclose(norms, golden["grad_norm_fp64"], rtol=1e-4)  # 2.8e-6
+    differences = np.abs(norms / golden["grad_norm_fp64"] - 1)
+    assert_below(1e-4, "gradient norm, relative", differences)  # 2.3e-6
 
 
 def test_learning_rates(run, golden):
     rates = np.array([metrics.learning_rate for metrics in run[0]])
-    np.testing.assert_allclose(rates, golden["lr"], rtol=1e-6)  # 1.1e-7
+    differences = np.abs(rates / golden["lr"] - 1)
+    assert_below(1e-6, "learning rate, relative", differences)  # 1.6e-7
 
 
 def test_tokens(run):
@@ -65,8 +79,8 @@ def test_final_weights(run, golden):
     }
     unused = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
     assert official.keys() == run[1].keys()
-    for name in official.keys() - unused:
-        assert relative_rms(run[1][name], official[name]) < 1e-3, name  # 3.3e-7
+    differences = [relative_rms(run[1][name], official[name]) for name in official.keys() - unused]
+    assert_below(1e-3, "final weights, relative, any parameter", differences)  # 2.9e-7
     for name in unused:
         assert not run[1][name].any(), name
 
