@@ -185,6 +185,7 @@ def measure(settings: Settings, model: RWKV7, rate_of_copy: float) -> list[Row]:
                         "ms": round(1e3 * seconds, 4),
                         "tokens_per_s": round(size / seconds),
                         "share_of_copy": round(bandwidth / rate_of_copy, 3),
+                        "copy_tb_per_s": round(rate_of_copy / 1e12, 2),
                         "first_call_s": round(first, 1),
                     }
                 )

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from results import Row, read_results
+from results import NOT_RECORDED, Row, read_results
 
 type Derive = Callable[[list[Row]], Iterable[Row]]
 
@@ -64,6 +65,39 @@ class Table:
         """Returns the table."""
         rows = [row for name in self.files for row in read_results(name).rows]
         return markdown(self.columns, self.derive(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A list of what was tried, with its result, of some files.
+
+    Attributes:
+      files: their names; rows have what was `tried`, its `result`, and the `hardware`.
+    """
+
+    files: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """Returns the list."""
+        rows = [row for name in self.files for row in read_results(name).rows]
+        return "\n".join(map(self._item, rows))
+
+    def _item(self, row: Row) -> str:
+        recorded = row["hardware"] != NOT_RECORDED
+        where = row["hardware"] if recorded else f"hardware {NOT_RECORDED}"
+        return wrap(f"**{row['tried']}:** {row['result']} ({where})", "- ", "  ")
+
+
+def wrap(text: str, first: str = "", later: str = "") -> str:
+    """Returns text in lines of at most 110 characters, the first and later ones indented so."""
+    return textwrap.fill(
+        text,
+        110,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def has(**wanted: Any) -> Derive:

@@ -1,13 +1,12 @@
 """Sentences with measurements, made from the files in `benchmarks/results` like the tables."""
 
 import dataclasses
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from derive import Table, cell, has
+from derive import Table, Tried, cell, has, wrap
 from results import Row, read_results
-from tables import TABLES
+from tables import LISTS, TABLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +27,6 @@ def _row(file: str, **wanted: Any) -> Row:
     return row
 
 
-def _wrap(text: str, first: str = "", later: str = "") -> str:
-    return textwrap.fill(
-        text,
-        110,
-        initial_indent=first,
-        subsequent_indent=later,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 LARGE = {"B": 8, "T": 4096, "H": 64, "K": 64}
 MIDDLE = {**LARGE, "H": 32}
 
@@ -47,7 +35,7 @@ def caption() -> str:
     """Says where the numbers of the main figure come from."""
     ours, peers = read_results("train-step-h200"), read_results("peers-train-step-h200")
     step = _row("train-step-h200", layers=24, width=1024)
-    return _wrap(
+    return wrap(
         f"A model of {step['layers']} x {step['width']} trains with {step['tokens_per_s']:,} tokens/s on "
         f"one H200. WKV7 is measured at 8 rows of 4,096 tokens with 32 heads of 64, training at 8 x "
         f"4,096 tokens (12 x 768: 16 x 512), all in bfloat16 on NVIDIA H200s, ours with JAX "
@@ -130,11 +118,81 @@ def losses() -> str:
         f"**Compiling takes time**: {compiled} s for a training step of 24 unrolled layers.",
         "**Not there**: quantised weights, RWKV-7a and 7b, and kernels for rows of more than 128 keys per head.",
     )
-    return "\n".join(_wrap(item, "- ", "  ") for item in items)
+    return "\n".join(wrap(item, "- ", "  ") for item in items)
 
 
-BLOCKS: dict[str, Table | Paragraph] = {
+def beside_the_table() -> str:
+    """Says how WKV7's kernels compile, and how exact they are."""
+    rows = has(implementation="mosaic_gpu", B=...)(read_results("wkv7-h200").rows)
+    narrow, wide = has(K=64)(rows), has(K=128)(rows)
+    times = [row["compile_s"] for row in rows]
+    seconds = [x for time in times for x in (time if isinstance(time, list) else [time])]
+    errors = {
+        "o": max(row["error_o"] for row in rows),
+        "narrow": max(row["error_gradients"] for row in narrow),
+        "wide": max(row["error_gradients"] for row in wide),
+    }
+    return wrap(
+        f"Forward and backward compiled in {min(seconds):.0f} to {max(seconds):.0f} s per shape. "
+        + cell(
+            "Errors were at most {o:.1e} in outputs and {narrow:.1e} in gradients ({wide:.1e} with 128 keys).",
+            errors,
+        )
+    )
+
+
+def wide_heads() -> str:
+    """Compares heads of 128 with heads of 64."""
+    shape = {"implementation": "mosaic_gpu", "B": 8, "T": 4096}
+    narrow, wide = (_row("wkv7-h200", **shape, H=H, K=K) for H, K in ((32, 64), (16, 128)))
+    forward, both = (wide[x] / narrow[x] for x in ("forward_ms", "forward_backward_ms"))
+    return wrap(
+        f"16 heads of 128 take {forward:.1f} times as long as 32 heads of 64 in the forward, and {both:.1f} "
+        "times as long with the backward."
+    )
+
+
+def quick_start() -> str:
+    """Says what `goose-jax train` learns."""
+    (row,) = read_results("quick-start-cpu").rows
+    return wrap(
+        f"Held-out text goes from {row['before_bits_per_byte']:.2f} to {row['after_bits_per_byte']:.2f} bits per "
+        "byte."
+    )
+
+
+def parts_of_a_token() -> str:
+    """Says what the time of a token goes into."""
+    (row,) = read_results("decode-profile-h100").rows
+    first, last = row["kernel_us"]
+    return wrap(
+        f"Of the time of a token of {row['layers']} x {row['width']} at one row, on an H100, "
+        f"{row['projections_percent']} % goes into projections, {row['norms_percent']} % into norms and mixes, "
+        f"{row['heads_percent']} % into heads and {row['vocabulary_percent']} % into the vocabulary. All "
+        f"{row['kernels']} kernels of a token are launched as CUDA graphs: about {row['gap_us']} us lies between "
+        f"two of them. Most take between {first} and {last} us, less than half of which is spent on moving weights."
+    )
+
+
+def two_devices() -> str:
+    """Compares the speed of two devices with that of one."""
+    one, two, short, long = read_results("parallel-h200x2").rows
+    return wrap(
+        f"Two devices with FSDP are {two['tokens_per_s'] / one['tokens_per_s']:.2f} times as fast as one device. "
+        f"With the long row, each device has "
+        f"{long['tokens_per_s_per_device'] / short['tokens_per_s_per_device']:.2f} of the speed that it has with "
+        "short rows."
+    )
+
+
+BLOCKS: dict[str, Table | Tried | Paragraph] = {
     **TABLES,
+    **LISTS,
+    "wkv7-compilation-and-errors": Paragraph(("wkv7-h200",), beside_the_table),
+    "wkv7-wide-heads": Paragraph(("wkv7-h200",), wide_heads),
+    "decode-profile": Paragraph(("decode-profile-h100",), parts_of_a_token),
+    "quick-start": Paragraph(("quick-start-cpu",), quick_start),
+    "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),
     "readme-caption": Paragraph(("train-step-h200", "peers-train-step-h200"), caption),
     "readme-errors": Paragraph(("wkv7-h200", "wkv7-beside-fla-h200", "wkv7-hard-tokens"), errors),
     "readme-losses": Paragraph(

@@ -11,7 +11,7 @@ dark pages.
 import pathlib
 import re
 
-from derive import Table
+from derive import Table, Tried
 from paragraphs import BLOCKS
 from results import FOLDER, NOT_RECORDED, read_results
 
@@ -45,7 +45,7 @@ def with_tables(page: pathlib.Path) -> str:
         indent, name, _ = match.groups()
         block = BLOCKS[name]
         lines = [f"<!-- results: {name} -->", "", block.markdown(), ""]
-        if isinstance(block, Table):
+        if isinstance(block, Table | Tried):
             sources = "; ".join(source_of(file, page) for file in block.files)
             lines += [f"<small>{sources}</small>", ""]
         lines.append("<!-- /results -->")

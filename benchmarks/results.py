@@ -9,7 +9,9 @@ benchmarks/publish.py` then brings the tables of the pages and the figures up to
     commit     that was measured, with "+ changes" if files differed from it
     command    which repeats the measurement
     note       how it was measured, where the command does not say it; may be missing
-    rows       objects of names and values; the name says the unit
+    rows       objects of names and values; the name says the unit. A row of another day has a date
+               and a commit of its own. Rows of lists have what was `tried`, its `result`, in
+               words, and the `hardware`
 
 What is not known is "not recorded". The environment variable `MEASURED_COMMIT` names the commit of
 files that are without their repository.

@@ -5,6 +5,7 @@ A page has a table between the lines `<!-- results: NAME -->` and `<!-- /results
 
 from derive import (
     Table,
+    Tried,
     beside_floor_and_others,
     decode_by_model,
     every,
@@ -126,6 +127,7 @@ TABLES = {
             "shared memory": "{shared_memory_percent} %",
             "tensor cores": "{tensor_cores_percent} %",
             "issue of instructions": "{issue_percent} %",
+            "bandwidth of memory": "{memory_percent} %",
             "barriers": "{barriers_percent} %",
             "instructions": "{instructions_percent} %",
         },
@@ -258,13 +260,14 @@ TABLES = {
         {
             "Model": MODEL,
             "GPU": "{gpu}",
+            "a copy, TB/s": "{copy_tb_per_s}",
             "one row": "{1_percent} %",
             "128 rows": "{128_percent} %",
         },
         then(
             has(measure="decode", implementation="mosaic_gpu"),
             with_percent,
-            pivot(("layers", "width", "gpu"), ("batch",), ("percent",)),
+            pivot(("layers", "width", "gpu", "copy_tb_per_s"), ("batch",), ("percent",)),
         ),
     ),
     "decode-ratios": Table(
@@ -330,4 +333,21 @@ TABLES = {
             "exposed": "{exposed_percent:.1f} %",
         },
     ),
+    "checkpoint-memory-cpu": Table(
+        ("checkpoint-memory-cpu",),
+        {
+            "Model": "{model}",
+            "Parameters, MiB": "{parameters_mib}",
+            "Anonymous memory, peak, MiB": "{anonymous_mib}",
+            "With mapped pages of the file, peak, MiB": "{mapped_mib}",
+        },
+    ),
+    "official-code-cpu": Table(
+        ("official-code-cpu",),
+        {"": "{what}", "largest difference": "{difference:.1e}"},
+    ),
+}
+
+LISTS = {
+    name: Tried((name,)) for name in ("tried-wkv7", "tried-xla", "tried-operators", "tried-decode")
 }

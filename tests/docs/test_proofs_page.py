@@ -106,6 +106,23 @@ def test_sizes_of_the_full_forms():
         assert text.startswith(f"{full.recipe.total_steps:,} steps of {full.task.batch_size} ")
 
 
+def test_times_of_training():
+    seconds = {name: record(name)["results"]["training_seconds"] for name in PROOFS}
+    seconds["associative-recall"] = np.sum(list(seconds["associative-recall"].values()))
+    reversal, passkey, tracking, recall = (
+        f"{seconds[name] / 60:.0f}"
+        for name in ("digit-reversal", "passkey", "state-tracking", "associative-recall")
+    )
+    assert (
+        f"digit reversal took {reversal} minutes, passkey {passkey}, state tracking {tracking}, "
+        f"the three models of associative recall {recall} together" in LINE
+    )
+    assert f"The training took {seconds['passkey']:.0f} seconds." in LINE
+    losses = dict(record("state-tracking")["results"]["loss_curve"])
+    assert "the loss is below 0.01 nats after 1,000 steps" in LINE
+    assert max(loss for step, loss in losses.items() if step >= 1000) < 0.01
+
+
 def measurements(name):
     """Of a run: what training and held-out text gave, and how it ended."""
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
