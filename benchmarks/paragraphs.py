@@ -16,10 +16,12 @@ class Paragraph:
     Attributes:
       files: whose numbers they show.
       markdown: returns the sentences.
+      named: whether a line names the files, as below a table.
     """
 
     files: tuple[str, ...]
     markdown: Callable[[], str]
+    named: bool = False
 
 
 def _row(file: str, **wanted: Any) -> Row:
@@ -190,8 +192,8 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     **LISTS,
     "wkv7-compilation-and-errors": Paragraph(("wkv7-h200",), beside_the_table),
     "wkv7-wide-heads": Paragraph(("wkv7-h200",), wide_heads),
-    "decode-profile": Paragraph(("decode-profile-h100",), parts_of_a_token),
-    "quick-start": Paragraph(("quick-start-cpu",), quick_start),
+    "decode-profile": Paragraph(("decode-profile-h100",), parts_of_a_token, named=True),
+    "quick-start": Paragraph(("quick-start-cpu",), quick_start, named=True),
     "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),
     "readme-caption": Paragraph(("train-step-h200", "peers-train-step-h200"), caption),
     "readme-errors": Paragraph(("wkv7-h200", "wkv7-beside-fla-h200", "wkv7-hard-tokens"), errors),

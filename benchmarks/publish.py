@@ -11,8 +11,7 @@ dark pages.
 import pathlib
 import re
 
-from derive import Table, Tried
-from paragraphs import BLOCKS
+from paragraphs import BLOCKS, Paragraph
 from results import FOLDER, NOT_RECORDED, read_results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,7 +44,7 @@ def with_tables(page: pathlib.Path) -> str:
         indent, name, _ = match.groups()
         block = BLOCKS[name]
         lines = [f"<!-- results: {name} -->", "", block.markdown(), ""]
-        if isinstance(block, Table | Tried):
+        if not isinstance(block, Paragraph) or block.named:
             sources = "; ".join(source_of(file, page) for file in block.files)
             lines += [f"<small>{sources}</small>", ""]
         lines.append("<!-- /results -->")
