@@ -29,6 +29,13 @@ def _row(file: str, **wanted: Any) -> Row:
     return row
 
 
+def _before_and(axis: str) -> list[Row]:
+    """Returns what one device does, and what two do that divide the work over an axis."""
+    rows = read_results("parallel-h200x2").rows
+    divided = next(i for i, row in enumerate(rows) if axis in row["case"])
+    return rows[divided - 1 : divided + 1]
+
+
 LARGE = {"B": 8, "T": 4096, "H": 64, "K": 64}
 MIDDLE = {**LARGE, "H": 32}
 
@@ -93,9 +100,7 @@ def losses() -> str:
     )
     recurrent = _row("wkv7-recurrent", B=1, T=1)
     cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
-    parallel = read_results("parallel-h200x2").rows
-    divided = next(i for i, x in enumerate(parallel) if "fsdp" in x["case"])
-    one, two = (parallel[i]["tokens_per_s"] for i in (divided - 1, divided))
+    one, two = (row["tokens_per_s"] for row in _before_and("fsdp"))
     compiled = _row("train-step-h200", layers=24, width=1024)["compile_s"]
     ratio = kernel["forward_backward_ms"] / floor["forward_backward_ms"]
     slower = xla["forward_backward_ms"] / middle["forward_backward_ms"]
@@ -178,7 +183,7 @@ def parts_of_a_token() -> str:
 
 def two_devices() -> str:
     """Compares the speed of two devices with that of one."""
-    one, two, short, long = read_results("parallel-h200x2").rows
+    (one, two), (short, long) = _before_and("fsdp"), _before_and("context")
     return wrap(
         f"Two devices with FSDP are {two['tokens_per_s'] / one['tokens_per_s']:.2f} times as fast as one device. "
         f"With the long row, each device has "
