@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import NotServed, cross_entropy, cross_entropy_sum
 from pallas_kernels.hopper.target import Target, compile_for
 from pallas_kernels.operators.cross_entropy import mosaic_gpu as cross_entropy_kernels
+from pallas_kernels.operators.cross_entropy.logits_product import statistics_of_product
 from pallas_kernels.operators.cross_entropy.statistics import statistics_xla
 from tests.pallas_kernels.operator_checks import (
     assert_close,
@@ -133,6 +134,64 @@ def test_interpreted_statistics_of_logits(vocab):
     for name, limit in (("largest", 0), ("log_total", 1e-6), ("first", 0), ("of_target", 0)):
         x, y = (np.asarray(getattr(statistics, name)) for statistics in (found, expected))
         np.testing.assert_allclose(x, y, rtol=limit, atol=limit, err_msg=name)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_interpreted_product_with_statistics(with_logits):
+    x, y = (jnp.asarray(x, jnp.bfloat16) for x in draw(5, x=(512, 192), y=(192, 512)).values())
+    y = y.at[:, 256:].set(y[:, :256])  # each row has its largest logit in both tiles
+    targets = np.random.default_rng(6).integers(-2, 514, 512).astype(np.int32)
+    target = Target(multiprocessors=4, interpret=True)  # two clusters, with two tiles each
+    run = functools.partial(statistics_of_product, target, with_logits=with_logits)
+    logits, found = jax.jit(run)(x, y, jnp.asarray(targets))
+    exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    assert (logits is not None) == with_logits
+    if with_logits:
+        assert_close(logits, exact, 1e-6, "logits")
+    largest = exact[:, :256].max(-1)
+    total = np.exp(exact[:, :256] - largest[:, None]).sum(-1)
+    is_target = np.arange(512) == targets[:, None]
+    of_target = np.where(is_target, exact, 0).reshape(512, 2, 256).sum(-1)
+    assert_close(found.largest, np.stack([largest] * 2), 1e-6, "largest")
+    assert_close(found.total, np.stack([total] * 2), 1e-6, "total")
+    assert_close(found.of_target, of_target.T, 1e-6, "of_target")
+
+
+def tied_inputs(size):
+    """Tokens and head whose largest logits are equal, in one tile and in two of them."""
+    inputs = large_inputs(512, (2, 128))
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    inputs = {
+        name: jnp.concatenate([x] * 8, axis)
+        for (name, x), axis in zip(inputs.items(), (2, 0), strict=True)
+    }
+    return inputs["hidden"] * size, inputs["weight"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2.0**17])
+def test_interpreted_finder_in_the_product(size):
+    hidden, weight = tied_inputs(size)
+    targets = jnp.asarray(np.random.default_rng(7).integers(0, 512, (2, 128)), jnp.int32)
+    targets = targets.at[0, :4].set(jnp.asarray([0, 255, 256, 511]))
+    finder = cross_entropy_kernels._IN_PRODUCT
+    with compile_for(Target(multiprocessors=1, interpret=True)):
+        logits, found = jax.jit(finder.logits)(hidden, weight, targets)
+        for_losses = jax.jit(finder.statistics, static_argnums=3)(hidden, weight, targets, 64)
+    expected = statistics_xla(logits, targets)
+    exact = np.asarray(hidden, float) @ np.asarray(weight, float)
+    assert_close(logits, exact, 1e-6, "logits")
+    for name, limit in (("largest", 0), ("log_total", 1e-6), ("first", 0), ("of_target", 0)):
+        x, y = (np.asarray(getattr(statistics, name)) for statistics in (found, expected))
+        np.testing.assert_allclose(x, y, rtol=limit, atol=limit, err_msg=name)
+        if name != "first":
+            np.testing.assert_array_equal(getattr(for_losses, name), x)
+    assert for_losses.first is None
 
 
 @pytest.mark.parametrize("vocab", [64, 65536, 128256])

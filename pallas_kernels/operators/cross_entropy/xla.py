@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
+from pallas_kernels.operators.cross_entropy.chunks import (
+    chunk_length_of,
+    in_chunks,
+    join,
+    split,
+)
 from pallas_kernels.operators.cross_entropy.reference import Losses, losses_of, token_of
 from pallas_kernels.precision import accumulation_dtype, contract
 
@@ -41,14 +46,10 @@ def _forward(
 ) -> tuple[Float[Array, "B T"], Residuals]:
     del l2wrap  # enters the gradient only
 
-    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Losses]:
-        hidden, targets = chunk
-        return None, losses_of(contract("blc,cv->blv", hidden, weight), targets)
+    def chunk_losses(hidden: jax.Array, targets: jax.Array) -> Losses:
+        return losses_of(contract("blc,cv->blv", hidden, weight), targets)
 
-    chunk_length = chunk_length_of(targets.shape, chunk_size)
-    chunks = split(hidden, chunk_length), split(targets, chunk_length)
-    _, results = jax.lax.scan(chunk_losses, None, chunks)
-    losses, largest, log_total = (join(x, targets.shape[1]) for x in results)
+    losses, largest, log_total = in_chunks(chunk_losses, chunk_size, hidden, targets)
     return losses, Residuals(hidden, weight, targets, largest, log_total)
 
 
