@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.hopper.matrix_product import COLUMNS, Epilogue, Memory, multiply
 from pallas_kernels.hopper.registers import TILE_LAYOUT
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.hopper.tiles import keep, load_rows, spread_rows
+from pallas_kernels.hopper.tiles import ROWS, keep, load_rows, spread_rows
 from pallas_kernels.hopper.whole_tokens import LOWEST
 
 _WORKERS = 2
@@ -69,7 +69,9 @@ class _Statistics(Epilogue):
     def __init__(self, targets: Int[Array, " M"], columns: int, with_logits: bool):
         rows, tiles = len(targets), columns // COLUMNS
         self.with_logits = with_logits
-        self.operands = (targets,)
+        tile_of_target = jnp.floor_divide(targets, COLUMNS).reshape(1, -1, TILE)
+        has_target = (tile_of_target == jnp.arange(tiles)[:, None, None]).any(-1)
+        self.operands = (targets, has_target.astype(jnp.int32))
         self.results = (jax.ShapeDtypeStruct((tiles, rows), jnp.float32),) * 3
         self.scratch_types = {}
         if with_logits:
@@ -98,18 +100,31 @@ class _Statistics(Epilogue):
             largest = jnp.maximum(largest, logits.max(1))
 
         total = jnp.float32(0)
-        of_target = jnp.float32(0)
-        in_tile = load_rows(memory.operands[0].at[rows]) - column
-        of_column = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=TILE_LAYOUT)
-        for first, logits in parts.items():
+        for logits in parts.values():
             # Not `exp2` of a product and a sum: where logits are huge, that would round.
             total += jnp.exp(logits - spread_rows(largest)).sum(1)
-            is_target = of_column == spread_rows(in_tile - first)
-            of_target += keep(is_target, logits).sum(1)
 
         tile = jax.lax.div(column, jnp.int32(COLUMNS))
-        for result_gmem, x in zip(memory.results, (largest, total, of_target), strict=False):
-            result_gmem[tile, rows] = x
+        largest_gmem, total_gmem, of_target_gmem, *_ = memory.results
+        largest_gmem[tile, rows] = largest
+        total_gmem[tile, rows] = total
+        targets_gmem, has_target_gmem = memory.operands
+        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
+
+        def find_target() -> None:
+            of_target = jnp.float32(0)
+            in_tile = load_rows(targets_gmem.at[rows]) - column
+            of_column = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=TILE_LAYOUT)
+            for first, logits in parts.items():
+                is_target = of_column == spread_rows(in_tile - first)
+                of_target += keep(is_target, logits).sum(1)
+            of_target_gmem[tile, rows] = of_target
+
+        def find_none() -> None:
+            of_target_gmem[tile, rows] = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+
+        # Where rows have targets all over the vocabulary, most tiles have none.
+        jax.lax.cond(has_target, find_target, find_none)
 
 
 __all__ = ["TileStatistics", "statistics_of_product"]
