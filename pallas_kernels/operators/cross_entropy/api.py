@@ -121,7 +121,7 @@ def cross_entropy_sum(
         of 64; "reference", the definition, with full logits; or None, which chooses. "mosaic_gpu"
         finds statistics in the kernel of the logits' product, for bfloat16, where C is a multiple
         of 64, and the tokens of a chunk and the vocabulary are multiples of 256: without gradients
-        no logits are stored. Other calls pass over logits once.
+        no logits are stored. In other calls a kernel passes over them once.
 
     Returns:
       A scalar, float32 (float64 for float64 inputs), in nats; nan where a target out of range has a
