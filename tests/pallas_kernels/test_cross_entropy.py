@@ -231,13 +231,34 @@ def test_the_sum_multiplies_in_the_kernel_for_cuda():
         assert program.count("stablehlo.dot_general") == products
 
 
+@pytest.mark.parametrize(("tokens", "products"), [(9, (1, 4)), (256, (0, 2))])
+def test_losses_compile_for_cuda(tokens, products):
+    shapes = {"hidden": (2, tokens, 64), "weight": (64, 65536)}
+    arrays = {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n, shape in shapes.items()}
+    targets = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+
+    def loss(arrays, targets):
+        options = {"l2wrap": 1e-4, "implementation": "mosaic_gpu"}
+        return cross_entropy(**arrays, targets=targets, **options).sum()
+
+    for function, kernels, expected in zip(
+        (loss, jax.value_and_grad(loss)), (1, 2), products, strict=True
+    ):
+        traced = jax.jit(function).trace(arrays, targets)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert count_kernels(program) == kernels
+        assert program.count("stablehlo.dot_general") == expected
+
+
 def test_a_vocabulary_in_no_multiple_of_64_is_refused():
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in INPUTS.items()}
     weights = jnp.ones(TARGETS.shape)
-    with pytest.raises(NotServed, match=r"multiples of 64, got .*vocab=50"):
-        cross_entropy_sum(
-            **arrays, targets=TARGETS, token_weights=weights, implementation="mosaic_gpu"
-        )
+    for function in (
+        cross_entropy,
+        functools.partial(cross_entropy_sum, token_weights=weights),
+    ):
+        with pytest.raises(NotServed, match=r"multiples of 64, got .*vocab=50"):
+            function(**arrays, targets=TARGETS, implementation="mosaic_gpu")
 
 
 # Of (2, 300) tokens XLA computes logits, over which a kernel passes; of (2, 1024) tokens with
@@ -260,11 +281,21 @@ def test_the_sum_on_the_gpu(vocab, shape, channels):
 
         return jax.jit(jax.value_and_grad(function))(arrays)
 
-    value, gradients = run("mosaic_gpu")
-    expected, expected_gradients = run("xla")
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for name, gradient in gradients.items():
-        assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
+    def run_losses(implementation):
+        def function(arrays):
+            options = {"l2wrap": 0.3, "chunk_size": 256, "implementation": implementation}
+            losses = cross_entropy(**arrays, targets=targets, **options)
+            return (losses * weights.astype(np.float32)).sum(), losses
+
+        (_, losses), gradients = jax.jit(jax.value_and_grad(function, has_aux=True))(arrays)
+        return losses, gradients
+
+    for of in (run, run_losses):
+        value, gradients = of("mosaic_gpu")
+        expected, expected_gradients = of("xla")
+        assert_close(value, np.asarray(expected, float), 1e-6, "losses")
+        for name, gradient in gradients.items():
+            assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
 
 
 @pytest.mark.gpu

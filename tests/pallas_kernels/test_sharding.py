@@ -209,6 +209,7 @@ KERNELS = {
     "wkv7_inputs": 2,
     "output_correction": 2,
     "channel_mix": 2,
+    "cross_entropy": 2,
     "cross_entropy_sum": 1,
 }
 

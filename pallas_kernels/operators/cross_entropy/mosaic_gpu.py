@@ -17,6 +17,7 @@ from pallas_kernels.operators.cross_entropy.logits_product import (
     TileStatistics,
     statistics_of_product,
 )
+from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
 from pallas_kernels.operators.cross_entropy.statistics import (
     Finder,
     Statistics,
@@ -211,6 +212,37 @@ _IN_PRODUCT = Finder(_statistics_of_tokens, _logits_and_statistics)
 _AFTER_PRODUCT = find_after_product(_statistics)
 
 
+def _finder(weight: Float[Array, "C vocab"]) -> Finder:
+    """Returns how statistics of logits with a head are found.
+
+    Raises:
+      NotServed: for float64, and a vocabulary in no multiple of 64.
+    """
+    channels, vocab = weight.shape
+    if weight.dtype == jnp.float64 or vocab % (VECTOR * PARTS):
+        raise NotServed(
+            f"mosaic_gpu needs logits in float32, and a vocabulary in multiples of "
+            f"{VECTOR * PARTS}, got {weight.dtype=}, {vocab=}"
+        )
+    in_tiles = weight.dtype == jnp.bfloat16 and channels % TILE == vocab % COLUMNS == 0
+    return _IN_PRODUCT if in_tiles else _AFTER_PRODUCT
+
+
+def cross_entropy_mosaic_gpu(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
+    """Computes `pallas_kernels.cross_entropy`, which documents the arguments.
+
+    Raises:
+      NotServed: for float64, and a vocabulary in no multiple of 64.
+    """
+    return cross_entropy_with(_finder(weight), hidden, weight, targets, l2wrap, chunk_size)
+
+
 def cross_entropy_sum_mosaic_gpu(
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
@@ -224,17 +256,9 @@ def cross_entropy_sum_mosaic_gpu(
     Raises:
       NotServed: for float64, and a vocabulary in no multiple of 64.
     """
-    vocab = weight.shape[1]
-    if weight.dtype == jnp.float64 or vocab % (VECTOR * PARTS):
-        raise NotServed(
-            f"mosaic_gpu needs logits in float32, and a vocabulary in multiples of "
-            f"{VECTOR * PARTS}, got {weight.dtype=}, {vocab=}"
-        )
-    in_tiles = weight.dtype == jnp.bfloat16 and len(weight) % TILE == vocab % COLUMNS == 0
-    finder = _IN_PRODUCT if in_tiles else _AFTER_PRODUCT
     return cross_entropy_sum_with(
-        finder, hidden, weight, targets, token_weights, l2wrap, chunk_size
+        _finder(weight), hidden, weight, targets, token_weights, l2wrap, chunk_size
     )
 
 
-__all__ = ["cross_entropy_sum_mosaic_gpu"]
+__all__ = ["cross_entropy_mosaic_gpu", "cross_entropy_sum_mosaic_gpu"]
