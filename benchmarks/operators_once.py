@@ -39,8 +39,9 @@ class Settings:
 def main(settings: Settings) -> None:
     operators = make_operators(settings.shape)
     operators["channel mix"] = make_operators(settings.shape_of_channel_mix)["channel mix"]
-    in_tiles = make_operators(settings.shape_of_cross_entropy)["cross entropy"]
-    operators["cross entropy in tiles"] = in_tiles
+    in_tiles = make_operators(settings.shape_of_cross_entropy)
+    for name in ("cross entropy", "cross entropy of tokens"):
+        operators[f"{name}, in tiles"] = in_tiles[name]
     for name in settings.operators or operators:
         runs = programs_of(operators[name], settings.implementation, "bfloat16")
         results = jax.block_until_ready([program(*arguments) for program, arguments in runs])
