@@ -151,7 +151,8 @@ _losses_by_part = partitioned(_losses_of_parts, Layout(_PRODUCT, _STATISTICS[1:]
 
 def _in_parts(targets: Int[Array, "B T"], vocab: int) -> Int[Array, "B T parts"]:
     """Returns targets counted from the beginning of each part of the vocabulary."""
-    return targets[..., None] - jnp.arange(PARTS)[None, None] * (vocab // PARTS)
+    first = jnp.arange(PARTS, dtype=jnp.int32) * (vocab // PARTS)
+    return targets[..., None].astype(jnp.int32) - first[None, None]
 
 
 def _parts_of(weight: Float[Array, "C vocab"]) -> Float[Array, "C parts vocab_of_part"]:
