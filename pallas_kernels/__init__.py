@@ -18,6 +18,7 @@ from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
 from pallas_kernels.operators.layer_norm import layer_norm, pre_norm
+from pallas_kernels.operators.norm_shift_mix import norm_shift_mix
 from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
@@ -42,6 +43,7 @@ __all__ = [
     "key_update",
     "layer_norm",
     "log_decay_from_logits",
+    "norm_shift_mix",
     "output_correction",
     "pre_norm",
     "token_shift_mix",

@@ -46,6 +46,24 @@ def load_if(condition: Any, address: Any) -> list[Any]:
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
+def load_shared_if(condition: Any, address: Any) -> list[Any]:
+    """Loads four integers from shared memory if a condition is true.
+
+    Returns:
+      The integers; zeros if the condition is false.
+    """
+    i32 = integer(0).type
+    words = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        [arith.extui(i32, condition), address],
+        "{ .reg .pred p; setp.ne.s32 p, $4, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
+        "mov.b32 $3, 0; @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$5]; }",
+        "=&r,=&r,=&r,=&r,r,r,~{memory}",
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
+
+
 def store_if(condition: Any, address: Any, words: Sequence[Any]) -> None:
     """Writes four integers to global memory if a condition is true."""
     llvm.inline_asm(
@@ -57,4 +75,4 @@ def store_if(condition: Any, address: Any, words: Sequence[Any]) -> None:
     )
 
 
-__all__ = ["VECTOR", "load_if", "make_vector", "store_if", "values_of"]
+__all__ = ["VECTOR", "load_if", "load_shared_if", "make_vector", "store_if", "values_of"]
