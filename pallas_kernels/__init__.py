@@ -13,7 +13,7 @@ All other modules are private.
 
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
-from pallas_kernels.operators.channel_mix import channel_mix
+from pallas_kernels.operators.channel_mix import channel_mix, feed_forward
 from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_sum
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
@@ -40,6 +40,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_sum",
     "decode_layers",
+    "feed_forward",
     "key_update",
     "layer_norm",
     "log_decay_from_logits",

@@ -162,12 +162,18 @@ class Tokens:
         )
         return inline(functools.partial(_where, self))(condition.astype(jnp.int32), x, y)
 
-    def load_parameter(self, parameter_gmem: Any) -> jax.Array:
-        """Loads parameters `[C]` float32."""
+    def load_parameter(self, parameter_gmem: Any, condition: jax.Array | None = None) -> jax.Array:
+        """Loads parameters `[C]` float32; zeros if there is a scalar condition, which is false."""
         if is_interpreted():
-            return self._own_channels(parameter_gmem[...])
-        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=self._vector_type())
-        return inline(functools.partial(_load_parameter, self))(parameter_gmem)
+            values = parameter_gmem[...]
+            values = values if condition is None else jnp.where(condition, values, 0)
+            return self._own_channels(values)
+        conditions = () if condition is None else (condition.astype(jnp.int32),)
+        inline = plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *(SCALAR for _ in conditions)),
+            return_type=self._vector_type(),
+        )
+        return inline(functools.partial(_load_parameter, self))(parameter_gmem, *conditions)
 
     def store(self, x_gmem: Any, position: jax.Array, token: jax.Array) -> None:
         """Rounds a token to bfloat16 and writes it, unless its position is N or more."""
@@ -307,9 +313,7 @@ def _channel(tokens: Tokens, i: int) -> Any:
     thread = thread_index()
     if tokens.warpgroups == 1:
         thread = arith.andi(thread, integer(_THREADS - 1))
-    return arith.addi(
-        arith.muli(thread, integer(VECTOR)), integer(i * WIDTH * tokens.warpgroups)
-    )
+    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * WIDTH * tokens.warpgroups))
 
 
 def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
@@ -321,6 +325,10 @@ def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
 
 def _less(x: Any, y: int) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, x, integer(y))
+
+
+def _is_true(condition: Any) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.ne, condition.registers.item(), integer(0))
 
 
 def _places(tokens: Tokens, ref: Any, position: Any | None, size: int) -> list[tuple[Any, Any]]:
@@ -367,14 +375,16 @@ def _load_shared(tokens: Tokens, _: Any, ref: Any) -> Any:
 
 
 def _where(tokens: Tokens, _: Any, condition: Any, x: Any, y: Any) -> Any:
-    is_true = arith.cmpi(arith.CmpIPredicate.ne, condition.registers.item(), integer(0))
+    is_true = _is_true(condition)
     pairs = zip(x.registers.flat, y.registers.flat, strict=True)
     return _vector(tokens, [arith.select(is_true, *pair) for pair in pairs])
 
 
-def _load_parameter(tokens: Tokens, _: Any, ref: Any) -> Any:
+def _load_parameter(tokens: Tokens, _: Any, ref: Any, condition: Any | None = None) -> Any:
     f32, registers = ir.F32Type.get(), []
     for exists, address in _places(tokens, ref, None, 4):
+        if condition is not None:
+            exists = arith.andi(exists, _is_true(condition))
         second = arith.addi(address, mgpu.c(16, address.type))
         words = load_if(exists, address) + load_if(exists, second)
         registers.append(make_vector([utils.bitcast(word, f32) for word in words]))

@@ -82,7 +82,7 @@ class _Plan:
         per_multiprocessor = most_blocks // target.multiprocessors
         slot_bytes = arrays * C * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
-        slots = slots_that_fit(2 * slot_bytes, most=_MOST_SLOTS // 2, room=room) * 2
+        slots = 2 * slots_that_fit(2 * slot_bytes, most=_MOST_SLOTS // 2, room=room)
         walk = Walk(B * T, T, most_blocks, chunk, idle, after)
         return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(slots), arrays)
 
@@ -90,6 +90,11 @@ class _Plan:
     def grid(self) -> dict[str, int]:
         """The grid of the kernel."""
         return {"block": self.walk.blocks}
+
+    @property
+    def ahead(self) -> int:
+        """Number of steps that copies are ahead of the work."""
+        return self.ring.slots - 1
 
     def scratch_types(self, *sums: int) -> dict[str, Any]:
         """Returns the types of the kernel's shared memory and barriers.
@@ -113,25 +118,37 @@ class _Plan:
         """Returns the type of results `[B, T, C]`, as the kernel writes them."""
         return jax.ShapeDtypeStruct((self.tokens.count, self.tokens.channels), dtype)
 
+    def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array) -> None:
+        """Fetches the first steps, into all slots but one."""
+        self._on_one_warpgroup(
+            lambda: jax.lax.fori_loop(
+                0, jnp.minimum(self.ahead, steps), lambda number, _: fetch(number), None
+            )
+        )
 
-def _on_one_warpgroup(plan: _Plan, work: Callable[[], None]) -> None:
-    """Calls a function in the block's first warpgroup."""
-    if plan.tokens.warpgroups == 1:
-        work()
-    else:
-        pl.when(jax.lax.axis_index("warpgroup") == 0)(work)
+    def refill(
+        self, fetch: Callable[[jax.Array], None], number: jax.Array, steps: jax.Array
+    ) -> None:
+        """Fetches a later step into the slot of the step before, which all threads are done with.
 
+        Args:
+          fetch: starts the copies of a step.
+          number: of this step. All threads have waited for each other in it.
+          steps: number of steps.
+        """
 
-def _refill(
-    plan: _Plan, fetch: Callable[[jax.Array], None], number: jax.Array, steps: jax.Array
-) -> None:
-    """Fetches the next step that uses the slot of a step, which all threads have read."""
+        def refill() -> None:
+            plgpu.commit_smem()
+            following = number + self.ahead
+            pl.when(following < steps)(lambda: fetch(following))
 
-    def refill() -> None:
-        plgpu.commit_smem()
-        plan.ring.refill(fetch, number, steps)
+        self._on_one_warpgroup(refill)
 
-    _on_one_warpgroup(plan, refill)
+    def _on_one_warpgroup(self, work: Callable[[], None]) -> None:
+        if self.tokens.warpgroups == 1:
+            work()
+        else:
+            pl.when(jax.lax.axis_index("warpgroup") == 0)(work)
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -152,8 +169,13 @@ def norm_shift_mix_mosaic_gpu(
     """
     token_tiles.check_served(x=x)
     count, C = len(mixes), x.shape[2]
+    target, packed = target_in_context(), segment_ids is not None
     plan = _Plan.of(
-        target_in_context(), x, registers=64 + 10 * count, arrays=1, chunk=_TOKENS_OF_CHUNK
+        target,
+        x,
+        registers=64 + (16 if packed else 10) * count,
+        arrays=1,
+        chunk=_TOKENS_OF_CHUNK,
     )
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 
@@ -169,7 +191,7 @@ def norm_shift_mix_mosaic_gpu(
             return walk.step(number, steps, order_gmem)
 
         def read_for(number):
-            return read(number), read(ring.next_step(number))
+            return read(number), read(number + plan.ahead)
 
         def read_early(number):  # what memory tells; the rest takes few instructions
             return None if order_gmem is None else read_for(number)
@@ -177,7 +199,7 @@ def norm_shift_mix_mosaic_gpu(
         def fetch(number, step):
             ring.copy(number, loaded, [(x_gmem.at[step.to_copy], slots)])
 
-        _on_one_warpgroup(plan, lambda: ring.fill(lambda n: fetch(n, read(n)), steps))
+        plan.fill(lambda n: fetch(n, read(n)), steps)
 
         def mix_token(number, carry):
             before, reads = carry
@@ -185,7 +207,7 @@ def norm_shift_mix_mosaic_gpu(
             plgpu.barrier_wait(ring.loaded(loaded, number))
             x = tokens.load_shared(slots.at[ring.slot(number)])
             (total,) = tokens.sum_channels(sums[0], [x], summed)
-            _refill(plan, lambda n: fetch(n, ahead), number, steps)
+            plan.refill(lambda n: fetch(n, ahead), number, steps)
             centered = tokens.mask(x - total * (1 / C))
             (square,) = tokens.sum_channels(sums[1], [centered * centered], summed)
             token = centered * jax.lax.rsqrt(square * (1 / C) + eps) * scale + bias
@@ -201,7 +223,7 @@ def norm_shift_mix_mosaic_gpu(
         carry = tokens.zeros(), read_early(jnp.int32(0))
         jax.lax.fori_loop(0, steps, mix_token, carry)
 
-    kernel = target_in_context().kernel(
+    kernel = target.kernel(
         body,
         name="norm_shift_mix",
         out_type=(plan.flat(x.dtype),) * count,
@@ -224,9 +246,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
     *,
-    cotangents: tuple[
-        Sequence[Float[Array, "B T C"]], Float[Array, "B C"], Float[Array, "B T C"]
-    ],
+    cotangents: tuple[Sequence[Float[Array, "B T C"]], Float[Array, "B C"], Float[Array, "B T C"]],
     eps: float,
 ) -> tuple[
     Float[Array, "B T C"],
@@ -250,8 +270,9 @@ def norm_shift_mix_backward_mosaic_gpu(
     dmixed = [gradient.astype(x.dtype) for gradient in cotangents[0]]
     dinput = cotangents[2].astype(x.dtype)
     count, C = len(mixes), x.shape[2]
+    target = target_in_context()
     plan = _Plan.of(
-        target_in_context(),
+        target,
         x,
         registers=min(255, 96 + 24 * count),
         arrays=2 + count,
@@ -262,12 +283,19 @@ def norm_shift_mix_backward_mosaic_gpu(
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 
     def body(
-        x_gmem, gradients_gmem, parameters_gmem, state_gmem, order_gmem, dx_gmem, sums_gmem, **scratch
+        x_gmem,
+        gradients_gmem,
+        parameters_gmem,
+        state_gmem,
+        order_gmem,
+        dx_gmem,
+        sums_gmem,
+        **scratch,
     ):
         x_slots, dinput_slots, *dmixed_slots = scratch["slots"]
         loaded, summed, sums = scratch["loaded"], scratch["summed"], scratch["sums"]
-        scale, bias, *mixes = (
-            tokens.load_parameter(parameters_gmem.at[i]) for i in range(2 + count)
+        scale, *mixes = (
+            tokens.load_parameter(parameters_gmem.at[i]) for i in (0, *range(2, 2 + count))
         )
         dinput_gmem, *dmixed_gmem = gradients_gmem
         steps = walk.steps()
@@ -279,7 +307,10 @@ def norm_shift_mix_backward_mosaic_gpu(
             copies = [
                 (x_gmem.at[following.to_copy], x_slots),
                 (dinput_gmem.at[before.to_copy], dinput_slots),
-                *((gmem.at[current.to_copy], slots) for gmem, slots in zip(dmixed_gmem, dmixed_slots, strict=True)),
+                *(
+                    (gmem.at[current.to_copy], slots)
+                    for gmem, slots in zip(dmixed_gmem, dmixed_slots, strict=True)
+                ),
             ]
             ring.copy(number, loaded, copies)
 
@@ -287,12 +318,12 @@ def norm_shift_mix_backward_mosaic_gpu(
             return read(number - 1), read(number), read(number + 1)
 
         def read_for(number):
-            return *read_three(number), *read_three(ring.next_step(number))
+            return *read_three(number), *read_three(number + plan.ahead)
 
         def read_early(number):  # what memory tells; the rest takes few instructions
             return None if order_gmem is None else read_for(number)
 
-        _on_one_warpgroup(plan, lambda: ring.fill(lambda n: fetch(n, *read_three(n)), steps))
+        plan.fill(lambda n: fetch(n, *read_three(n)), steps)
 
         def add_token(number, carry):
             before, current, rest, totals, reads = carry
@@ -301,10 +332,14 @@ def norm_shift_mix_backward_mosaic_gpu(
 
             plgpu.barrier_wait(ring.loaded(loaded, number))
             slot = ring.slot(number)
-            start = None if state_gmem is None else _load_state(plan, state_gmem, of_current)
-            shifted = tokens.where(of_current.continues, before.normed * scale + bias, start)
+            # Both norms have the bias, so that it counts where no token comes before only.
             counts = of_current.is_own & of_current.is_token
-            difference = tokens.where(counts, shifted - (current.normed * scale + bias))
+            starts = counts & ~of_current.continues
+            start = -tokens.load_parameter(parameters_gmem.at[1], starts)
+            if state_gmem is not None:
+                start += _load_state(plan, state_gmem, of_current)
+            shifted = tokens.where(of_current.continues, before.normed * scale, start)
+            difference = tokens.where(counts, shifted - current.normed * scale)
             of_token = of_shifted = tokens.zeros()
             dmixes = list(dmixes)
             for m, (mix, slots) in enumerate(zip(mixes, dmixed_slots, strict=True)):
@@ -319,14 +354,14 @@ def norm_shift_mix_backward_mosaic_gpu(
             x = tokens.load_shared(x_slots.at[slot])
             if order_gmem is not None:
                 x = tokens.where(of_following.is_token, x)  # whatever stands in padding
-            dinput = tokens.load_shared(dinput_slots.at[slot])
             x_total, mean, share = tokens.sum_channels(
                 sums[0], [x, dnormed, dnormed * before.normed], summed
             )
-            _refill(plan, lambda n: fetch(n, *ahead), number, steps)
+            plan.refill(lambda n: fetch(n, *ahead), number, steps)
             centered = tokens.mask(x - x_total * (1 / C))
             (square,) = tokens.sum_channels(sums[1], [centered * centered], summed)
             factor = jax.lax.rsqrt(square * (1 / C) + eps)
+            dinput = tokens.load_shared(dinput_slots.at[slot])
             # The gradient of x has neither a mean nor a part along x.
             dx = dnormed - mean * (1 / C) - before.normed * (share * (1 / C))
             place = jnp.where(of_before.is_own, of_before.place, tokens.count)
@@ -352,7 +387,7 @@ def norm_shift_mix_backward_mosaic_gpu(
         for i, total in enumerate((dscale, dbias, *dmixes)):
             tokens.store_sums(sums_gmem.at[block, i], total)
 
-    kernel = target_in_context().kernel(
+    kernel = target.kernel(
         body,
         name="norm_shift_mix_backward",
         out_type=(

@@ -20,9 +20,7 @@ def norm_shift_mix_backward(
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
     *,
-    cotangents: tuple[
-        Sequence[Float[Array, "B T C"]], Float[Array, "B C"], Float[Array, "B T C"]
-    ],
+    cotangents: tuple[Sequence[Float[Array, "B T C"]], Float[Array, "B C"], Float[Array, "B T C"]],
     eps: float,
 ) -> tuple[
     Float[Array, "B T C"],
