@@ -61,6 +61,10 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
     B, T, C = shape
     x, heads, of_heads = (B, T, C), (B, T, C // HEAD, HEAD), (C // HEAD, HEAD)
 
+    def norm_shift_mix(mixes: int) -> Operator:
+        parameters = ((C,), (C,), (mixes, C))
+        return Operator(pallas_kernels.norm_shift_mix, (x,), parameters, made=mixes + 1)
+
     def channel_mix(x, key, value, mix, **kwargs):
         return pallas_kernels.channel_mix(x, mix, key, value, **kwargs)
 
@@ -77,6 +81,8 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
         "token shift, 1 mix": Operator(pallas_kernels.token_shift_mix, (x,), ((1, C),)),
         "layer norm": Operator(pallas_kernels.layer_norm, (x,), ((C,), (C,))),
         "pre-norm": Operator(pallas_kernels.pre_norm, (x,), ((C,), (C,)), made=1),
+        "layer norm + token shift, 6 mixes": norm_shift_mix(6),
+        "layer norm + token shift, 1 mix": norm_shift_mix(1),
         "key update": Operator(pallas_kernels.key_update, (heads,) * 2, (of_heads,) * 2),
         "output correction": Operator(
             pallas_kernels.output_correction, (heads,) * 5, (of_heads,) * 3

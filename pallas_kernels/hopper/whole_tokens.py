@@ -1,9 +1,9 @@
 """Whole tokens in the registers of a block, for kernels that sum over a token's channels.
 
 A token is a float32 vector `[C]`, padded with zeros so that each thread of a warpgroup holds eight
-neighbouring channels of every 1024. Memory holds bfloat16. A block of the grid works on a few tokens
-at a time, and its threads keep the same channels all the time. Several warpgroups can share a token:
-each has a vector of its own, with every other 1024 channels if there are two.
+neighbouring channels of every 1024. Memory holds bfloat16. A block of the grid works on a few
+tokens at a time, and its threads keep the same channels all the time. Several warpgroups can share
+a token: each has a vector of its own, with every other 1024 channels if there are two.
 
 Sums over channels cross warps, through shared memory. So sums of several tokens are made at once.
 """
@@ -305,8 +305,8 @@ def _layout(padded: int) -> Any:
 
 
 # The functions below take and return MLIR values, or the registers that a thread holds. Register i
-# of a vector holds channels `1024 warpgroups i + 8 thread` and the seven after it, where threads are
-# counted through the block if warpgroups share tokens.
+# of a vector holds channels `1024 warpgroups i + 8 thread` and the seven after it, where threads of
+# all warpgroups that share a token are counted.
 
 
 def _channel(tokens: Tokens, i: int) -> Any:

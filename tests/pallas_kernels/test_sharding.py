@@ -205,6 +205,8 @@ KERNELS = {
     "packed token_shift_mix": 2,
     "layer_norm": 2,
     "pre_norm": 2,
+    "norm_shift_mix": 2,
+    "packed norm_shift_mix": 2,
     "key_update": 2,
     "wkv7_inputs": 2,
     "output_correction": 2,

@@ -10,7 +10,6 @@ square to bfloat16 changes the root by half as much.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp

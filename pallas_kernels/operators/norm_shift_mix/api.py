@@ -8,12 +8,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.context import ContextAxis, check_context_axis, state_before
 from pallas_kernels.differentiation import differentiate, run_from_inputs
 from pallas_kernels.dispatch import Choice
-from pallas_kernels.operators.norm_shift_mix.mosaic_gpu import (
-    norm_shift_mix_backward_mosaic_gpu,
-    norm_shift_mix_mosaic_gpu,
-)
+from pallas_kernels.operators.norm_shift_mix.kernels import backward_by_kernels, mix_by_kernels
 from pallas_kernels.operators.norm_shift_mix.reference import (
-    KERNEL_LAYOUT,
     LAYOUT,
     Results,
     last_token,
@@ -22,7 +18,6 @@ from pallas_kernels.operators.norm_shift_mix.reference import (
 )
 from pallas_kernels.operators.norm_shift_mix.xla import norm_shift_mix_backward
 from pallas_kernels.operators.token_shift.api import check_shift
-from pallas_kernels.partitioning import partitioned, partitioned_backward
 from pallas_kernels.sharding import over_explicit_axes
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_eps, check_float
@@ -33,12 +28,12 @@ def _with_input(run: Callable[..., tuple[Any, Any]]) -> Callable[..., Results]:
 
 
 FORWARD = {
-    "mosaic_gpu": _with_input(partitioned(norm_shift_mix_mosaic_gpu, KERNEL_LAYOUT)),
+    "mosaic_gpu": _with_input(mix_by_kernels),
     "xla": norm_shift_mix_reference,
     "reference": norm_shift_mix_reference,
 }
 BACKWARD = {
-    "mosaic_gpu": partitioned_backward(norm_shift_mix_backward_mosaic_gpu, LAYOUT),
+    "mosaic_gpu": backward_by_kernels,
     "xla": norm_shift_mix_backward,
     "reference": differentiate(norm_shift_mix_reference),
 }

@@ -1,8 +1,8 @@
 """The layer norm, token shift and mixes, and their gradients, on Hopper GPUs.
 
-Each direction is one kernel, which passes over memory once. A block reads token after token, so that
-it has the norm of the token before in registers. `walk` tells in which order. Copies into a ring of
-slots in shared memory run ahead of the work.
+Each direction is one kernel, which passes over memory once. A block reads token after token, so
+that it has the norm of the token before in registers. `walk` tells in which order. Copies into a
+ring of slots in shared memory run ahead of the work.
 """
 
 import dataclasses
@@ -238,6 +238,21 @@ def norm_shift_mix_mosaic_gpu(
     return tuple(mix.reshape(x.shape) for mix in mixed), new_state
 
 
+def has_registers(channels: int) -> bool:
+    """Returns whether the parameters of the forward fit into the registers of a block."""
+    return channels <= _MOST_WARPGROUPS * WIDTH
+
+
+def has_registers_for_gradients(channels: int, mixes: int) -> bool:
+    """Returns whether the sums of the backward fit into the registers of a block."""
+    warpgroups = -(-channels // WIDTH)
+    return warpgroups * _registers_of_backward(mixes) <= 2 * 255
+
+
+def _registers_of_backward(mixes: int) -> int:
+    return min(255, 96 + 24 * mixes)
+
+
 def norm_shift_mix_backward_mosaic_gpu(
     x: Float[Array, "B T C"],
     scale: Float[Array, " C"],
@@ -274,7 +289,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     plan = _Plan.of(
         target,
         x,
-        registers=min(255, 96 + 24 * count),
+        registers=_registers_of_backward(count),
         arrays=2 + count,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,
         idle=1,
@@ -498,4 +513,9 @@ def _gradient_of_state(
     return dstate.astype(state.dtype)
 
 
-__all__ = ["norm_shift_mix_backward_mosaic_gpu", "norm_shift_mix_mosaic_gpu"]
+__all__ = [
+    "has_registers",
+    "has_registers_for_gradients",
+    "norm_shift_mix_backward_mosaic_gpu",
+    "norm_shift_mix_mosaic_gpu",
+]

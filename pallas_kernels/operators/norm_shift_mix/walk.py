@@ -1,12 +1,12 @@
 """The order in which kernels of the layer norm and token shift read tokens.
 
-A block of the grid reads chunks of tokens that follow one another. It keeps each norm until the next
-token has been mixed with it, so that it reads and normalises tokens once, and one more before each
-chunk. In the backward a token also gets a gradient from the token after it: there the block reads
-one more after each chunk, too. Chunks of all blocks lie side by side, because memory is faster where
-neighbours are read and written at about the same time.
+A block of the grid reads chunks of tokens that follow one another. It keeps each norm until the
+next token has been mixed with it, so that it reads and normalises tokens once, and one more before
+each chunk. In the backward a token also gets a gradient from the token after it: there the block
+reads one more after each chunk, too. Chunks of all blocks lie side by side, so that what is read
+and written at about the same time lies close together.
 
-In packed rows, padding is read last. So the token before in a segment is always the one read before.
+In packed rows padding is read last: the token before in a segment is the one that was read before.
 """
 
 import dataclasses
