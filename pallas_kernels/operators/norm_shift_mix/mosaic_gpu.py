@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import token_tiles
+from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.ring import SHARED_MEMORY_BYTES, Ring, slots_that_fit
 from pallas_kernels.hopper.target import Target, target_in_context
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
@@ -379,8 +380,9 @@ def norm_shift_mix_backward_mosaic_gpu(
             dinput = tokens.load_shared(dinput_slots.at[slot])
             # The gradient of x has neither a mean nor a part along x.
             dx = dnormed - mean * (1 / C) - before.normed * (share * (1 / C))
-            place = jnp.where(of_before.is_own, of_before.place, tokens.count)
-            tokens.store(dx_gmem, place, before.factor * dx + dinput)
+            row, in_row = divide(of_before.to_copy, walk.length)
+            in_row = jnp.where(of_before.is_own, in_row, tokens.count)
+            tokens.store(dx_gmem.at[row], in_row, before.factor * dx + dinput)
             return (
                 current,
                 _Normed(centered * factor, factor),
@@ -406,7 +408,8 @@ def norm_shift_mix_backward_mosaic_gpu(
         body,
         name="norm_shift_mix_backward",
         out_type=(
-            plan.flat(x.dtype),
+            # Not flat: the compiler would copy what it reshapes, to add to single tokens of it.
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((walk.blocks, 2 + count, C), jnp.float32),
         ),
         grid=plan.grid,
@@ -421,7 +424,6 @@ def norm_shift_mix_backward_mosaic_gpu(
         None if segment_ids is None else order_of(segment_ids),
     )
     dscale, dbias, *dmixes = sums.sum(0)
-    dx = dx.reshape(x.shape)
     dx, of_state = _add_of_states(dx, x, scale, bias, segment_ids, cotangents[1], eps)
     dstate = _gradient_of_state(mixes, state, segment_ids, dmixed, cotangents[1])
     return (
