@@ -35,7 +35,7 @@ from pallas_kernels.hopper.target import is_interpreted
 from pallas_kernels.hopper.vectors import (
     VECTOR,
     load_if,
-    load_shared_if,
+    load_shared,
     make_vector,
     store_if,
     values_of,
@@ -141,15 +141,19 @@ class Tokens:
         )
         return inline(functools.partial(_load, self))(x_gmem, position)
 
-    def load_shared(self, token_smem: Any) -> jax.Array:
-        """Loads a token of bfloat16 from shared memory, where it lies in the order of its channels.
+    def load_shared(self, tokens_smem: Any, index: int) -> jax.Array:
+        """Loads one of some tokens in shared memory.
 
         There is no barrier: what copied the token must be waited for before.
+
+        Args:
+          tokens_smem: bfloat16, one token after the other, each in the order of its channels.
+          index: of the token.
         """
         if is_interpreted():
-            return self._own_channels(token_smem[...].reshape(-1).astype(jnp.float32))
+            return self._own_channels(tokens_smem[index].reshape(-1).astype(jnp.float32))
         inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=self._vector_type())
-        return inline(functools.partial(_load_shared, self))(token_smem)
+        return inline(functools.partial(_load_shared, self, index))(tokens_smem)
 
     def where(self, condition: jax.Array, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
         """Returns x if a scalar is true, else y, or zeros if there is no y."""
@@ -364,12 +368,21 @@ def _load(tokens: Tokens, _: Any, ref: Any, position: Any) -> Any:
     )
 
 
-def _load_shared(tokens: Tokens, _: Any, ref: Any) -> Any:
-    registers = []
+def _load_shared(tokens: Tokens, index: int, _: Any, ref: Any) -> Any:
+    # All loads of a step share an address. The compiler may keep it, unlike those of other memory.
+    i32, registers = integer(0).type, []
+    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
+    if tokens.warpgroups == 1:
+        thread = arith.andi(thread, integer(_THREADS - 1))
+    address = arith.addi(address_of(ref), arith.muli(thread, integer(2 * VECTOR)))
     for i in range(tokens.padded // WIDTH):
-        channel = _channel(tokens, i)
-        address = arith.addi(address_of(ref), arith.muli(channel, integer(2)))
-        words = load_shared_if(_less(channel, tokens.channels), address)
+        first = i * WIDTH * tokens.warpgroups
+        exists = None  # without a condition if all threads have channels
+        if first + WIDTH * tokens.warpgroups > tokens.channels:
+            channel = arith.muli(thread, integer(VECTOR))
+            exists = _less(channel, tokens.channels - first)
+        offset = 2 * (index * tokens.channels + first)
+        words = load_shared(address, offset, exists)
         registers.append(make_vector([x for word in words for x in widen_bits(word)]))
     return _vector(tokens, registers)
 

@@ -6,6 +6,7 @@ ring of slots in shared memory run ahead of the work.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,9 +104,10 @@ class _Plan:
         Args:
           *sums: how many vectors are summed at a time, for each time in a step.
         """
-        slots = (self.ring.slots, self.tokens.channels // token_tiles.HEAD, token_tiles.HEAD)
+        heads = self.tokens.channels // token_tiles.HEAD
+        slots = (self.ring.slots, self.arrays, heads, token_tiles.HEAD)
         return {
-            "slots": [plgpu.SMEM(slots, jnp.bfloat16)] * self.arrays,
+            "slots": plgpu.SMEM(slots, jnp.bfloat16),
             "loaded": self.ring.loaded_type(self.arrays),
             "sums": [self.tokens.scratch_type(count) for count in sums],
             "summed": self.tokens.scratch_barrier_type(),
@@ -121,11 +123,8 @@ class _Plan:
 
     def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array) -> None:
         """Fetches the first steps, into all slots but one."""
-        self._on_one_warpgroup(
-            lambda: jax.lax.fori_loop(
-                0, jnp.minimum(self.ahead, steps), lambda number, _: fetch(number), None
-            )
-        )
+        first = jnp.minimum(self.ahead, steps)
+        jax.lax.fori_loop(0, first, lambda number, _: fetch(number), None)
 
     def refill(
         self, fetch: Callable[[jax.Array], None], number: jax.Array, steps: jax.Array
@@ -137,19 +136,32 @@ class _Plan:
           number: of this step. All threads have waited for each other in it.
           steps: number of steps.
         """
+        plgpu.commit_smem()
+        following = number + self.ahead
+        pl.when(following < steps)(lambda: fetch(following))
 
-        def refill() -> None:
-            plgpu.commit_smem()
-            following = number + self.ahead
-            pl.when(following < steps)(lambda: fetch(following))
+    def copy(self, number: jax.Array, loaded: Any, slots: Any, sources: Sequence[Any]) -> None:
+        """Starts the copies of a step; each warpgroup starts some.
 
-        self._on_one_warpgroup(refill)
+        Args:
+          number: of the step.
+          loaded: the ring's barriers.
+          slots: `[slots, arrays, ...]` in shared memory.
+          sources: of each array a token in global memory.
+        """
+        slot, barrier = slots.at[self.ring.slot(number)], self.ring.loaded(loaded, number)
+        warpgroups = self.tokens.warpgroups
 
-    def _on_one_warpgroup(self, work: Callable[[], None]) -> None:
-        if self.tokens.warpgroups == 1:
-            work()
-        else:
-            pl.when(jax.lax.axis_index("warpgroup") == 0)(work)
+        def copy(warpgroup: int) -> None:
+            for i in range(warpgroup, self.arrays, warpgroups):
+                plgpu.copy_gmem_to_smem(sources[i], slot.at[i], barrier)
+
+        if warpgroups == 1:
+            copy(0)
+            return
+        for warpgroup in range(min(warpgroups, self.arrays)):
+            is_this = jax.lax.axis_index("warpgroup") == warpgroup
+            pl.when(is_this)(functools.partial(copy, warpgroup))
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -181,7 +193,7 @@ def norm_shift_mix_mosaic_gpu(
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 
     def body(x_gmem, parameters_gmem, state_gmem, order_gmem, *mixed_gmem, **scratch):
-        slots, loaded, summed = scratch["slots"][0], scratch["loaded"], scratch["summed"]
+        slots, loaded, summed = scratch["slots"], scratch["loaded"], scratch["summed"]
         sums = scratch["sums"]
         scale, bias, *mixes = (
             tokens.load_parameter(parameters_gmem.at[i]) for i in range(2 + count)
@@ -198,7 +210,7 @@ def norm_shift_mix_mosaic_gpu(
             return None if order_gmem is None else read_for(number)
 
         def fetch(number, step):
-            ring.copy(number, loaded, [(x_gmem.at[step.to_copy], slots)])
+            plan.copy(number, loaded, slots, [x_gmem.at[step.to_copy]])
 
         plan.fill(lambda n: fetch(n, read(n)), steps)
 
@@ -206,7 +218,7 @@ def norm_shift_mix_mosaic_gpu(
             before, reads = carry
             step, ahead = reads or read_for(number)
             plgpu.barrier_wait(ring.loaded(loaded, number))
-            x = tokens.load_shared(slots.at[ring.slot(number)])
+            x = tokens.load_shared(slots.at[ring.slot(number)], 0)
             (total,) = tokens.sum_channels(sums[0], [x], summed)
             plan.refill(lambda n: fetch(n, ahead), number, steps)
             centered = tokens.mask(x - total * (1 / C))
@@ -308,8 +320,8 @@ def norm_shift_mix_backward_mosaic_gpu(
         sums_gmem,
         **scratch,
     ):
-        x_slots, dinput_slots, *dmixed_slots = scratch["slots"]
-        loaded, summed, sums = scratch["loaded"], scratch["summed"], scratch["sums"]
+        slots, loaded, summed = scratch["slots"], scratch["loaded"], scratch["summed"]
+        sums = scratch["sums"]
         scale, *mixes = (
             tokens.load_parameter(parameters_gmem.at[i]) for i in (0, *range(2, 2 + count))
         )
@@ -320,15 +332,9 @@ def norm_shift_mix_backward_mosaic_gpu(
             return walk.step(number, steps, order_gmem)
 
         def fetch(number, before, current, following):
-            copies = [
-                (x_gmem.at[following.to_copy], x_slots),
-                (dinput_gmem.at[before.to_copy], dinput_slots),
-                *(
-                    (gmem.at[current.to_copy], slots)
-                    for gmem, slots in zip(dmixed_gmem, dmixed_slots, strict=True)
-                ),
-            ]
-            ring.copy(number, loaded, copies)
+            of_current = (gmem.at[current.to_copy] for gmem in dmixed_gmem)
+            sources = x_gmem.at[following.to_copy], dinput_gmem.at[before.to_copy], *of_current
+            plan.copy(number, loaded, slots, sources)
 
         def read_three(number):
             return read(number - 1), read(number), read(number + 1)
@@ -347,37 +353,36 @@ def norm_shift_mix_backward_mosaic_gpu(
             (dscale, dbias), dmixes = totals
 
             plgpu.barrier_wait(ring.loaded(loaded, number))
-            slot = ring.slot(number)
-            # Both norms have the bias, so that it counts where no token comes before only.
+            slot = slots.at[ring.slot(number)]
+            # Both norms have the bias. It counts only where no token comes before.
             counts = of_current.is_own & of_current.is_token
             starts = counts & ~of_current.continues
-            start = -tokens.load_parameter(parameters_gmem.at[1], starts)
+            start = tokens.load_parameter(parameters_gmem.at[1], starts)
             if state_gmem is not None:
-                start += _load_state(plan, state_gmem, of_current)
+                start = start + _load_state(plan, state_gmem, of_current)
             shifted = tokens.where(of_current.continues, before.normed * scale, start)
             difference = tokens.where(counts, shifted - current.normed * scale)
-            of_token = of_shifted = tokens.zeros()
-            dmixes = list(dmixes)
-            for m, (mix, slots) in enumerate(zip(mixes, dmixed_slots, strict=True)):
-                gradient = tokens.load_shared(slots.at[slot])
-                dmixes[m] += gradient * difference
-                of_shifted += gradient * mix
-                of_token += gradient
+            gradient = tokens.load_shared(slot, 2)
+            of_token, of_shifted = gradient, gradient * mixes[0]
+            new_dmixes = [dmixes[0] + gradient * difference]
+            for m in range(1, count):  # one after another, for want of registers
+                gradient = tokens.load_shared(slot, 2 + m)
+                of_token, of_shifted = of_token + gradient, of_shifted + gradient * mixes[m]
+                new_dmixes.append(dmixes[m] + gradient * difference)
             dnormed = rest + tokens.where(of_current.continues, of_shifted)
             dnormed = tokens.where(of_before.is_own & of_before.is_token, dnormed)
-            totals = (dscale + dnormed * before.normed, dbias + dnormed), tuple(dmixes)
+            along = dnormed * before.normed
+            totals = (dscale + along, dbias + dnormed), tuple(new_dmixes)
             dnormed *= scale
-            x = tokens.load_shared(x_slots.at[slot])
+            x = tokens.load_shared(slot, 0)
             if order_gmem is not None:
                 x = tokens.where(of_following.is_token, x)  # whatever stands in padding
-            x_total, mean, share = tokens.sum_channels(
-                sums[0], [x, dnormed, dnormed * before.normed], summed
-            )
+            x_total, mean, share = tokens.sum_channels(sums[0], [x, dnormed, along * scale], summed)
             plan.refill(lambda n: fetch(n, *ahead), number, steps)
             centered = tokens.mask(x - x_total * (1 / C))
             (square,) = tokens.sum_channels(sums[1], [centered * centered], summed)
             factor = jax.lax.rsqrt(square * (1 / C) + eps)
-            dinput = tokens.load_shared(dinput_slots.at[slot])
+            dinput = tokens.load_shared(slot, 1)
             # The gradient of x has neither a mean nor a part along x.
             dx = dnormed - mean * (1 / C) - before.normed * (share * (1 / C))
             row, in_row = divide(of_before.to_copy, walk.length)
@@ -419,7 +424,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     dx, sums = kernel(
         plan.copyable(x),
         [plan.copyable(gradient) for gradient in (dinput, *dmixed)],
-        _parameters(scale, bias, mixes),
+        _parameters(scale, -bias, mixes),
         state,
         None if segment_ids is None else order_of(segment_ids),
     )
