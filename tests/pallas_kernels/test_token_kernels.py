@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pallas_kernels import (
     NotServed,
     channel_mix,
+    feed_forward,
     key_update,
     layer_norm,
     norm_shift_mix,
@@ -87,6 +88,10 @@ def heads(names, parameters):
 def channel_mix_shapes(B, T, C):
     weights = {"key_weight": (C, 2 * C), "value_weight": (2 * C, C)}
     return {"x": (B, T, C), "mix": (C,), "state": (B, C)} | weights
+
+
+def feed_forward_shapes(B, T, C):
+    return {"x": (B, T, C), "key_weight": (C, 2 * C), "value_weight": (2 * C, C)}
 
 
 CALLS = {
@@ -252,6 +257,15 @@ def test_norm_and_mixes_of_many_channels_take_the_kernels_of_two_operators_for_c
     arrays = bfloat16_shapes(call, B, T, C)
     expected = 5 if C == 5120 else 4  # two in the forward, or one; three in the backward
     assert kernels_for_cuda(gradient(call), arrays) == expected
+
+
+@pytest.mark.gpu
+def test_feed_forward_on_the_gpu():
+    call = Call(feed_forward, feed_forward_shapes)
+    inputs = call.inputs(2, 8448, 256)
+    for weight in ("key_weight", "value_weight"):
+        inputs[weight] /= 16
+    judge_kernels(call, inputs, (1e-2, 1e-2))
 
 
 @pytest.mark.gpu
