@@ -239,7 +239,10 @@ class Tokens:
         return self._reduce(arith.addf, scratch, vectors)
 
     def max_channels(self, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
-        """Returns the largest channel of each vector, like `sum_channels`, but with padding."""
+        """Returns the largest channel of each vector, like `sum_channels`, but with padding.
+
+        Only for tokens of one warpgroup.
+        """
         if is_interpreted():
             return [jnp.broadcast_to(x.max(), x.shape) for x in vectors]
         return self._reduce(arith.maximumf, scratch, vectors)

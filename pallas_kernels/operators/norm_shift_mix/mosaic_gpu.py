@@ -33,9 +33,15 @@ from pallas_kernels.operators.token_shift.reference import last_position
 from pallas_kernels.types import SegmentIds
 
 _MOST_WARPGROUPS = 4
-_MOST_SLOTS = 6
+_MOST_AHEAD = 5
+"""Most steps that copies are ahead of the work."""
+
 _TOKENS_OF_CHUNK = 16
 _TOKENS_OF_CHUNK_BACKWARD = 32
+"""With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
+
+_MOST_REGISTERS = 255
+"""Of a thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +90,9 @@ class _Plan:
         per_multiprocessor = most_blocks // target.multiprocessors
         slot_bytes = arrays * C * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
-        slots = 2 * slots_that_fit(2 * slot_bytes, most=_MOST_SLOTS // 2, room=room)
+        ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=_MOST_AHEAD, room=room)
         walk = Walk(B * T, T, most_blocks, chunk, idle, after)
-        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(slots), arrays)
+        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(ahead + 1), arrays)
 
     @property
     def grid(self) -> dict[str, int]:
@@ -259,11 +265,7 @@ def has_registers(channels: int) -> bool:
 def has_registers_for_gradients(channels: int, mixes: int) -> bool:
     """Returns whether the sums of the backward fit into the registers of a block."""
     warpgroups = -(-channels // WIDTH)
-    return warpgroups * _registers_of_backward(mixes) <= 2 * 255
-
-
-def _registers_of_backward(mixes: int) -> int:
-    return min(255, 96 + 24 * mixes)
+    return warpgroups * min(_MOST_REGISTERS, 96 + 24 * mixes) <= 2 * _MOST_REGISTERS
 
 
 def norm_shift_mix_backward_mosaic_gpu(
@@ -302,7 +304,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     plan = _Plan.of(
         target,
         x,
-        registers=_registers_of_backward(count),
+        registers=min(_MOST_REGISTERS, 136 + 24 * count),  # more than it needs at least
         arrays=2 + count,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,
         idle=1,
