@@ -18,7 +18,9 @@ from pallas_kernels.hopper.tiles import (
     anew,
     column_sums,
     load32,
+    load_rows,
     products,
+    spread_rows,
     store_halves,
     tiles_smem,
     transposed,
@@ -39,6 +41,9 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMa
 
 _RING = Ring(slots=2)  # a chunk is worked on while the next one is loaded
 _ROWS, _COLUMNS = range(2)  # the warpgroups
+
+_SMALLEST_SQUARE = 1e-12
+"""k is not divided by a b that is shorter, but by this square of a length."""
 
 
 class Operands(NamedTuple):
@@ -104,11 +109,13 @@ class Scratch(NamedTuple):
       rows: a tile for ROWS to write from.
       columns: tiles `[2, 64, 64]` for COLUMNS to write from.
       prefix_sums: a tile.
+      along_b: float32 `[64]`, how many times b there is in each token's k.
     """
 
     rows: Any
     columns: Any
     prefix_sums: Any
+    along_b: Any
 
 
 class Barriers(NamedTuple):
@@ -198,6 +205,13 @@ class _Gradients:
         Where there are masks, they need the registers, and the tile stays in shared memory.
         """
         return load(tile) if self.gmem.bounds is None else tile
+
+    def splits_k(self) -> bool:
+        """Returns whether k is split into a multiple of b and the rest, to compute dv.
+
+        That takes all key channels of a token, and a step has 64 of them.
+        """
+        return self.sizes.key_block == 1
 
     def d_input_tile(self, gmem: Any, work: Work[jax.Array]) -> Any:
         """Returns a tile of the gradient of r, log_decay, k, a or b."""
@@ -317,29 +331,39 @@ class _Gradients:
         first = jnp.int32(0)
         self.fetch(first)
         plgpu.barrier_wait(sums_loaded)
-        self._decay_columns(first)
-        jax.lax.fori_loop(0, self.steps, lambda step, _: self._columns(step), None)
+        jax.lax.fori_loop(0, self.steps, self._columns, self._decay_columns(first))
         plgpu.wait_smem_to_gmem(0)
 
-    def _columns(self, step: jax.Array) -> None:
+    def _columns(self, step: jax.Array, beside_b: jax.Array | None) -> jax.Array | None:
+        """Does a step, given what `_decay_columns` returned; returns that of the next step."""
         work = self.work_of(step)
         # The other slot is free: ROWS was done with it before the last sums of the step before.
         _RING.refill(self.fetch, step - 1, self.steps)
         dk, db = self._dk_and_db(step, work)
         inclusive = self._write_dk_and_db(step, work, dk, db)
-        self._write_dv(step, work)
+        self._write_dv(step, work, beside_b)
         # So that ROWS need not wait for it in the next step.
-        pl.when(step + 1 < self.steps)(lambda: self._decay_columns(step + 1))
+        beside_b = jax.lax.cond(
+            step + 1 < self.steps, lambda: self._decay_columns(step + 1), lambda: beside_b
+        )
         self._write_dlog_decay(step, work, inclusive)
+        return beside_b
 
-    def _decay_columns(self, step: jax.Array) -> None:
-        """Writes k^ and b^."""
+    def _decay_columns(self, step: jax.Array) -> jax.Array | None:
+        """Writes k^ and b^, and c; returns q^ of `input_gradients`, or None if k is not split."""
         t = self.tiles_of(step)
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
-        k, b = (narrow(load32(x) * since) for x in (t.k, t.b))
-        store((t.k, k), (t.b, b))
+        k, b = load32(t.k), load32(t.b)
+        beside_b = None
+        if self.splits_k():
+            of_b = jnp.maximum(jnp.sum(b * b, axis=1), _SMALLEST_SQUARE)
+            along_b = jnp.sum(k * b, axis=1) / of_b
+            self.scratch.along_b[...] = along_b
+            beside_b = narrow((k - spread_rows(along_b) * b) * since)
+        store((t.k, narrow(k * since)), (t.b, narrow(b * since)))
         plgpu.barrier_arrive(self.barriers.decayed)
+        return beside_b
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
@@ -369,13 +393,18 @@ class _Gradients:
         _write(self.scratch.columns.at[1], db * since, db_gmem)
         return load32(t.k) * dk + load32(t.b) * db
 
-    def _write_dv(self, step: jax.Array, work: Work[jax.Array]) -> None:
+    def _write_dv(self, step: jax.Array, work: Work[jax.Array], beside_b: jax.Array | None) -> None:
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
-        k = self.first_operand(t.k)
+        k = self.first_operand(t.k) if beside_b is None else beside_b
         A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])  # transposed
         (A_rk,) = masks().upper(narrow(A_rk))
         (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
-        (dv,) = products([(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)])
+        of_b = None
+        if beside_b is not None:
+            of_b = load32(t.dW) * spread_rows(load_rows(self.scratch.along_b))
+        (dv,) = products(
+            [(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)], start=[of_b]
+        )
         dv_gmem = self.d_inputs_gmem.v.at[work.key_block]
         dv_tile = tokens_tile(dv_gmem, work.row, work.chunk, work.head, work.value_block)
         _write(self.scratch.columns.at[0], dv, dv_tile)
@@ -421,6 +450,14 @@ def input_gradients(
         dr^  = dO S^^T + dA_rk k^ + dA_rb b^       da^ = dW S^^T + dA_ak k^ + dA_ab b^
         dk^  = V dS^^T + dA_rk^T r^ + dA_ak^T a^   db^ = U dS^^T + dA_rb^T r^ + dA_ab^T a^
         dV   = k^ dS^ + A_rk^T dO + A_ak^T dW
+
+    Where keys are alike, dV is a small difference: one token takes away what another wrote. So k
+    is split into a multiple of b and the rest, `k = c b + q`. What this formula gives for b instead
+    of k is `dU + A_ab^T dW`, which is dW, and dW is known precisely:
+
+        dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW      c = <k, b> / <b, b>
+
+    This takes all key channels of a token at once, so that it is done for 64 of them only.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:
@@ -489,7 +526,12 @@ def input_gradients(
         warpgroups=2,
         scratch_types={
             "slots": Slots(*[tiles_smem(_RING.slots)] * len(Slots._fields)),
-            "scratch": Scratch(tiles_smem(), tiles_smem(2), tiles_smem()),
+            "scratch": Scratch(
+                rows=tiles_smem(),
+                columns=tiles_smem(2),
+                prefix_sums=tiles_smem(),
+                along_b=plgpu.SMEM((TILE,), jnp.float32),
+            ),
             "barriers": Barriers(
                 sums_loaded=plgpu.Barrier(),
                 inputs_loaded=_RING.loaded_type(copies=5),
