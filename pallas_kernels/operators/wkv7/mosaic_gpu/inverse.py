@@ -40,8 +40,8 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, load_m
 _WARPGROUPS = 4
 
 
-def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem: Any) -> None:
-    """Writes `(I - A)^-1` to X_smem.
+def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem: Any) -> jax.Array:
+    """Writes X, `(I - A)^-1`, to X_smem, and returns it, bfloat16 in registers.
 
     Inverses D of blocks on the diagonal grow from 4 rows to 16 and then to all 64, by `Y + N^2 Y`,
     as `diagonal_blocks` explains. Each warp does the first two steps in its registers, all warps
@@ -72,7 +72,9 @@ def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem:
     (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
     rounding = narrow(widen(narrow(X_exact)) - X_exact)
     (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-    store((X_smem, narrow(X_shaped)))
+    X = narrow(X_shaped)
+    store((X_smem, X))
+    return X
 
 
 class Slots(NamedTuple):
