@@ -249,6 +249,16 @@ def uniform(number: jax.Array) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=result)(_uniform)(number)
 
 
+def begin_branch() -> None:
+    """Begins a branch with an instruction that no other branch has; it does nothing.
+
+    LLVM would move what several branches begin with, such as addresses, to before them, and keep
+    it in more registers than there are.
+    """
+    if not is_interpreted():
+        plgpu.inline_mgpu()(_begin_branch)()
+
+
 # The functions below take and return MLIR values, or the array of values that a thread holds. Of a
 # tile, thread 32 w + 4 i + j holds rows 16 w + i and 16 w + i + 8, and of each 8 columns those
 # numbered 2 j and 2 j + 1. Its registers are ordered by columns, then by rows.
@@ -325,6 +335,10 @@ def like(array: Any, registers: Sequence[Any], dtype: Any = None) -> Any:
 def numbers_in(pair: Any) -> list[Any]:
     """Returns the two numbers of a register of a tile."""
     return [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
+
+
+def _begin_branch(_: Any) -> None:
+    utils.inline_ptx("// branch", has_side_effects=True)
 
 
 def _uniform(_: Any, number: Any) -> Any:

@@ -33,6 +33,7 @@ from pallas_kernels.hopper.grid import Place
 from pallas_kernels.hopper.registers import (
     Strip,
     are_between,
+    begin_branch,
     halves_of,
     load,
     narrow,
@@ -217,6 +218,7 @@ class ForwardWalk:
       scale: factor on r.
       gmem: references to the operands.
       final_gmem: reference to the final states.
+      X_gmem: reference to the X that are computed here and kept, or None.
       slots: references to shared memory.
       scratch: references to shared memory.
       barriers: references.
@@ -229,6 +231,7 @@ class ForwardWalk:
     scale: float
     gmem: Operands
     final_gmem: Any
+    X_gmem: Any
     slots: Slots
     scratch: Scratch
     barriers: Barriers
@@ -337,10 +340,14 @@ class ForwardWalk:
         plgpu.barrier_wait(self.barriers.sums_loaded)
         prepare = functools.partial(self._prepare, warpgroup)
         self.ring.for_each_in_turn(warpgroup, self.steps, prepare)
+        if self.X_gmem is not None:
+            plgpu.wait_smem_to_gmem(0)
 
     def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         slot = anew(self.ring.slot(step))
         plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+        if self.X_gmem is not None:  # from the step before, so that its tile may be written
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         in_bfloat16, in_float16 = (
             functools.partial(prepare, warpgroup, step, slot)
             for prepare in (self._prepare_bfloat16, self._prepare_float16)
@@ -365,13 +372,13 @@ class ForwardWalk:
             within = are_between(*bounds)
             if self.gmem.X is None:
                 return within
-            return within & self._rows_fit(load(t.X))
+            return within & self._rows_fit(load(t.X), jnp.bfloat16)
 
         return jax.lax.cond(forgets_little, in_range, lambda: jnp.bool_(False))
 
-    def _rows_fit(self, X: jax.Array) -> jax.Array:
+    def _rows_fit(self, X: jax.Array, dtype: Any) -> jax.Array:
         """Returns whether products with X stay within the range of float16."""
-        sums = jnp.sum(jnp.abs(widen(X)), axis=1)
+        sums = jnp.sum(jnp.abs(widen(X, dtype)), axis=1)
         return are_between((spread_rows(sums, 8), 0.0, _MOST_ROW))
 
     def _set_format(self, slot: jax.Array, number: int) -> None:
@@ -396,13 +403,23 @@ class ForwardWalk:
         self._set_format(slot, FLOAT16)
         if self.gmem.X is None:
             X = self._invert(step, slot, warpgroup, jnp.float16)
-            pl.when(~self._rows_fit(X))(lambda: self._return_to_bfloat16(slot))
+            fits = self._rows_fit(X, jnp.float16)
+            pl.when(fits)(lambda: self._save_inverse(warpgroup, step))
+            pl.when(~fits)(lambda: self._return_to_bfloat16(warpgroup, slot))
         plgpu.barrier_arrive(self.barriers.decayed.at[slot])
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
 
-    def _return_to_bfloat16(self, slot: jax.Array) -> None:
+    def _save_inverse(self, warpgroup: jax.Array, step: jax.Array) -> None:
+        """Starts the copy of a bfloat16 X beside the one in float16."""
+        if self.X_gmem is not None:
+            (row, head, _), chunk = self.walks.chunk_at(step)
+            X = self.scratch.for_inverse[0].at[anew(warpgroup)]
+            plgpu.copy_smem_to_gmem(X, self.X_gmem.at[row, head, chunk])
+
+    def _return_to_bfloat16(self, warpgroup: jax.Array, slot: jax.Array) -> None:
         """Converts a chunk that is prepared in float16."""
         t = self.chunk_in(anew(slot))
+        store((t.X, load(self.scratch.for_inverse[0].at[anew(warpgroup)])))
         tiles = (*t.x_high, *t.x_low, *t.y, *t.z, t.Y, *self.r_in(anew(slot)))
         for tile in tiles:
             store((tile, narrow(load32(tile, jnp.float16))))
@@ -432,7 +449,7 @@ class ForwardWalk:
     def _invert(
         self, step: jax.Array, slot: jax.Array, warpgroup: jax.Array, dtype: Any
     ) -> jax.Array:
-        """Writes and returns X, bfloat16; K is 64, and the tiles are of a dtype."""
+        """Writes and returns X in a dtype, that of the other tiles; K is 64."""
         masks = self.masks_of(*self.walks.chunk_at(step))
         t = self.chunk_in(anew(slot))
         (a,), (a_low,), (b,) = t.x_high, t.x_low, t.z
@@ -440,7 +457,8 @@ class ForwardWalk:
         pairs = ((a, b), (a_low, b), (a, b_low))
         (A,) = products([(x, transposed(y)) for x, y in pairs], dtype=dtype)
         A_high, A_low = masks.lower(*halves_of(A), strictly=True)
-        return invert(A_high, A_low, b_low, second, t.X)
+        in_float16 = dtype == jnp.float16
+        return invert(A_high, A_low, b_low, second, t.X, in_float16=in_float16)
 
     def carry(self) -> None:
         """Carries the state through all walks of this block."""
@@ -491,7 +509,9 @@ class ForwardWalk:
         selects = self.gmem.bounds is not None
         selections = [(masks.entered, [*t.x_high, *t.x_low])] if selects else []
         lower = functools.partial(masks.lower, strictly=True)
-        X = load(t.X) if dtype == jnp.bfloat16 else narrow(load32(t.X), dtype)
+        X = load(t.X)
+        if dtype == jnp.float16 and self.gmem.X is not None:
+            X = narrow(widen(X), dtype)
         return solve(t, X, lower, selections, (t.x_high[0], self._low_tiles()[0]), dtype)
 
     def _advance_bfloat16(
@@ -506,6 +526,7 @@ class ForwardWalk:
     def _advance_float16(
         self, slot: jax.Array, place: Place, chunk: jax.Array, state: State
     ) -> State:
+        begin_branch()
         masks, selecting = self.masks_of(place, chunk), self.gmem.bounds is not None
         XA = self._solve(slot, masks, jnp.float16)
         t = self.chunk_in(anew(slot))
@@ -602,7 +623,6 @@ def forward_walk(
     ring = Ring(slots, in_turn=_PREPARE)
 
     def body(gmem, *results_gmem, slots, scratch, barriers):
-        final_gmem, *_ = results_gmem
         walk = ForwardWalk(
             walks=walks,
             own_walks=walks.own(),
@@ -610,7 +630,8 @@ def forward_walk(
             ring=ring,
             scale=scale,
             gmem=gmem,
-            final_gmem=final_gmem,
+            final_gmem=Results(*results_gmem).final,
+            X_gmem=Results(*results_gmem).X,
             slots=slots,
             scratch=scratch,
             barriers=barriers,

@@ -20,6 +20,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     values_tile,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
+    BFLOAT16,
     FLOAT16,
     ForwardWalk,
     Operands,
@@ -183,5 +184,10 @@ def _save(
         in_float16 = walk.format_of(slot, carried=True) == FLOAT16
         pl.when(in_float16)(converted)
         pl.when(~in_float16)(lambda: copy(t.U, t.S_high))
-    if results_gmem.X is not None:
+
+    def copy_inverse():
         plgpu.copy_smem_to_gmem(t.X, results_gmem.X.at[row, head, chunk])
+
+    if results_gmem.X is not None:  # PREPARE copies what it has inverted in float16
+        in_bfloat16 = walk.format_of(slot, carried=False) == BFLOAT16
+        pl.when(in_bfloat16)(copy_inverse)
