@@ -222,19 +222,37 @@ def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tup
     return inline(functools.partial(_keep_triangle, lower=lower, strictly=strictly))(*tiles)
 
 
-def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.Array:
+def with_diagonal(x: jax.Array, value: float | jax.Array, *, negated: bool = False) -> jax.Array:
     """Replaces the diagonal of a tile.
 
     Args:
       x: bfloat16.
-      value: the new entries of the diagonal.
+      value: the new entries of the diagonal: one number, or a bfloat16 tile that has them.
       negated: whether the other entries change their sign.
     """
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
-        return jnp.where(row == column, jnp.bfloat16(value), -x if negated else x)
-    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=TILE16)
-    return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
+        return jnp.where(row == column, jnp.asarray(value, jnp.bfloat16), -x if negated else x)
+    tiles = (x, value) if isinstance(value, jax.Array) else (x,)
+    number = None if isinstance(value, jax.Array) else value
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * len(tiles), return_type=TILE16)
+    return inline(functools.partial(_with_diagonal, value=number, negated=negated))(*tiles)
+
+
+def row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the dot product of each row of x with that of y, `[64]` float32.
+
+    Sums of eight products are rounded to bfloat16, which makes it quick.
+
+    Args:
+      x: bfloat16.
+      y: bfloat16.
+    """
+    if is_interpreted():
+        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+    result = in_registers(jnp.float32, 8)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * 2, return_type=result)
+    return jnp.sum(inline(_row_dots)(x, y), axis=1)
 
 
 def uniform(number: jax.Array) -> jax.Array:
@@ -534,7 +552,7 @@ def _store_exp2_of_row(_: Any, ref: Any, strip: Any, number: Any, row: int) -> N
                 memref.store(power, ref, [at])
 
 
-def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
+def _with_diagonal(_: Any, x: Any, *tile: Any, value: float | None, negated: bool) -> Any:
     thread = thread_index()
     warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
     row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
@@ -543,8 +561,11 @@ def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
     second = arith.cmpi(equal, row, arith.addi(column, integer(1)))
     mask = arith.select(second, integer(-(1 << 16)), integer(0))
     mask = arith.select(arith.cmpi(equal, row, column), integer((1 << 16) - 1), mask)
-    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
-    bits = integer(bits << 16 | bits)
+    if value is None:
+        new = [to_bits(pair) for pair in tile[0].registers.flat]
+    else:
+        bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+        new = [integer(bits << 16 | bits)] * x.registers.size
     registers = []
     for i, pair in enumerate(x.registers.flat):
         columns, half = divmod(i, 2)
@@ -555,9 +576,23 @@ def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
             of_warp = arith.cmpi(equal, warp, integer(columns // 2))
             diagonal = arith.select(of_warp, mask, integer(0))
             others = arith.xori(diagonal, integer(-1))
-            register = arith.ori(arith.andi(register, others), arith.andi(bits, diagonal))
+            register = arith.ori(arith.andi(register, others), arith.andi(new[i], diagonal))
         registers.append(register)
     return like(x, registers)
+
+
+def _row_dots(_: Any, x: Any, y: Any) -> Any:
+    """Returns for each row the sums of every eighth product, `[64, 8]`."""
+    pairs = [[to_bits(pair) for pair in tile.registers.flat] for tile in (x, y)]
+    zero, sums = integer(0), []
+    for half in range(2):
+        total = zero
+        for first, second in zip(*(x[half::2] for x in pairs), strict=True):
+            total = utils.inline_ptx(
+                "fma.rn.bf16x2 $0, $1, $2, $3;", first, second, total, result_types=zero.type
+            )
+        sums.append(pair_of(*widen_bits(total)))
+    return tile_of(sums, 8, ir.F32Type.get())
 
 
 def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:

@@ -17,6 +17,7 @@ from pallas_kernels.hopper.registers import (
     keep_triangle,
     load,
     narrow,
+    row_dots,
     store,
     store_exp2_of_row,
     store_strips,
@@ -30,6 +31,7 @@ from pallas_kernels.hopper.tiles import (
     choose,
     column_sums,
     products,
+    spread_rows,
     store_halves,
     tiles_smem,
     transposed,
@@ -155,6 +157,30 @@ def test_diagonals(negated, interpret):
     expected = np.asarray(-x if negated else x, np.float64)
     np.fill_diagonal(expected, 2)
     np.testing.assert_array_equal(replaced, expected)
+
+
+@on_each_device
+def test_diagonals_of_another_tile(interpret):
+    tiles = jnp.asarray(np.random.default_rng(0).normal(size=(2, TILE, TILE)), jnp.bfloat16)
+
+    def replace(x, y):
+        return with_diagonal(load(x), load(y))
+
+    expected, other = np.asarray(tiles, np.float64)
+    np.fill_diagonal(expected, np.diag(other))
+    np.testing.assert_array_equal(in_shared_memory(replace, tiles, interpret), expected)
+
+
+@on_each_device
+def test_dot_products_of_rows(interpret):
+    tiles = small_integers(2)
+
+    def multiply(x, y):
+        return narrow(spread_rows(row_dots(load(x), load(y))))
+
+    x, y = np.asarray(tiles, np.float64)
+    expected = np.broadcast_to((x * y).sum(1, keepdims=True), (TILE, TILE))
+    np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
 
 
 @on_each_device

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import divide
-from pallas_kernels.hopper.registers import load, narrow, store
+from pallas_kernels.hopper.registers import load, narrow, row_dots, store, widen, with_diagonal
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
@@ -18,7 +18,6 @@ from pallas_kernels.hopper.tiles import (
     anew,
     column_sums,
     load32,
-    load_rows,
     products,
     spread_rows,
     store_halves,
@@ -109,13 +108,11 @@ class Scratch(NamedTuple):
       rows: a tile for ROWS to write from.
       columns: tiles `[2, 64, 64]` for COLUMNS to write from.
       prefix_sums: a tile.
-      along_b: float32 `[64]`, how many times b there is in each token's k.
     """
 
     rows: Any
     columns: Any
     prefix_sums: Any
-    along_b: Any
 
 
 class Barriers(NamedTuple):
@@ -134,6 +131,18 @@ class Barriers(NamedTuple):
     others_loaded: Any
     decayed: Any
     summed: Any
+
+
+class Split(NamedTuple):
+    """k of each token as a multiple of b and the rest, `k = c b + q`.
+
+    Attributes:
+      along_b: c, float32 `[64]`, numbers of bfloat16.
+      beside_b: q^, a bfloat16 tile in registers.
+    """
+
+    along_b: jax.Array
+    beside_b: jax.Array
 
 
 class Work[Number](NamedTuple):
@@ -334,36 +343,35 @@ class _Gradients:
         jax.lax.fori_loop(0, self.steps, self._columns, self._decay_columns(first))
         plgpu.wait_smem_to_gmem(0)
 
-    def _columns(self, step: jax.Array, beside_b: jax.Array | None) -> jax.Array | None:
+    def _columns(self, step: jax.Array, split: Split | None) -> Split | None:
         """Does a step, given what `_decay_columns` returned; returns that of the next step."""
         work = self.work_of(step)
         # The other slot is free: ROWS was done with it before the last sums of the step before.
         _RING.refill(self.fetch, step - 1, self.steps)
         dk, db = self._dk_and_db(step, work)
         inclusive = self._write_dk_and_db(step, work, dk, db)
-        self._write_dv(step, work, beside_b)
+        self._write_dv(step, work, split)
         # So that ROWS need not wait for it in the next step.
-        beside_b = jax.lax.cond(
-            step + 1 < self.steps, lambda: self._decay_columns(step + 1), lambda: beside_b
+        split = jax.lax.cond(
+            step + 1 < self.steps, lambda: self._decay_columns(step + 1), lambda: split
         )
         self._write_dlog_decay(step, work, inclusive)
-        return beside_b
+        return split
 
-    def _decay_columns(self, step: jax.Array) -> jax.Array | None:
-        """Writes k^ and b^, and c; returns q^ of `input_gradients`, or None if k is not split."""
+    def _decay_columns(self, step: jax.Array) -> Split | None:
+        """Writes k^ and b^; returns the split of k, or None if k is not split."""
         t = self.tiles_of(step)
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
-        k, b = load32(t.k), load32(t.b)
-        beside_b = None
-        if self.splits_k():
-            of_b = jnp.maximum(jnp.sum(b * b, axis=1), _SMALLEST_SQUARE)
-            along_b = jnp.sum(k * b, axis=1) / of_b
-            self.scratch.along_b[...] = along_b
-            beside_b = narrow((k - spread_rows(along_b) * b) * since)
-        store((t.k, narrow(k * since)), (t.b, narrow(b * since)))
+        k, b = load(t.k), load(t.b)
+        along_b = _multiple(k, b) if self.splits_k() else None
+        k, b = widen(k) * since, widen(b) * since
+        split = None
+        if along_b is not None:
+            split = Split(along_b, narrow(k - spread_rows(along_b) * b))
+        store((t.k, narrow(k)), (t.b, narrow(b)))
         plgpu.barrier_arrive(self.barriers.decayed)
-        return beside_b
+        return split
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
@@ -393,18 +401,15 @@ class _Gradients:
         _write(self.scratch.columns.at[1], db * since, db_gmem)
         return load32(t.k) * dk + load32(t.b) * db
 
-    def _write_dv(self, step: jax.Array, work: Work[jax.Array], beside_b: jax.Array | None) -> None:
+    def _write_dv(self, step: jax.Array, work: Work[jax.Array], split: Split | None) -> None:
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
-        k = self.first_operand(t.k) if beside_b is None else beside_b
+        k = self.first_operand(t.k) if split is None else split.beside_b
         A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])  # transposed
         (A_rk,) = masks().upper(narrow(A_rk))
         (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
-        of_b = None
-        if beside_b is not None:
-            of_b = load32(t.dW) * spread_rows(load_rows(self.scratch.along_b))
-        (dv,) = products(
-            [(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)], start=[of_b]
-        )
+        if split is not None:  # c dW, without a product of its own
+            A_ak = with_diagonal(A_ak, narrow(spread_rows(split.along_b)))
+        (dv,) = products([(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)])
         dv_gmem = self.d_inputs_gmem.v.at[work.key_block]
         dv_tile = tokens_tile(dv_gmem, work.row, work.chunk, work.head, work.value_block)
         _write(self.scratch.columns.at[0], dv, dv_tile)
@@ -418,6 +423,20 @@ class _Gradients:
         total = column_sums(masks().upper, store_halves(-inclusive, t.v, t.U), of_rows)
         dlog_decay_gmem = self.d_input_tile(self.d_inputs_gmem.log_decay, work)
         _write(self.scratch.columns.at[1], total, dlog_decay_gmem)
+
+
+def _multiple(k: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns about how many times b there is in k, for each row: `[64]` float32.
+
+    The numbers have few enough digits for bfloat16, so that no rest of them is lost there.
+
+    Args:
+      k: bfloat16.
+      b: bfloat16.
+    """
+    multiple = row_dots(k, b) / jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE)
+    bits = jax.lax.bitcast_convert_type(multiple, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & jnp.int32(-(1 << 16)), jnp.float32)
 
 
 def _write(smem: Any, gradient: jax.Array, gmem: Any) -> None:
@@ -526,12 +545,7 @@ def input_gradients(
         warpgroups=2,
         scratch_types={
             "slots": Slots(*[tiles_smem(_RING.slots)] * len(Slots._fields)),
-            "scratch": Scratch(
-                rows=tiles_smem(),
-                columns=tiles_smem(2),
-                prefix_sums=tiles_smem(),
-                along_b=plgpu.SMEM((TILE,), jnp.float32),
-            ),
+            "scratch": Scratch(tiles_smem(), tiles_smem(2), tiles_smem()),
             "barriers": Barriers(
                 sums_loaded=plgpu.Barrier(),
                 inputs_loaded=_RING.loaded_type(copies=5),
