@@ -144,7 +144,7 @@ def are_between(*tiles: tuple[jax.Array, float, float]) -> jax.Array:
         arg_types=(TILE_LAYOUT,) * len(tiles),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
     )
-    bounds = [bounds for _, *bounds in tiles]
+    bounds = [(least, most) for _, least, most in tiles]
     return uniform(inline(functools.partial(_are_between, bounds=bounds))(*arrays)) != 0
 
 
@@ -376,21 +376,23 @@ def _widen(_: Any, x: Any, dtype: Any) -> Any:
 
 
 def _narrow(_: Any, x: Any, dtype: Any) -> Any:
-    pairs = [narrow_to_bits(*numbers_in(pair), dtype) for pair in x.registers.flat]
-    return like(x, pairs, ir.BF16Type.get())
+    pairs = [numbers_in(pair) for pair in x.registers.flat]
+    bits = [narrow_to_bits(first, second, dtype) for first, second in pairs]
+    return like(x, bits, ir.BF16Type.get())
 
 
 def _halves_of(_: Any, x: Any, dtype: Any) -> list[Any]:
     halves: tuple[list[Any], list[Any]] = [], []
     for pair in x.registers.flat:
         numbers = numbers_in(pair)
-        high = narrow_to_bits(*numbers, dtype)
+        high = narrow_to_bits(numbers[0], numbers[1], dtype)
         # In PTX, because LLVM would fuse the subtraction with the product that x came from.
         rest = [
             utils.inline_ptx("sub.rn.f32 $0, $1, $2;", exact, rounded, result_types=exact.type)
             for exact, rounded in zip(numbers, widen_bits(high, dtype), strict=True)
         ]
-        for half, bits in zip(halves, (high, narrow_to_bits(*rest, dtype)), strict=True):
+        low = narrow_to_bits(rest[0], rest[1], dtype)
+        for half, bits in zip(halves, (high, low), strict=True):
             half.append(bits)
     return [like(x, half, ir.BF16Type.get()) for half in halves]
 

@@ -113,7 +113,7 @@ def solve(
             for tile in tiles:
                 tile[...] = select(load(tile))
         plgpu.commit_smem()
-        R = [narrow(*products(pairs, dtype=dtype), dtype) for pairs in for_R]
+        R = [narrow(products(pairs, dtype=dtype)[0], dtype) for pairs in for_R]
     else:
         A, *exact = products(for_A, *for_R, dtype=dtype)
         R = [narrow(x, dtype) for x in exact]
