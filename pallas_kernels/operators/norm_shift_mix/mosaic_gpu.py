@@ -36,8 +36,8 @@ _MOST_WARPGROUPS = 4
 _MOST_AHEAD = 5
 """Most steps that copies are ahead of the work."""
 
-_TOKENS_OF_CHUNK = 16
-_TOKENS_OF_CHUNK_BACKWARD = 32
+_TOKENS_OF_CHUNK = 8
+_TOKENS_OF_CHUNK_BACKWARD = 64
 """With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
 
 _MOST_REGISTERS = 255

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import divide
-from pallas_kernels.hopper.registers import load, narrow, row_dots, store, widen, with_diagonal
+from pallas_kernels.hopper.registers import load, narrow, row_dots, store, with_diagonal
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
@@ -43,6 +43,8 @@ _ROWS, _COLUMNS = range(2)  # the warpgroups
 
 _SMALLEST_SQUARE = 1e-12
 """k is not divided by a b that is shorter, but by this square of a length."""
+_LARGEST_MULTIPLE = 1e30
+"""k is not split where it would be more than so many times b."""
 
 
 class Operands(NamedTuple):
@@ -363,15 +365,14 @@ class _Gradients:
         t = self.tiles_of(step)
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
-        k, b = load(t.k), load(t.b)
-        along_b = _multiple(k, b) if self.splits_k() else None
-        k, b = widen(k) * since, widen(b) * since
-        split = None
-        if along_b is not None:
-            split = Split(along_b, narrow(k - spread_rows(along_b) * b))
-        store((t.k, narrow(k)), (t.b, narrow(b)))
+        k, b = (load32(x) * since for x in (t.k, t.b))
+        rounded = narrow(k), narrow(b)
+        store(*zip((t.k, t.b), rounded, strict=True))
         plgpu.barrier_arrive(self.barriers.decayed)
-        return split
+        if not self.splits_k():
+            return None
+        along_b = _multiple(*rounded)
+        return Split(along_b, narrow(k - spread_rows(along_b) * b))
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
@@ -428,13 +429,15 @@ class _Gradients:
 def _multiple(k: jax.Array, b: jax.Array) -> jax.Array:
     """Returns about how many times b there is in k, for each row: `[64]` float32.
 
-    The numbers have few enough digits for bfloat16, so that no rest of them is lost there.
+    The numbers have few enough digits for bfloat16, so that no rest of them is lost there. They are
+    zero where dot products exceed the range of float32.
 
     Args:
       k: bfloat16.
       b: bfloat16.
     """
     multiple = row_dots(k, b) / jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE)
+    multiple = jnp.where(jnp.abs(multiple) < _LARGEST_MULTIPLE, multiple, jnp.zeros_like(multiple))
     bits = jax.lax.bitcast_convert_type(multiple, jnp.int32)
     return jax.lax.bitcast_convert_type(bits & jnp.int32(-(1 << 16)), jnp.float32)
 
@@ -474,9 +477,10 @@ def input_gradients(
     is split into a multiple of b and the rest, `k = c b + q`. What this formula gives for b instead
     of k is `dU + A_ab^T dW`, which is dW, and dW is known precisely:
 
-        dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW      c = <k, b> / <b, b>
+        dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW
 
-    This takes all key channels of a token at once, so that it is done for 64 of them only.
+    Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which a
+    step has only if they are 64.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:
