@@ -248,7 +248,10 @@ def test_on_the_gpu(name, C):
     if name == "channel mix":
         for weight in ("key_weight", "value_weight"):
             inputs[weight] /= 32
-    judge_kernels(call, inputs, (1e-2, 1e-2) if name == "channel mix" else None)
+    limits = (1e-2, 1e-2) if name == "channel mix" else None
+    if C > 2048 and "norm and" in name and "six" in name:
+        limits = (3e-3, 4e-3)  # two kernels, with rounded gradients of the norm between them
+    judge_kernels(call, inputs, limits)
 
 
 @pytest.mark.parametrize("C", [2112, 5120])
