@@ -10,6 +10,7 @@ square to bfloat16 changes the root by half as much.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Residuals:
 
     Attributes:
       x: `[B, T, C]`; mixed again, for the gradients of the key weight and of the mix.
-      mix: `[C]`; weights the gradients of `x` and of the shifted `x`. None if x is mixed already.
+      mix: `[C]`; weights the gradients of `x` and of the shifted `x`.
       key_weight: `[C, F]`; carries gradients from the activation to the mixed tokens.
       value_weight: `[F, C]`; carries gradients from the outputs to the activation.
       state: `[B, C]` or None; part of the shifted `x`.
@@ -46,7 +47,7 @@ class Residuals:
     """
 
     x: jax.Array
-    mix: jax.Array | None
+    mix: jax.Array
     key_weight: jax.Array
     value_weight: jax.Array
     state: jax.Array | None
@@ -54,31 +55,20 @@ class Residuals:
     squares: jax.Array
 
 
-def _mix_tokens(
-    implementation: str,
-    x: Float[Array, "B T C"],
-    mix: Float[Array, " C"] | None,
-    state: Float[Array, "B C"] | None,
-    segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
-    """Returns the mixed tokens and the new state."""
-    if mix is None:
-        return x, None
-    inputs = (x, mix[None], state, segment_ids)
-    (mixed,), new_state = dispatch("token_shift_mix", FORWARD, implementation, *inputs)
-    return mixed, new_state
+def _mix_tokens(implementation: str, *inputs: Any) -> Any:
+    return dispatch("token_shift_mix", FORWARD, implementation, *inputs)
 
 
 def _forward(
     implementation: str,
     x: Float[Array, "B T C"],
-    mix: Float[Array, " C"] | None,
+    mix: Float[Array, " C"],
     key_weight: Float[Array, "C F"],
     value_weight: Float[Array, "F C"],
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"] | None], Residuals]:
-    mixed, new_state = _mix_tokens(implementation, x, mix, state, segment_ids)
+) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
+    (mixed,), new_state = _mix_tokens(implementation, x, mix[None], state, segment_ids)
     squares = checkpoint_name(SQUARES_OF_KEYS[implementation](mixed, key_weight), KEPT)
     y = jnp.einsum("btf,fc->btc", squares, value_weight)
     residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, squares)
@@ -88,10 +78,10 @@ def _forward(
 def _backward(
     implementation: str,
     residuals: Residuals,
-    cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"] | None],
+    cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"]],
 ) -> tuple[
     Float[Array, "B T C"],
-    Float[Array, " C"] | None,
+    Float[Array, " C"],
     Float[Array, "C F"],
     Float[Array, "F C"],
     Float[Array, "B C"] | None,
@@ -100,24 +90,18 @@ def _backward(
     dy, dnew_state = cotangents
     key_weight, value_weight = residuals.key_weight, residuals.value_weight
     squares = residuals.squares
-    x, mix = residuals.x, residuals.mix
+    shift = (residuals.x, residuals.mix[None], residuals.state, residuals.segment_ids)
     dvalue_weight = jnp.einsum("btf,btc->fc", squares, dy)
     dkeys = KEY_GRADIENTS[implementation](dy, value_weight, squares)
-    mixed, _ = _mix_tokens(implementation, x, mix, residuals.state, residuals.segment_ids)
+    (mixed,), _ = _mix_tokens(implementation, *shift)
     dkey_weight = jnp.einsum("btc,btf->cf", mixed, dkeys)
     dmixed = jnp.einsum("btf,cf->btc", dkeys, key_weight)
-    if mix is None:
-        return dmixed, None, dkey_weight, dvalue_weight, None, None
     dx, dmixes, dstate, _ = dispatch(
-        "token_shift_mix",
-        BACKWARD,
-        implementation,
-        *(x, mix[None], residuals.state, residuals.segment_ids),
-        cotangents=((dmixed,), dnew_state),
+        "token_shift_mix", BACKWARD, implementation, *shift, cotangents=((dmixed,), dnew_state)
     )
     return (
-        dx.astype(x.dtype),
-        dmixes[0].astype(mix.dtype),
+        dx.astype(residuals.x.dtype),
+        dmixes[0].astype(residuals.mix.dtype),
         dkey_weight,
         dvalue_weight,
         dstate,
@@ -129,15 +113,15 @@ def _backward(
 def channel_mix_with(
     implementation: str,
     x: Float[Array, "B T C"],
-    mix: Float[Array, " C"] | None,
+    mix: Float[Array, " C"],
     key_weight: Float[Array, "C F"],
     value_weight: Float[Array, "F C"],
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
     """Computes `pallas_kernels.channel_mix`, which documents the arguments.
 
-    `implementation` is that of the token shift. Without a mix there is none, and no new state.
+    `implementation` is that of the token shift.
     """
     return _forward(implementation, x, mix, key_weight, value_weight, state, segment_ids)[0]
 
