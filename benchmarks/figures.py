@@ -227,6 +227,8 @@ def draw_decoding(figure: Any, data: Data, style: Style) -> None:
     for axes, model in zip(panels, models, strict=True):
         for name in names:
             rows = [x for x in data if (x["model"], x["who"]) == (model, name)]
+            if not rows:
+                continue
             axes.plot(
                 [x["batch"] for x in rows],
                 [x["tokens_per_s"] for x in rows],
@@ -234,21 +236,19 @@ def draw_decoding(figure: Any, data: Data, style: Style) -> None:
                 color=style.lines[names.index(name)],
                 label=name,
             )
-            for x in rows:
-                left = x["batch"] == min(row["batch"] for row in rows)
+            for x, place in ((rows[0], "right"), (rows[-1], "left")):
                 axes.annotate(
                     f"{x['tokens_per_s']:,}",
                     (x["batch"], x["tokens_per_s"]),
-                    xytext=(-6 if left else 6, 0),
+                    xytext=(-6 if place == "right" else 6, 0),
                     textcoords="offset points",
-                    ha="right" if left else "left",
+                    ha=place,
                     va="center",
                     fontsize="small",
                 )
-        batches = sorted({x["batch"] for x in data})
         axes.set(title=model, xlabel="rows", xscale="log", yscale="log", xlim=(0.1, 2000))
         axes.set_ylim(10, 2e5)
-        axes.set_xticks(batches, batches)
+        axes.set_xticks(ticks := (1, 4, 16, 128), ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("tokens/s")

@@ -260,14 +260,14 @@ TABLES = {
         {
             "Model": MODEL,
             "GPU": "{gpu}",
-            "a copy, TB/s": "{copy_tb_per_s}",
+            "a copy, TB/s": "{1_copy_tb_per_s}",
             "one row": "{1_percent} %",
             "128 rows": "{128_percent} %",
         },
         then(
             has(measure="decode", implementation="mosaic_gpu"),
             with_percent,
-            pivot(("layers", "width", "gpu", "copy_tb_per_s"), ("batch",), ("percent",)),
+            pivot(("layers", "width", "gpu"), ("batch",), ("percent", "copy_tb_per_s")),
         ),
     ),
     "decode-ratios": Table(

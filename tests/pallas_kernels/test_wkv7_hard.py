@@ -128,5 +128,8 @@ def test_recurrent_kernels_at_size(kind):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", HARD)
 def test_long_rows_are_finite(kind, dtype):
-    results = run(on_gpu, case_of(kind, 1, 65536, 1, 64, 64, dtype=dtype), jnp.dtype(dtype))
+    # With larger values exact results are out of the range of float16.
+    factors = (("v", 5e-4),) if dtype == "float16" else ()
+    case = case_of(kind, 1, 65536, 1, 64, 64, dtype=dtype, factors=factors)
+    results = run(on_gpu, case, jnp.dtype(dtype))
     assert all(np.isfinite(x).all() for x in jax.device_get(results).values())

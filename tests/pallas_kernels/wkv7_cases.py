@@ -58,6 +58,7 @@ class Case:
       state: whether a state is carried in.
       dtype: one that represents the inputs and the gradient of the outputs exactly; for states,
         which are never narrower, it is always float32.
+      factors: names of inputs, and what they are multiplied by.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -68,6 +69,7 @@ class Case:
     scale: float = 1.0
     state: bool = True
     dtype: str = "float32"
+    factors: tuple[tuple[str, float], ...] = ()
 
     @property
     def min_log_decay(self) -> float | None:
@@ -108,6 +110,8 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
         "b": kk * alpha,
         "initial_state": rng.normal(size=state_shape) if case.state else None,
     }
+    for name, factor in case.factors:
+        inputs[name] = inputs[name] * factor
     for name, x in inputs.items():
         if x is not None:
             inputs[name] = _round(x, "float32" if name == "initial_state" else case.dtype)
