@@ -99,8 +99,10 @@ def test_greedy_text_is_that_of_the_parallel_forward_in_bfloat16(params):
     model = model_of(params, "bfloat16")
     prompt = READ[:16].tolist()
     new = generate(model, [prompt], max_new_tokens=984, sampling=GREEDY).sequences[0]
-    logits = np.asarray(parallel_logits(model, np.array(prompt + new, np.int32)))
-    assert (logits[15:-1].argmax(axis=-1) == new).mean() >= LEAST_AGREEMENT  # measured 1.0
+    logits = np.asarray(parallel_logits(model, np.array(prompt + new, np.int32)))[15:-1]
+    chosen = np.take_along_axis(logits, np.array(new)[:, None], axis=-1)
+    # Where two tokens are as good as equal, and the text repeats them, either may be chosen.
+    assert (logits.max(axis=-1, keepdims=True) - chosen).max() < 0.05  # logits are up to 10.4
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
