@@ -170,10 +170,10 @@ def quick_start() -> str:
 
 def parts_of_a_token() -> str:
     """Says what the time of a token goes into."""
-    (row,) = read_results("decode-profile-h100").rows
+    (row,) = read_results("decode-profile").rows
     first, last = row["kernel_us"]
     return wrap(
-        f"Of the time of a token of {row['layers']} x {row['width']} at one row, on an H100, "
+        f"Of the time of a token of {row['layers']} x {row['width']} at one row, "
         f"{row['projections_percent']} % goes into projections, {row['norms_percent']} % into norms and mixes, "
         f"{row['heads_percent']} % into heads and {row['vocabulary_percent']} % into the vocabulary. All "
         f"{row['kernels']} kernels of a token are launched as CUDA graphs: about {row['gap_us']} us lies between "
@@ -197,7 +197,7 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     **LISTS,
     "wkv7-compilation-and-errors": Paragraph(("wkv7-h200",), beside_the_table),
     "wkv7-wide-heads": Paragraph(("wkv7-h200",), wide_heads),
-    "decode-profile": Paragraph(("decode-profile-h100",), parts_of_a_token, named=True),
+    "decode-profile": Paragraph(("decode-profile",), parts_of_a_token, named=True),
     "quick-start": Paragraph(("quick-start-cpu",), quick_start, named=True),
     "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),
     "readme-caption": Paragraph(("train-step-h200", "peers-train-step-h200"), caption),
