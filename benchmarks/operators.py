@@ -61,11 +61,19 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
     B, T, C = shape
     x, heads, of_heads = (B, T, C), (B, T, C // HEAD, HEAD), (C // HEAD, HEAD)
 
+    def norm_shift_mix(mixes: int) -> Operator:
+        parameters = ((C,), (C,), (mixes, C))
+        return Operator(pallas_kernels.norm_shift_mix, (x,), parameters, made=mixes + 1)
+
     def channel_mix(x, key, value, mix, **kwargs):
         return pallas_kernels.channel_mix(x, mix, key, value, **kwargs)
 
+    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % VOCAB
+
+    def cross_entropy(hidden, weight, **kwargs):
+        return pallas_kernels.cross_entropy(hidden, weight, targets, **kwargs)
+
     def cross_entropy_sum(hidden, weight, token_weights, **kwargs):
-        targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % VOCAB
         return pallas_kernels.cross_entropy_sum(hidden, weight, targets, token_weights, **kwargs)
 
     return {
@@ -73,6 +81,8 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
         "token shift, 1 mix": Operator(pallas_kernels.token_shift_mix, (x,), ((1, C),)),
         "layer norm": Operator(pallas_kernels.layer_norm, (x,), ((C,), (C,))),
         "pre-norm": Operator(pallas_kernels.pre_norm, (x,), ((C,), (C,)), made=1),
+        "layer norm + token shift, 6 mixes": norm_shift_mix(6),
+        "layer norm + token shift, 1 mix": norm_shift_mix(1),
         "key update": Operator(pallas_kernels.key_update, (heads,) * 2, (of_heads,) * 2),
         "output correction": Operator(
             pallas_kernels.output_correction, (heads,) * 5, (of_heads,) * 3
@@ -88,9 +98,12 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
             (of_heads,) * len(BASES),
             made=5,
         ),
-        # Its backward has the product of the forward, too.
+        # Their backwards have the product of the forward, too, and the second one has it twice.
         "cross entropy": Operator(
             cross_entropy_sum, (x, (C, VOCAB)), ((B, T),), 2 * B * T * C * VOCAB, backward_share=3
+        ),
+        "cross entropy of tokens": Operator(
+            cross_entropy, (x, (C, VOCAB)), (), 2 * B * T * C * VOCAB, backward_share=4
         ),
     }
 
@@ -192,7 +205,10 @@ def main(settings: Settings) -> None:
     shape = settings.shape or ((8, 4096, 2048) if on_gpu else (2, 256, 128))
     implementations = settings.implementations or (("mosaic_gpu", "xla") if on_gpu else ("xla",))
     dtype = "bfloat16" if on_gpu else "float32"
-    operators, small = make_operators(shape), make_operators((2, 300, min(shape[2], 512)))
+    operators = make_operators(shape)
+    small = make_operators((2, 300, min(shape[2], 512)))
+    in_tiles = make_operators((2, 384, min(shape[2], 512)))  # for kernels that take 256 tokens
+    small |= {name: in_tiles[name] for name in ("cross entropy", "cross entropy of tokens")}
     print(f"B, T, C = {shape}, {dtype}, {jax.devices()[0].device_kind}")
     print("| operator | direction | implementation | ms | floor ms | share of the floor | error |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -14,8 +14,8 @@ from results import Row
 from goose_jax import RWKV7Config
 
 _SCOPES = (
-    *("token_shift_mix", "layer_norm", "pre_norm", "wkv7_inputs", "wkv7", "output_correction"),
-    *("channel_mix", "cross_entropy_sum", "decay_logits", "alpha_logits"),
+    *("norm_shift_mix", "layer_norm", "wkv7_inputs", "wkv7", "output_correction"),
+    *("feed_forward", "cross_entropy_sum", "decay_logits", "alpha_logits"),
     *("value_residual_logits", "gate", "projection", "optimizer"),
 )
 """Names of operators and of parts of modules; an operation belongs to the first one in its path."""
@@ -92,8 +92,7 @@ def floors(
         return 1e3 * 2 * tokens * inputs * outputs / flops_per_s
 
     passes = {
-        "token_shift_mix": (7, 8),
-        "pre_norm": (2 * 2, 2 * 4),
+        "norm_shift_mix": (7 + 2, 9 + 4),
         "wkv7_inputs": (11, 20),
         "wkv7": (7, 13),
         "output_correction": (6, 11),
@@ -101,7 +100,7 @@ def floors(
     }
     products = {
         "projection": 4 * product(C, C),
-        "channel_mix": 2 * product(C, F),
+        "feed_forward": 2 * product(C, F),
         "decay_logits": 2 * product(C, config.decay_rank),
         "alpha_logits": 2 * product(C, config.alpha_rank),
         "value_residual_logits": 2 * product(C, config.value_rank),

@@ -145,10 +145,10 @@ class RWKV7Config:
         `TimeMix`, `ChannelMix` and `Block` must have it. The statistics of norms, log decays, wkv
         states and logits always have float32 at least.
       remat: what the backward pass computes again, block by block. "dots" keeps the residual stream
-        and the results of `wkv7`, of `output_correction`, of matrix products except low-rank ones,
-        and, if layers are unrolled, of norms; "projections" keeps the residual stream and
-        the results of matrix products of the time mix, except low-rank ones; "full" keeps only the
-        input of each block; "none" keeps all values that the operators need.
+        and the results of `wkv7`, of `output_correction` and of matrix products except low-rank
+        ones; "projections" keeps the residual stream and the results of matrix products of the time
+        mix, except low-rank ones; "full" keeps only the input of each block; "none" keeps all
+        values that the operators need.
       unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
         loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None

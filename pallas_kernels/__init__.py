@@ -13,11 +13,12 @@ All other modules are private.
 
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
-from pallas_kernels.operators.channel_mix import channel_mix
+from pallas_kernels.operators.channel_mix import channel_mix, feed_forward
 from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_sum
 from pallas_kernels.operators.decode_layers import LayerWeights, decode_layers
 from pallas_kernels.operators.key_update import key_update
 from pallas_kernels.operators.layer_norm import layer_norm, pre_norm
+from pallas_kernels.operators.norm_shift_mix import norm_shift_mix
 from pallas_kernels.operators.output_correction import output_correction
 from pallas_kernels.operators.token_shift import token_shift_mix
 from pallas_kernels.operators.value_residual import value_residual
@@ -39,9 +40,11 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_sum",
     "decode_layers",
+    "feed_forward",
     "key_update",
     "layer_norm",
     "log_decay_from_logits",
+    "norm_shift_mix",
     "output_correction",
     "pre_norm",
     "token_shift_mix",

@@ -112,18 +112,39 @@ def token_before(
       The token before each row's first one of this piece; zero where a segment begins there.
       The last token of each whole row that is not padding; `state` where all are padding.
     """
-    initial = jnp.zeros_like(x[:, 0]) if state is None else state
-    x, segment_ids, initial = vary_alike(x, segment_ids, initial)
+    x, segment_ids = vary_alike(x, segment_ids)
+    if segment_ids is None:
+        return state_before(x[:, -1], state, segment_ids, axis)
+    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    last = jnp.where(segment_ids != 0, position, 0).max(axis=1)
+    token = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return state_before(token, state, segment_ids, axis)
+
+
+def state_before(
+    last: Float[Array, "B C"],
+    state: Float[Array, "B C"] | None,
+    segment_ids: SegmentIds | None,
+    axis: ContextAxis,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Returns what a token shift needs of other devices, as `token_before` does.
+
+    Args:
+      last: what is handed on of the last token of each row of this piece that is not padding; not
+        used where all are padding.
+      state: the same of the token before each row's first one, on all devices; None means zeros.
+      segment_ids: of this device's piece.
+      axis: the mesh axis.
+    """
+    initial = jnp.zeros_like(last) if state is None else state
+    last, segment_ids, initial = vary_alike(last, segment_ids, initial)
     if segment_ids is None:
         size = jax.lax.axis_size(axis)
-        before = jax.lax.ppermute(x[:, -1], axis, [(i, i + 1) for i in range(size - 1)])
+        before = jax.lax.ppermute(last, axis, [(i, i + 1) for i in range(size - 1)])
         before = jnp.where(is_device(0, axis), initial, before)
-        return before, from_device(x[:, -1], -1, axis)
+        return before, from_device(last, -1, axis)
 
-    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    last = jnp.where(segment_ids != 0, position, -1).max(axis=1)
-    token = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
-    pieces = jax.lax.all_gather((token, last >= 0), axis)
+    pieces = jax.lax.all_gather((last, (segment_ids != 0).any(axis=1)), axis)
 
     def step(before: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         token, exists = piece
@@ -141,5 +162,6 @@ __all__ = [
     "from_device",
     "is_device",
     "own",
+    "state_before",
     "token_before",
 ]

@@ -11,7 +11,7 @@ from goose_jax.config import RWKV7Config
 from goose_jax.nn.channel_mix import ChannelMix
 from goose_jax.nn.initializers import Layer
 from goose_jax.nn.layer_norm import LayerNorm
-from goose_jax.nn.remat import NORMED, PROJECTED
+from goose_jax.nn.remat import PROJECTED
 from goose_jax.nn.time_mix import Heads, TimeMix, Tokens
 from goose_jax.state import check_activations
 
@@ -96,14 +96,12 @@ class Block(nnx.Module):
         """
         check_activations("x", x, "B T C", {"C": self.config.hidden_size}, self.config)
         time_state = None if state is None else (state.time_shift, state.wkv)
-        normed, x = self.time_mix_norm.before_residual(x)
-        normed = checkpoint_name(normed, NORMED)
-        mixed, v_first, (time_shift, wkv) = self.time_mix(
-            normed, v_first, time_state, segment_ids, is_first=is_first
+        mixed, v_first, (time_shift, wkv), x = self.time_mix.after_norm(
+            self.time_mix_norm, x, v_first, time_state, segment_ids, is_first=is_first
         )
         x = checkpoint_name(x + mixed, PROJECTED)
         channel_state = None if state is None else state.channel_shift
-        normed, x = self.channel_mix_norm.before_residual(x)
-        normed = checkpoint_name(normed, NORMED)
-        mixed, channel_shift = self.channel_mix(normed, channel_state, segment_ids)
+        mixed, channel_shift, x = self.channel_mix.after_norm(
+            self.channel_mix_norm, x, channel_state, segment_ids
+        )
         return x + mixed, v_first, BlockState(time_shift, wkv, channel_shift)

@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
+from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.time_mix import Tokens, check_layer
 from goose_jax.parallel.in_model import context_axis, enter_heads, sum_over_heads
 from goose_jax.state import check_activations
-from pallas_kernels import channel_mix
+from pallas_kernels import channel_mix, feed_forward
 from pallas_kernels.validation import check_segment_ids
 
 
@@ -75,21 +76,60 @@ class ChannelMix(nnx.Module):
           TypeError: if an argument has another dtype; the message names it.
           ValueError: if an argument has another shape; the message names it.
         """
-        dtype = jnp.dtype(self.config.compute_dtype)
-        sizes = {"C": self.config.hidden_size}
-        check_activations("x", x, "B T C", sizes, self.config)
-        if state is not None:
-            check_activations("state", state, "B C", sizes, self.config)
-        if segment_ids is not None:
-            check_segment_ids(segment_ids, sizes)
+        self._check(x, state, segment_ids)
         y, new_state = channel_mix(
             enter_heads(x),
             self.shift_mix[...],
-            self.key[...].astype(dtype),
-            self.value[...].astype(dtype),
+            *self._weights(),
             state=state,
             segment_ids=segment_ids,
             implementation=self.config.implementation_around_wkv7,
             context_axis=context_axis(),
         )
         return sum_over_heads(y), new_state
+
+    def after_norm(
+        self,
+        norm: LayerNorm,
+        x: Tokens,
+        state: Float[Array, "B C"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Tokens, Float[Array, "B C"], Tokens]:
+        """Mixes the channels of each token of a residual stream, after a norm.
+
+        Args:
+          norm: normalises `x` in the pass that mixes its tokens.
+          x: `[B, T, C]` in the compute dtype, the residual stream.
+          state: as for a call.
+          segment_ids: as for a call.
+
+        Returns:
+          y, state: as a call with `norm(x)` returns them.
+          x: `[B, T, C]`, the argument, for the residual sum. Use this result in place of the
+            argument: it saves a pass of the backward.
+
+        Raises:
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: if an argument has another shape; the message names it.
+        """
+        self._check(x, state, segment_ids)
+        mixes = self.shift_mix[...][None]
+        (mixed,), new_state, x = norm.shift_mix(x, mixes, state, segment_ids)
+        y = feed_forward(
+            mixed, *self._weights(), implementation=self.config.implementation_around_wkv7
+        )
+        return sum_over_heads(y), new_state, x
+
+    def _check(
+        self, x: Tokens, state: Float[Array, "B C"] | None, segment_ids: Int[Array, "B T"] | None
+    ) -> None:
+        sizes = {"C": self.config.hidden_size}
+        check_activations("x", x, "B T C", sizes, self.config)
+        if state is not None:
+            check_activations("state", state, "B C", sizes, self.config)
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, sizes)
+
+    def _weights(self) -> tuple[Float[Array, "C F"], Float[Array, "F C"]]:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        return self.key[...].astype(dtype), self.value[...].astype(dtype)

@@ -2,10 +2,11 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from goose_jax.config import RWKV7Config
-from pallas_kernels import layer_norm, pre_norm
+from goose_jax.parallel.in_model import context_axis, enter_heads
+from pallas_kernels import layer_norm, norm_shift_mix
 
 
 class LayerNorm(nnx.Module):
@@ -38,18 +39,39 @@ class LayerNorm(nnx.Module):
         normed = layer_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
         return normed.astype(self.config.compute_dtype)
 
-    def before_residual(
-        self, x: Float[Array, "B T C"]
-    ) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-        """Normalises each token, and hands `x` on for the residual sum.
+    def shift_mix(
+        self,
+        x: Float[Array, "B T C"],
+        mixes: Float[Array, "M C"],
+        state: Float[Array, "B C"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[tuple[Float[Array, "B T C"], ...], Float[Array, "B C"], Float[Array, "B T C"]]:
+        """Normalises each token, and mixes it with the one before, as `norm_shift_mix` does.
 
         Args:
-          x: `[B, T, C]` in the compute dtype.
+          x: `[B, T, C]` in the compute dtype, the residual stream.
+          mixes: `[M, C]`, shares of the token before.
+          state: `[B, C]` in the compute dtype, the norm of the last token before `x`; None at the
+            start of a text.
+          segment_ids: `[B, T]` integers, if rows hold several sequences; 0 is padding.
 
         Returns:
-          normed: `[B, T, C]` in the compute dtype.
-          x: `[B, T, C]`, the argument. Use this result in place of the argument: it saves a pass
-            of the backward.
+          mixed: M arrays `[B, T, C]` in the compute dtype.
+          state: `[B, C]`, the norm of the last token of each row.
+          x: `[B, T, C]`, the argument, for the residual sum. Use this result in place of the
+            argument: it saves a pass of the backward.
         """
-        normed, x = pre_norm(x, self.scale[...], self.bias[...], eps=self.config.norm_eps)
-        return normed.astype(self.config.compute_dtype), x
+        entered = enter_heads(x)
+        mixed, state, handed_on = norm_shift_mix(
+            entered,
+            self.scale[...],
+            self.bias[...],
+            mixes,
+            eps=self.config.norm_eps,
+            state=state,
+            segment_ids=segment_ids,
+            implementation=self.config.implementation_around_wkv7,
+            context_axis=context_axis(),
+        )
+        # What has entered heads differs between devices; the residual stream does not.
+        return mixed, state, handed_on if entered is x else x

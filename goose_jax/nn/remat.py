@@ -8,13 +8,6 @@ import jax
 from goose_jax.config import RWKV7Config
 from pallas_kernels import KEPT
 
-NORMED = "goose_jax.normed"
-"""Name of normalised tokens, for `jax.checkpoint`.
-
-Computing them again is a pass over memory, so keeping them saves time. It does not if they must be
-copied into a stack of all layers and out of it.
-"""
-
 PROJECTED = "goose_jax.projected"
 """Name of results of projections, and of the residual stream between the halves of a layer.
 
@@ -25,7 +18,7 @@ They are small for the time that it takes to compute them.
 def rematerialised[**P, R](run_layer: Callable[P, R], config: RWKV7Config) -> Callable[P, R]:
     """Returns a layer whose backward computes again what `config.remat` does not keep."""
     kept = {
-        "dots": (PROJECTED, KEPT, NORMED) if config.unroll_layers else (PROJECTED, KEPT),
+        "dots": (PROJECTED, KEPT),
         "projections": (PROJECTED,),
         "full": (),
     }
@@ -36,4 +29,4 @@ def rematerialised[**P, R](run_layer: Callable[P, R], config: RWKV7Config) -> Ca
     return jax.checkpoint(run_layer, policy=policy, prevent_cse=config.unroll_layers)
 
 
-__all__ = ["NORMED", "PROJECTED", "rematerialised"]
+__all__ = ["PROJECTED", "rematerialised"]

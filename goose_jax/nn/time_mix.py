@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from goose_jax.config import RWKV7Config
 from goose_jax.nn import initializers
 from goose_jax.nn.initializers import Layer
+from goose_jax.nn.layer_norm import LayerNorm
 from goose_jax.nn.remat import PROJECTED
 from goose_jax.parallel.in_model import context_axis, enter_heads, sum_over_heads
 from goose_jax.state import check_activations, check_wkv_state
@@ -163,17 +164,67 @@ class TimeMix(nnx.Module):
             `v_first`; the message names it.
         """
         self._check(x, v_first, state, segment_ids, is_first)
-        x = enter_heads(x)
         shift, wkv_state = (None, None) if state is None else state
-        implementation = self.config.implementation_around_wkv7
         mixed, shift = token_shift_mix(
-            x,
+            enter_heads(x),
             self.shift_mix[...],
             state=shift,
             segment_ids=segment_ids,
-            implementation=implementation,
+            implementation=self.config.implementation_around_wkv7,
             context_axis=context_axis(),
         )
+        y, v_first, wkv_state = self._of_mixed(
+            mixed, v_first, wkv_state, segment_ids, is_first=is_first
+        )
+        return y, v_first, (shift, wkv_state)
+
+    def after_norm(
+        self,
+        norm: LayerNorm,
+        x: Tokens,
+        v_first: Heads | None = None,
+        state: TimeMixState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        is_first: bool | Bool[Array, ""] = False,
+    ) -> tuple[Tokens, Heads, TimeMixState, Tokens]:
+        """Mixes each token of a residual stream with the tokens before it, after a norm.
+
+        Args:
+          norm: normalises `x` in the pass that mixes its tokens.
+          x: `[B, T, C]` in the compute dtype, the residual stream.
+          v_first: as for a call, and so are the others.
+          state: the token shift and the wkv state.
+          segment_ids: segments of rows.
+          is_first: whether this is the first layer.
+
+        Returns:
+          y, v_first, state: as a call with `norm(x)` returns them.
+          x: `[B, T, C]`, the argument, for the residual sum. Use this result in place of the
+            argument: it saves a pass of the backward.
+
+        Raises:
+          TypeError: if an argument has another dtype; the message names it.
+          ValueError: as a call does.
+        """
+        self._check(x, v_first, state, segment_ids, is_first)
+        shift, wkv_state = (None, None) if state is None else state
+        mixed, shift, x = norm.shift_mix(x, self.shift_mix[...], shift, segment_ids)
+        y, v_first, wkv_state = self._of_mixed(
+            mixed, v_first, wkv_state, segment_ids, is_first=is_first
+        )
+        return y, v_first, (shift, wkv_state), x
+
+    def _of_mixed(
+        self,
+        mixed: tuple[Tokens, ...],
+        v_first: Heads | None,
+        wkv_state: Float[Array, "B H K V"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        is_first: bool | Bool[Array, ""],
+    ) -> tuple[Tokens, Heads, Float[Array, "B H K V"]]:
+        """Returns the output, the values of the first layer and the new wkv state."""
         x_receptance, x_decay, x_key, x_value, x_alpha, x_gate = mixed
 
         r = self._heads(_project(x_receptance, self.receptance))
@@ -201,7 +252,7 @@ class TimeMix(nnx.Module):
             value_residual_base=value_residual_base,
             removal_scale=self.removal_scale[...],
             replacement_mix=self.replacement_mix[...],
-            implementation=self._implementation_of_inputs(x),
+            implementation=self._implementation_of_inputs(r),
         )
         o, wkv_state = self._wkv(r, made, wkv_state, segment_ids)
         y = output_correction(
@@ -214,11 +265,11 @@ class TimeMix(nnx.Module):
             self.head_norm_scale[...],
             self.head_norm_bias[...],
             eps=self.config.head_norm_eps,
-            implementation=implementation,
+            implementation=self.config.implementation_around_wkv7,
         )
         y = checkpoint_name(y, KEPT)
-        y = sum_over_heads(_multiply(y.reshape(*x.shape[:2], -1), self.output))
-        return y, made.v_first, (shift, wkv_state)
+        y = sum_over_heads(_multiply(y.reshape(*y.shape[:2], -1), self.output))
+        return y, made.v_first, wkv_state
 
     def _check(
         self,
@@ -252,13 +303,13 @@ class TimeMix(nnx.Module):
     def _of_heads(self, parameter: nnx.Param) -> Float[Array, "H K"]:
         return parameter[...].reshape(-1, self.config.head_size)
 
-    def _implementation_of_inputs(self, x: Tokens) -> str | None:
-        """Returns the implementation of `wkv7_inputs` for rows as long as those of x.
+    def _implementation_of_inputs(self, r: Heads) -> str | None:
+        """Returns the implementation of `wkv7_inputs` for rows as long as those of r.
 
         Its kernels round the log decay to bfloat16, which only the kernels of `wkv7` do anyway.
         """
         implementation = self.config.implementation_around_wkv7
-        exact = _is_short(x) or self.config.precision is not None
+        exact = _is_short(r) or self.config.precision is not None
         return "xla" if implementation is None and exact else implementation
 
     @jax.named_scope("decay_logits")

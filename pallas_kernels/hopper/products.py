@@ -42,14 +42,17 @@ class Transposed(NamedTuple):
 type Sum = Sequence[tuple[Any, Any]]
 
 
-def multiply(sums: Sequence[Sum], start: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+def multiply(
+    sums: Sequence[Sum], start: Sequence[jax.Array | None], dtype: Any = jnp.bfloat16
+) -> tuple[jax.Array, ...]:
     """Computes `start + x @ y + ...` in float32 for each sum. All are in flight together.
 
     Args:
-      sums: pairs (x, y) of bfloat16 tiles. x is in registers, or in shared memory and then maybe
+      sums: pairs (x, y) of 16-bit tiles. x is in registers, or in shared memory and then maybe
         `Transposed`. y is in shared memory, maybe `Transposed`; or every y is a `Strip`, all with
         one number.
       start: float32 tiles, in registers, that the sums start from; None for zero.
+      dtype: of the numbers of x and y, bfloat16 or float16.
 
     Returns:
       Float32 tiles in registers, `[64, 32]` if every y is a strip.
@@ -68,7 +71,8 @@ def multiply(sums: Sequence[Sum], start: Sequence[jax.Array | None]) -> tuple[ja
 
     def emit(_, starts, operands, numbers):
         number = numbers[0].registers.item() if numbers else None
-        return _multiply(counts, begins, starts, list(zip(operands, kinds, strict=True)), number)
+        pairs = list(zip(operands, kinds, strict=True))
+        return _multiply(counts, begins, starts, pairs, number, dtype)
 
     smem = plgpu.RefType(TRANSFORMS)
     types = [TILE_LAYOUT if kind == "registers" else smem for kind in kinds]
@@ -86,6 +90,7 @@ def _multiply(
     starts: Sequence[Any],
     operands: Sequence[tuple[Any, Any]],
     strip_number: Any | None,
+    dtype: Any,
 ) -> list[Any]:
     """Emits one piece of PTX that computes all sums and waits until they are done.
 
@@ -96,9 +101,12 @@ def _multiply(
       operands: pairs of a fragmented array or a reference, and its kind: "registers", or whether
         it is transposed.
       strip_number: which strips the second operands are; None if they are whole tiles.
+      dtype: of the numbers of all operands.
     """
     columns = TILE if strip_number is None else STRIP
-    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+    kind_of_number = "f16" if dtype == jnp.float16 else "bf16"
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32"
+    instruction += f".{kind_of_number}.{kind_of_number}"
     f32, size = ir.F32Type.get(), TILE * columns // 128
     outputs, constraints = size * len(counts), list[str]()
     arguments: list[Any] = []

@@ -3,6 +3,10 @@
 LLVM converts and masks 16-bit numbers one by one, although a register holds two of them, neighbours
 in a row. These functions work on both at once. The interpreter does not know PTX, so each function
 has an equal computation in JAX for it.
+
+A tile of 16 bits is of the type bfloat16 for the compiler. Its bits may also be those of float16
+numbers: a kernel may choose at run time, and its memory has one type. So functions that interpret
+the bits take a `dtype`, and the others work on both.
 """
 
 import functools
@@ -71,34 +75,77 @@ def load(x: Any) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(_SMEM, SCALAR), return_type=result)(_load)(tile, number)
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """Converts a tile from bfloat16 to float32."""
+def numbers_of(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a 16-bit tile as an array of its dtype, in the interpreter."""
+    return bits if dtype == jnp.bfloat16 else jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def _bits_of(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds a tile to a dtype of 16 bits, in the interpreter."""
+    return jax.lax.bitcast_convert_type(x.astype(dtype), jnp.bfloat16)
+
+
+def widen(x: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Converts a 16-bit tile to float32.
+
+    Args:
+      x: the tile.
+      dtype: of its numbers, bfloat16 or float16.
+    """
     if is_interpreted():
-        return x.astype(jnp.float32)
+        return numbers_of(x, dtype).astype(jnp.float32)
     result = in_registers(jnp.float32, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)(_widen)(x)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)
+    return inline(functools.partial(_widen, dtype=dtype))(x)
 
 
-def narrow(x: jax.Array) -> jax.Array:
-    """Rounds a tile from float32 to bfloat16."""
+def narrow(x: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Rounds a tile from float32 to bfloat16 or float16."""
     if is_interpreted():
-        return x.astype(jnp.bfloat16)
+        return _bits_of(x, dtype)
     result = in_registers(jnp.bfloat16, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)(_narrow)(x)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)
+    return inline(functools.partial(_narrow, dtype=dtype))(x)
 
 
-def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits float32 into two bfloat16 tiles: x rounded, and the rounded rest.
+def halves_of(x: jax.Array, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array]:
+    """Splits float32 into two 16-bit tiles: x rounded to `dtype`, and the rounded rest.
 
     Their sum has twice the digits of one of them, so that two products with tensor cores replace
     one of higher precision.
     """
     if is_interpreted():
-        high = x.astype(jnp.bfloat16)
-        return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        high = _bits_of(x, dtype)
+        return high, _bits_of(x - widen(high, dtype), dtype)
     result = in_registers(jnp.bfloat16, x.shape[1])
     inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=(result,) * 2)
-    return inline(_halves_of)(x)
+    return inline(functools.partial(_halves_of, dtype=dtype))(x)
+
+
+def are_between(*tiles: tuple[jax.Array, float, float]) -> jax.Array:
+    """Returns whether the numbers of tiles are within bounds, a boolean scalar.
+
+    Waits for all threads of the warpgroup.
+
+    Args:
+      *tiles: a bfloat16 or float32 tile, the least magnitude and the greatest one. No number may
+        exceed the greatest one, or be NaN. Of each 16 rows, some number must reach the least one,
+        unless all are zero.
+    """
+    if is_interpreted():
+        within = jnp.bool_(True)
+        for tile, least, most in tiles:
+            magnitudes = jnp.abs(tile.astype(jnp.float32))
+            largest = magnitudes.reshape(4, -1).max(axis=1)
+            within &= (magnitudes <= most).all() & ((largest >= least) | (largest == 0)).all()
+        return within
+    arrays = [tile for tile, _, _ in tiles]
+    inline = plgpu.inline_mgpu(
+        arg_types=(TILE_LAYOUT,) * len(tiles),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
+    )
+    bounds = [(least, most) for _, least, most in tiles]
+    return uniform(inline(functools.partial(_are_between, bounds=bounds))(*arrays)) != 0
 
 
 def store(*pairs: tuple[Any, jax.Array]) -> None:
@@ -175,19 +222,59 @@ def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tup
     return inline(functools.partial(_keep_triangle, lower=lower, strictly=strictly))(*tiles)
 
 
-def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.Array:
+def with_diagonal(x: jax.Array, value: float | jax.Array, *, negated: bool = False) -> jax.Array:
     """Replaces the diagonal of a tile.
 
     Args:
       x: bfloat16.
-      value: the new entries of the diagonal.
+      value: the new entries of the diagonal: one number, or a bfloat16 tile that has them.
       negated: whether the other entries change their sign.
     """
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
-        return jnp.where(row == column, jnp.bfloat16(value), -x if negated else x)
-    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=TILE16)
-    return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
+        return jnp.where(row == column, jnp.asarray(value, jnp.bfloat16), -x if negated else x)
+    tiles = (x, value) if isinstance(value, jax.Array) else (x,)
+    number = None if isinstance(value, jax.Array) else value
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * len(tiles), return_type=TILE16)
+    return inline(functools.partial(_with_diagonal, value=number, negated=negated))(*tiles)
+
+
+def row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the dot product of each row of x with that of y, `[64]` float32.
+
+    Sums of eight products are rounded to bfloat16, which makes it quick.
+
+    Args:
+      x: bfloat16.
+      y: bfloat16.
+    """
+    if is_interpreted():
+        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+    result = in_registers(jnp.float32, 8)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * 2, return_type=result)
+    return jnp.sum(inline(_row_dots)(x, y), axis=1)
+
+
+def uniform(number: jax.Array) -> jax.Array:
+    """Returns a number, an int32 scalar, that the compiler knows to be the same in all threads.
+
+    Where threads of a warp may take different branches, it finds addresses in registers of each
+    thread, instead of those that a warp has once.
+    """
+    if is_interpreted():
+        return number
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
+    return plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=result)(_uniform)(number)
+
+
+def begin_branch() -> None:
+    """Begins a branch with an instruction that no other branch has; it does nothing.
+
+    LLVM would move what several branches begin with, such as addresses, to before them, and keep
+    it in more registers than there are.
+    """
+    if not is_interpreted():
+        plgpu.inline_mgpu()(_begin_branch)()
 
 
 # The functions below take and return MLIR values, or the array of values that a thread holds. Of a
@@ -219,9 +306,15 @@ def to_bits(pair: Any) -> Any:
     return utils.bitcast(pair, integer(0).type)
 
 
-def widen_bits(bits: Any) -> list[Any]:
-    """Converts a pair of bfloat16 numbers to float32."""
+def widen_bits(bits: Any, dtype: Any = jnp.bfloat16) -> list[Any]:
+    """Converts a pair of bfloat16 or float16 numbers to float32."""
     f32 = ir.F32Type.get()
+    if dtype == jnp.float16:
+        convert = (
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+        )
+        return list(utils.inline_ptx(convert, bits, result_types=[f32, f32]))
     first, second = arith.shli(bits, integer(16)), arith.andi(bits, integer(-(1 << 16)))
     return [utils.bitcast(first, f32), utils.bitcast(second, f32)]
 
@@ -233,9 +326,9 @@ def pair_of(first: Any, second: Any) -> Any:
     return llvm.insertelement(result, second, position=integer(1))
 
 
-def narrow_to_bits(first: Any, second: Any) -> Any:
-    """Rounds two float32 numbers to a pair of bfloat16."""
-    convert = "cvt.rn.bf16x2.f32 $0, $1, $2;"
+def narrow_to_bits(first: Any, second: Any, dtype: Any = jnp.bfloat16) -> Any:
+    """Rounds two float32 numbers to a pair of bfloat16 or float16."""
+    convert = f"cvt.rn.{'f16x2' if dtype == jnp.float16 else 'bf16x2'}.f32 $0, $1, $2;"
     return utils.inline_ptx(convert, second, first, result_types=integer(0).type)
 
 
@@ -257,31 +350,119 @@ def like(array: Any, registers: Sequence[Any], dtype: Any = None) -> Any:
     return tile_of(registers, array.shape[1], array.mlir_dtype if dtype is None else dtype)
 
 
-def _widen(_: Any, x: Any) -> Any:
-    pairs = [pair_of(*widen_bits(to_bits(pair))) for pair in x.registers.flat]
+def numbers_in(pair: Any) -> list[Any]:
+    """Returns the two numbers of a register of a tile."""
+    return [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
+
+
+def _begin_branch(_: Any) -> None:
+    utils.inline_ptx("// branch", has_side_effects=True)
+
+
+def _uniform(_: Any, number: Any) -> Any:
+    value = utils.inline_ptx(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+        number.registers.item(),
+        result_types=integer(0).type,
+        has_side_effects=True,
+        convergent=True,
+    )
+    return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+
+def _widen(_: Any, x: Any, dtype: Any) -> Any:
+    pairs = [pair_of(*widen_bits(to_bits(pair), dtype)) for pair in x.registers.flat]
     return like(x, pairs, ir.F32Type.get())
 
 
-def _narrow(_: Any, x: Any) -> Any:
-    def narrow_pair(pair):
-        return narrow_to_bits(*(llvm.extractelement(pair, position=integer(i)) for i in (0, 1)))
+def _narrow(_: Any, x: Any, dtype: Any) -> Any:
+    pairs = [numbers_in(pair) for pair in x.registers.flat]
+    bits = [narrow_to_bits(first, second, dtype) for first, second in pairs]
+    return like(x, bits, ir.BF16Type.get())
 
-    return like(x, [narrow_pair(pair) for pair in x.registers.flat], ir.BF16Type.get())
 
-
-def _halves_of(_: Any, x: Any) -> list[Any]:
+def _halves_of(_: Any, x: Any, dtype: Any) -> list[Any]:
     halves: tuple[list[Any], list[Any]] = [], []
     for pair in x.registers.flat:
-        numbers = [llvm.extractelement(pair, position=integer(i)) for i in (0, 1)]
-        high = narrow_to_bits(*numbers)
+        numbers = numbers_in(pair)
+        high = narrow_to_bits(numbers[0], numbers[1], dtype)
         # In PTX, because LLVM would fuse the subtraction with the product that x came from.
         rest = [
             utils.inline_ptx("sub.rn.f32 $0, $1, $2;", exact, rounded, result_types=exact.type)
-            for exact, rounded in zip(numbers, widen_bits(high), strict=True)
+            for exact, rounded in zip(numbers, widen_bits(high, dtype), strict=True)
         ]
-        for half, bits in zip(halves, (high, narrow_to_bits(*rest)), strict=True):
+        low = narrow_to_bits(rest[0], rest[1], dtype)
+        for half, bits in zip(halves, (high, low), strict=True):
             half.append(bits)
     return [like(x, half, ir.BF16Type.get()) for half in halves]
+
+
+def _largest(x: Any) -> Any:
+    """Returns the largest magnitude among a thread's numbers, as float32.
+
+    It is NaN if there is a NaN.
+    """
+    f32 = ir.F32Type.get()
+    if x.mlir_dtype == f32:
+        numbers = [number for pair in x.registers.flat for number in numbers_in(pair)]
+        largest = mgpu.c(0.0, f32)
+        for number in numbers:
+            largest = utils.inline_ptx(
+                "{ .reg .f32 x; abs.f32 x, $2; max.NaN.f32 $0, $1, x; }",
+                largest,
+                number,
+                result_types=f32,
+            )
+        return largest
+    # Without signs, numbers are ordered like integers.
+    largest = integer(0)
+    for pair in x.registers.flat:
+        magnitude = arith.andi(to_bits(pair), integer(0x7FFF7FFF))
+        largest = utils.inline_ptx(
+            "max.u16x2 $0, $1, $2;", largest, magnitude, result_types=largest.type
+        )
+    first, second = (
+        arith.andi(largest, integer(0xFFFF)),
+        arith.shrui(largest, integer(16)),
+    )
+    largest = arith.shli(arith.maxui(first, second), integer(16))
+    return utils.bitcast(largest, f32)
+
+
+def _are_between(_: Any, *tiles: Any, bounds: Sequence[tuple[float, float]]) -> Any:
+    f32, i1 = ir.F32Type.get(), ir.IntegerType.get_signless(1)
+    predicate = arith.CmpFPredicate
+    flags, within = integer(0), mgpu.c(1, i1)
+    for i, (x, (least, most)) in enumerate(zip(tiles, bounds, strict=True)):
+        largest = _largest(x)
+        within = arith.andi(within, arith.cmpf(predicate.OLE, largest, mgpu.c(most, f32)))
+        if least > 0:
+            reached = arith.cmpf(predicate.OGE, largest, mgpu.c(least, f32))
+            some = arith.cmpf(predicate.OGT, largest, mgpu.c(0.0, f32))
+            flags = arith.ori(flags, arith.select(reached, integer(1 << 2 * i), integer(0)))
+            flags = arith.ori(flags, arith.select(some, integer(2 << 2 * i), integer(0)))
+    flags = utils.inline_ptx(
+        "redux.sync.or.b32 $0, $1, 0xffffffff;",
+        flags,
+        result_types=flags.type,
+        has_side_effects=True,
+        convergent=True,
+    )
+    # In a pair of flags, the second one without the first one: some number, but none is large.
+    missed = arith.andi(arith.shrui(flags, integer(1)), arith.xori(flags, integer(-1)))
+    missed = arith.andi(missed, integer(0x55555555))
+    within = arith.andi(within, arith.cmpi(arith.CmpIPredicate.eq, missed, integer(0)))
+    result = utils.inline_ptx(
+        "{ .reg .pred in, out; setp.ne.s32 in, $1, 0;"
+        f" barrier.cta.red.and.pred out, $2, {utils.WARPGROUP_SIZE}, in;"
+        " selp.s32 $0, 1, 0, out; }",
+        arith.extui(flags.type, within),
+        utils.warpgroup_barrier_idx(sync=False),
+        result_types=flags.type,
+        has_side_effects=True,
+        convergent=True,
+    )
+    return mgpu.FragmentedArray.splat(result, (), is_signed=True)
 
 
 # Four consecutive registers hold the four quarters, 8 x 8, of a block of 16 x 16, in the order in
@@ -373,7 +554,7 @@ def _store_exp2_of_row(_: Any, ref: Any, strip: Any, number: Any, row: int) -> N
                 memref.store(power, ref, [at])
 
 
-def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
+def _with_diagonal(_: Any, x: Any, *tile: Any, value: float | None, negated: bool) -> Any:
     thread = thread_index()
     warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
     row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
@@ -382,8 +563,11 @@ def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
     second = arith.cmpi(equal, row, arith.addi(column, integer(1)))
     mask = arith.select(second, integer(-(1 << 16)), integer(0))
     mask = arith.select(arith.cmpi(equal, row, column), integer((1 << 16) - 1), mask)
-    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
-    bits = integer(bits << 16 | bits)
+    if value is None:
+        new = [to_bits(pair) for pair in tile[0].registers.flat]
+    else:
+        bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+        new = [integer(bits << 16 | bits)] * x.registers.size
     registers = []
     for i, pair in enumerate(x.registers.flat):
         columns, half = divmod(i, 2)
@@ -394,9 +578,23 @@ def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
             of_warp = arith.cmpi(equal, warp, integer(columns // 2))
             diagonal = arith.select(of_warp, mask, integer(0))
             others = arith.xori(diagonal, integer(-1))
-            register = arith.ori(arith.andi(register, others), arith.andi(bits, diagonal))
+            register = arith.ori(arith.andi(register, others), arith.andi(new[i], diagonal))
         registers.append(register)
     return like(x, registers)
+
+
+def _row_dots(_: Any, x: Any, y: Any) -> Any:
+    """Returns for each row the sums of every eighth product, `[64, 8]`."""
+    pairs = [[to_bits(pair) for pair in tile.registers.flat] for tile in (x, y)]
+    zero, sums = integer(0), []
+    for half in range(2):
+        total = zero
+        for first, second in zip(*(x[half::2] for x in pairs), strict=True):
+            total = utils.inline_ptx(
+                "fma.rn.bf16x2 $0, $1, $2, $3;", first, second, total, result_types=zero.type
+            )
+        sums.append(pair_of(*widen_bits(total)))
+    return tile_of(sums, 8, ir.F32Type.get())
 
 
 def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:

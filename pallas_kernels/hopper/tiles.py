@@ -16,6 +16,7 @@ from pallas_kernels.hopper.registers import (
     Strip,
     halves_of,
     load,
+    numbers_of,
     store,
     widen,
 )
@@ -60,9 +61,9 @@ def for_each_strip(body: Callable[[jax.Array], None]) -> None:
     plgpu.commit_smem()
 
 
-def load32(x: Any) -> jax.Array:
-    """Loads a bfloat16 tile, or a `Strip` of one, and converts it to float32."""
-    return widen(load(x))
+def load32(x: Any, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Loads a 16-bit tile, or a `Strip` of one, and converts it to float32."""
+    return widen(load(x), dtype)
 
 
 def load_rows(ref: Any) -> jax.Array:
@@ -117,7 +118,9 @@ def store_halves(x: jax.Array, high: Any, low: Any) -> tuple[Any, Any]:
 
 
 def products(
-    *sums: Sequence[tuple[Operand, Operand]], start: Sequence[jax.Array | None] | None = None
+    *sums: Sequence[tuple[Operand, Operand]],
+    start: Sequence[jax.Array | None] | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> tuple[jax.Array, ...]:
     """Computes sums of matrix products, `start + x @ y + ...`, in float32.
 
@@ -125,18 +128,21 @@ def products(
       *sums: pairs (x, y) of 16-bit tiles for each sum. y lies in shared memory; every y may be a
         `Strip`, all with one number.
       start: float32 tiles that the sums start from; None for zero.
+      dtype: of the numbers of all operands, bfloat16 or float16.
 
     Returns:
       A float32 tile in registers for each sum.
     """
     start = [None] * len(sums) if start is None else start
     if not is_interpreted():
-        return multiply(sums, start)
+        return multiply(sums, start, dtype)
 
     def value(operand):
         if isinstance(operand, Strip):
-            return load(operand)
-        return operand.tile[...].T if isinstance(operand, Transposed) else operand[...]
+            return numbers_of(load(operand), dtype)
+        if isinstance(operand, Transposed):
+            return numbers_of(operand.tile[...], dtype).T
+        return numbers_of(operand[...], dtype)
 
     def sum_of(pairs, start):
         terms = [jnp.dot(value(x), value(y), preferred_element_type=jnp.float32) for x, y in pairs]

@@ -46,6 +46,33 @@ def load_if(condition: Any, address: Any) -> list[Any]:
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
+def load_shared(address: Any, offset: int, condition: Any | None = None) -> list[Any]:
+    """Loads four integers from shared memory.
+
+    Args:
+      address: in bytes.
+      offset: added to the address.
+      condition: false gives zeros; None stands for true.
+    """
+    i32 = integer(0).type
+    load = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    if condition is None:
+        operands, text, outputs = [address], load, "=r,=r,=r,=r,r"
+    else:
+        operands = [address, arith.extui(i32, condition)]
+        zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(4))
+        text = f"{{ .reg .pred p; setp.ne.s32 p, $5, 0; {zeros}@p {load} }}"
+        outputs = "=&r,=&r,=&r,=&r,r,r"
+    words = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        operands,
+        text,
+        f"{outputs},~{{memory}}",
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
+
+
 def store_if(condition: Any, address: Any, words: Sequence[Any]) -> None:
     """Writes four integers to global memory if a condition is true."""
     llvm.inline_asm(
@@ -57,4 +84,4 @@ def store_if(condition: Any, address: Any, words: Sequence[Any]) -> None:
     )
 
 
-__all__ = ["VECTOR", "load_if", "make_vector", "store_if", "values_of"]
+__all__ = ["VECTOR", "load_if", "load_shared", "make_vector", "store_if", "values_of"]

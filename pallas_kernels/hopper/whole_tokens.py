@@ -1,8 +1,9 @@
-"""Whole tokens in the registers of a warpgroup, for kernels that sum over a token's channels.
+"""Whole tokens in the registers of a block, for kernels that sum over a token's channels.
 
-A token is a float32 vector `[C]`, padded with zeros so that each thread holds eight neighbouring
-channels of every 1024. Memory holds bfloat16. A block of the grid works on a few tokens at a time,
-and its threads keep the same channels all the time.
+A token is a float32 vector `[C]`, padded with zeros so that each thread of a warpgroup holds eight
+neighbouring channels of every 1024. Memory holds bfloat16. A block of the grid works on a few
+tokens at a time, and its threads keep the same channels all the time. Several warpgroups can share
+a token: each has a vector of its own, with every other 1024 channels if there are two.
 
 Sums over channels cross warps, through shared memory. So sums of several tokens are made at once.
 """
@@ -20,11 +21,25 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref
 
-from pallas_kernels.hopper.registers import integer, narrow_to_bits, thread_index, widen_bits
+from pallas_kernels.hopper.registers import (
+    SCALAR,
+    address_of,
+    integer,
+    narrow_to_bits,
+    thread_index,
+    widen_bits,
+)
 from pallas_kernels.hopper.target import is_interpreted
-from pallas_kernels.hopper.vectors import VECTOR, load_if, make_vector, store_if, values_of
+from pallas_kernels.hopper.vectors import (
+    VECTOR,
+    load_if,
+    load_shared,
+    make_vector,
+    store_if,
+    values_of,
+)
 
 _THREADS = 128
 WIDTH = VECTOR * _THREADS
@@ -46,20 +61,22 @@ class Tokens:
       count: N.
       channels: C, a multiple of 8.
       most_blocks: number of blocks that the GPU runs at once.
+      warpgroups: number of warpgroups of a block, which share each token.
     """
 
     count: int
     channels: int
     most_blocks: int
+    warpgroups: int = 1
 
     @property
     def padded(self) -> int:
-        """Channels of a vector."""
-        return -(-self.channels // WIDTH) * WIDTH
+        """Channels of a vector, which one warpgroup holds."""
+        return -(-self.channels // (WIDTH * self.warpgroups)) * WIDTH
 
     @property
     def at_once(self) -> int:
-        """Tokens that a block works on at a time."""
+        """Tokens that a block works on at a time, in `for_each`."""
         return max(1, _AT_ONCE * WIDTH // self.padded)
 
     @property
@@ -78,7 +95,11 @@ class Tokens:
         Args:
           sums: number of vectors that are summed.
         """
-        return plgpu.SMEM((sums, _WARPS), jnp.float32)
+        return plgpu.SMEM((sums, _WARPS * self.warpgroups), jnp.float32)
+
+    def scratch_barrier_type(self) -> plgpu.Barrier:
+        """Returns the type of the barrier by which warpgroups that are interpreted share sums."""
+        return plgpu.Barrier(num_arrivals=self.warpgroups)
 
     def for_each[Carry](
         self, work: Callable[[list[jax.Array], Carry], Carry], carry: Carry
@@ -113,20 +134,50 @@ class Tokens:
         if x_gmem.dtype != jnp.bfloat16:
             raise TypeError(f"expected a reference to bfloat16, got {x_gmem.dtype}")
         if is_interpreted():
-            token = x_gmem[jnp.minimum(position, self.count - 1)].astype(jnp.float32)
-            token = jnp.where(position < self.count, token, 0)
-            return jnp.pad(token, (0, self.padded - self.channels))
+            token = x_gmem[jnp.minimum(position, x_gmem.shape[0] - 1)].astype(jnp.float32)
+            return self._own_channels(jnp.where(position < self.count, token, 0))
         inline = plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=self._vector_type()
+            arg_types=(plgpu.RefType(), SCALAR), return_type=self._vector_type()
         )
         return inline(functools.partial(_load, self))(x_gmem, position)
 
-    def load_parameter(self, parameter_gmem: Any) -> jax.Array:
-        """Loads parameters `[C]` float32."""
+    def load_shared(self, tokens_smem: Any, index: int) -> jax.Array:
+        """Loads one of some tokens in shared memory.
+
+        There is no barrier: what copied the token must be waited for before.
+
+        Args:
+          tokens_smem: bfloat16, one token after the other, each in the order of its channels.
+          index: of the token.
+        """
         if is_interpreted():
-            return jnp.pad(parameter_gmem[...], (0, self.padded - self.channels))
+            return self._own_channels(tokens_smem[index].reshape(-1).astype(jnp.float32))
         inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=self._vector_type())
-        return inline(functools.partial(_load_parameter, self))(parameter_gmem)
+        return inline(functools.partial(_load_shared, self, index))(tokens_smem)
+
+    def where(self, condition: jax.Array, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """Returns x if a scalar is true, else y, or zeros if there is no y."""
+        y = self.zeros() if y is None else y
+        if is_interpreted():
+            return jnp.where(condition, x, y)
+        layout = _layout(self.padded)
+        inline = plgpu.inline_mgpu(
+            arg_types=(SCALAR, layout, layout), return_type=self._vector_type()
+        )
+        return inline(functools.partial(_where, self))(condition.astype(jnp.int32), x, y)
+
+    def load_parameter(self, parameter_gmem: Any, condition: jax.Array | None = None) -> jax.Array:
+        """Loads parameters `[C]` float32; zeros if there is a scalar condition, which is false."""
+        if is_interpreted():
+            values = parameter_gmem[...]
+            values = values if condition is None else jnp.where(condition, values, 0)
+            return self._own_channels(values)
+        conditions = () if condition is None else (condition.astype(jnp.int32),)
+        inline = plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *(SCALAR for _ in conditions)),
+            return_type=self._vector_type(),
+        )
+        return inline(functools.partial(_load_parameter, self))(parameter_gmem, *conditions)
 
     def store(self, x_gmem: Any, position: jax.Array, token: jax.Array) -> None:
         """Rounds a token to bfloat16 and writes it, unless its position is N or more."""
@@ -134,17 +185,17 @@ class Tokens:
 
             @pl.when(position < self.count)
             def _():
-                x_gmem[position] = token[: self.channels].astype(x_gmem.dtype)
+                self._store_own_channels(x_gmem.at[position], token.astype(x_gmem.dtype))
 
             return
         layout = _layout(self.padded)
-        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, layout))
+        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, layout))
         inline(functools.partial(_store, self))(x_gmem, position, token)
 
     def store_sums(self, sums_gmem: Any, sums: jax.Array) -> None:
         """Writes a vector to `[C]` float32."""
         if is_interpreted():
-            sums_gmem[...] = sums[: self.channels]
+            self._store_own_channels(sums_gmem, sums)
             return
         inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _layout(self.padded)))
         inline(functools.partial(_store_sums, self))(sums_gmem, sums)
@@ -154,28 +205,44 @@ class Tokens:
         if self.padded == self.channels:
             return vector
         if is_interpreted():
-            return jnp.where(jnp.arange(self.padded) < self.channels, vector, 0)
+            return jnp.where(self._own_channels(jnp.ones(self.channels)) > 0, vector, 0)
         layout = _layout(self.padded)
         inline = plgpu.inline_mgpu(arg_types=(layout,), return_type=self._vector_type())
         return inline(functools.partial(_mask, self))(vector)
 
-    def sum_channels(self, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
+    def sum_channels(
+        self, scratch: Any, vectors: Sequence[jax.Array], barrier: Any = None
+    ) -> list[jax.Array]:
         """Sums vectors over their channels.
+
+        All threads of the block wait for each other.
 
         Args:
           scratch: shared memory of `scratch_type`. A kernel needs two of them at least, to use in
             turn: a sum may still be read when the next one is written.
           vectors: as many as `scratch` is for.
+          barrier: of `scratch_barrier_type`, if several warpgroups share tokens.
 
         Returns:
           Each sum, repeated for all channels.
         """
         if is_interpreted():
-            return [jnp.broadcast_to(x.sum(), x.shape) for x in vectors]
+            sums = [x.sum() for x in vectors]
+            if self.warpgroups > 1:
+                for i, total in enumerate(sums):
+                    scratch[i, jax.lax.axis_index("warpgroup")] = total
+                plgpu.barrier_arrive(barrier)
+                plgpu.barrier_wait(barrier)
+                parts = range(self.warpgroups)
+                sums = [sum(scratch[i, w] for w in parts) for i in range(len(sums))]
+            return [jnp.full(x.shape, total) for x, total in zip(vectors, sums, strict=True)]
         return self._reduce(arith.addf, scratch, vectors)
 
     def max_channels(self, scratch: Any, vectors: Sequence[jax.Array]) -> list[jax.Array]:
-        """Returns the largest channel of each vector, like `sum_channels`, but with padding."""
+        """Returns the largest channel of each vector, like `sum_channels`, but with padding.
+
+        Only for tokens of one warpgroup.
+        """
         if is_interpreted():
             return [jnp.broadcast_to(x.max(), x.shape) for x in vectors]
         return self._reduce(arith.maximumf, scratch, vectors)
@@ -207,7 +274,33 @@ class Tokens:
             arg_types=(plgpu.RefType(), (layout,) * len(vectors)),
             return_type=(self._vector_type(),) * len(vectors),
         )
-        return list(inline(functools.partial(_reduce, combine))(scratch, tuple(vectors)))
+        reduce = functools.partial(_reduce, combine, self.warpgroups)
+        return list(inline(reduce)(scratch, tuple(vectors)))
+
+    def _own_channels(self, channels: jax.Array) -> jax.Array:
+        """Returns this warpgroup's vector of all channels, for the interpreter."""
+        padding = self.padded * self.warpgroups - self.channels
+        parts = jnp.pad(channels, (0, padding)).reshape(-1, self.warpgroups, WIDTH)
+        if self.warpgroups == 1:
+            return parts.reshape(-1)
+        index = jax.lax.axis_index("warpgroup")
+        return jax.lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False).reshape(-1)
+
+    def _store_own_channels(self, ref: Any, vector: jax.Array) -> None:
+        """Writes this warpgroup's vector to its channels, for the interpreter."""
+        for warpgroup in range(self.warpgroups):
+
+            def store(warpgroup: int = warpgroup) -> None:
+                for i in range(self.padded // WIDTH):
+                    first = (i * self.warpgroups + warpgroup) * WIDTH
+                    size = min(WIDTH, self.channels - first)
+                    if size > 0:
+                        ref[first : first + size] = vector[i * WIDTH : i * WIDTH + size]
+
+            if self.warpgroups == 1:
+                store()
+            else:
+                pl.when(jax.lax.axis_index("warpgroup") == warpgroup)(store)
 
     def _vector_type(self) -> plgpu.ShapeDtypeStruct:
         layout = _layout(self.padded)
@@ -219,12 +312,15 @@ def _layout(padded: int) -> Any:
 
 
 # The functions below take and return MLIR values, or the registers that a thread holds. Register i
-# of a vector holds channels `1024 i + 8 thread` and the seven after it.
+# of a vector holds channels `1024 warpgroups i + 8 thread` and the seven after it, where threads of
+# all warpgroups that share a token are counted.
 
 
-def _channel(i: int) -> Any:
-    thread = arith.andi(thread_index(), integer(_THREADS - 1))
-    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * WIDTH))
+def _channel(tokens: Tokens, i: int) -> Any:
+    thread = thread_index()
+    if tokens.warpgroups == 1:
+        thread = arith.andi(thread, integer(_THREADS - 1))
+    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * WIDTH * tokens.warpgroups))
 
 
 def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
@@ -236,6 +332,10 @@ def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
 
 def _less(x: Any, y: int) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, x, integer(y))
+
+
+def _is_true(condition: Any) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.ne, condition.registers.item(), integer(0))
 
 
 def _places(tokens: Tokens, ref: Any, position: Any | None, size: int) -> list[tuple[Any, Any]]:
@@ -254,7 +354,7 @@ def _places(tokens: Tokens, ref: Any, position: Any | None, size: int) -> list[t
         base = arith.addi(base, row)
     places = []
     for i in range(tokens.padded // WIDTH):
-        channel = _channel(i)
+        channel = _channel(tokens, i)
         exists = _less(channel, tokens.channels)
         if position is not None:
             exists = arith.andi(exists, _less(position, tokens.count))
@@ -271,9 +371,36 @@ def _load(tokens: Tokens, _: Any, ref: Any, position: Any) -> Any:
     )
 
 
-def _load_parameter(tokens: Tokens, _: Any, ref: Any) -> Any:
+def _load_shared(tokens: Tokens, index: int, _: Any, ref: Any) -> Any:
+    # All loads of a step share an address. The compiler may keep it, unlike those of other memory.
+    i32, registers = integer(0).type, []
+    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
+    if tokens.warpgroups == 1:
+        thread = arith.andi(thread, integer(_THREADS - 1))
+    address = arith.addi(address_of(ref), arith.muli(thread, integer(2 * VECTOR)))
+    for i in range(tokens.padded // WIDTH):
+        first = i * WIDTH * tokens.warpgroups
+        exists = None  # without a condition if all threads have channels
+        if first + WIDTH * tokens.warpgroups > tokens.channels:
+            channel = arith.muli(thread, integer(VECTOR))
+            exists = _less(channel, tokens.channels - first)
+        offset = 2 * (index * tokens.channels + first)
+        words = load_shared(address, offset, exists)
+        registers.append(make_vector([x for word in words for x in widen_bits(word)]))
+    return _vector(tokens, registers)
+
+
+def _where(tokens: Tokens, _: Any, condition: Any, x: Any, y: Any) -> Any:
+    is_true = _is_true(condition)
+    pairs = zip(x.registers.flat, y.registers.flat, strict=True)
+    return _vector(tokens, [arith.select(is_true, *pair) for pair in pairs])
+
+
+def _load_parameter(tokens: Tokens, _: Any, ref: Any, condition: Any | None = None) -> Any:
     f32, registers = ir.F32Type.get(), []
     for exists, address in _places(tokens, ref, None, 4):
+        if condition is not None:
+            exists = arith.andi(exists, _is_true(condition))
         second = arith.addi(address, mgpu.c(16, address.type))
         words = load_if(exists, address) + load_if(exists, second)
         registers.append(make_vector([utils.bitcast(word, f32) for word in words]))
@@ -300,7 +427,7 @@ def _store_sums(tokens: Tokens, _: Any, ref: Any, sums: Any) -> None:
 def _mask(tokens: Tokens, _: Any, vector: Any) -> Any:
     registers = []
     for i, register in enumerate(vector.registers.flat):
-        exists = _less(_channel(i), tokens.channels)
+        exists = _less(_channel(tokens, i), tokens.channels)
         zero = mgpu.c(0.0, ir.F32Type.get())
         registers.append(make_vector([arith.select(exists, x, zero) for x in values_of(register)]))
     return _vector(tokens, registers)
@@ -309,7 +436,7 @@ def _mask(tokens: Tokens, _: Any, vector: Any) -> Any:
 def _channel_numbers(tokens: Tokens, _: Any) -> Any:
     f32, registers = ir.F32Type.get(), []
     for i in range(tokens.padded // WIDTH):
-        numbers = [arith.addi(_channel(i), integer(n)) for n in range(VECTOR)]
+        numbers = [arith.addi(_channel(tokens, i), integer(n)) for n in range(VECTOR)]
         registers.append(make_vector([arith.uitofp(f32, number) for number in numbers]))
     return _vector(tokens, registers)
 
@@ -322,9 +449,13 @@ def _store_scalars(_: Any, ref: Any, vectors: Sequence[Any]) -> None:
     store_if(is_first, llvm.ptrtoint(i64, utils.memref_ptr(ref)), words)
 
 
-def _reduce(combine: Any, _: Any, scratch: Any, vectors: Sequence[Any]) -> list[Any]:
+def _reduce(
+    combine: Any, warpgroups: int, _: Any, scratch: Any, vectors: Sequence[Any]
+) -> list[Any]:
     index = ir.IndexType.get()
-    thread = arith.andi(thread_index(), integer(_THREADS - 1))
+    thread = thread_index()
+    if warpgroups == 1:
+        thread = arith.andi(thread, integer(_THREADS - 1))
     warp = arith.index_cast(index, arith.shrui(thread, integer(5)))
     is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, integer(31)), integer(0))
     totals = []
@@ -337,11 +468,12 @@ def _reduce(combine: Any, _: Any, scratch: Any, vectors: Sequence[Any]) -> list[
     with mgpu.when(is_first):
         for i, total in enumerate(totals):
             memref.store(total, scratch, [mgpu.c(i, index), warp])
-    utils.warpgroup_barrier()
+    utils.warpgroup_barrier() if warpgroups == 1 else gpu.barrier()
     results = []
     for i, vector in enumerate(vectors):
         of_warps = [
-            memref.load(scratch, [mgpu.c(i, index), mgpu.c(w, index)]) for w in range(_WARPS)
+            memref.load(scratch, [mgpu.c(i, index), mgpu.c(w, index)])
+            for w in range(_WARPS * warpgroups)
         ]
         register = make_vector([functools.reduce(combine, of_warps)] * VECTOR)
         registers = np.array([register] * vector.registers.size, dtype=object)

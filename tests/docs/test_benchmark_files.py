@@ -108,8 +108,8 @@ def test_floors_are_passes_and_products(benchmarks):
     one_pass = 2 * 10 * 64  # bytes, and ms at 1000 bytes per second
     assert floors["wkv7", "backward"] == pytest.approx(3 * 13 * one_pass)
     product = 1e3 * 2 * 10 * 64 * 256 / 1e6
-    assert floors["channel_mix", "forward"] == pytest.approx(3 * 2 * product)
-    assert floors["channel_mix", "backward"] == pytest.approx(3 * 4 * product)
+    assert floors["feed_forward", "forward"] == pytest.approx(3 * 2 * product)
+    assert floors["feed_forward", "backward"] == pytest.approx(3 * 4 * product)
     assert floors["cross_entropy_sum", "forward"] == pytest.approx(
         3 * 1e3 * 2 * 10 * 64 * 100 / 1e6
     )

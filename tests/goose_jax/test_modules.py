@@ -82,6 +82,29 @@ def test_layer_norm():
     assert low(x.astype("bfloat16")).dtype == jnp.bfloat16
 
 
+def test_mixes_after_a_norm_equal_those_of_the_norm():
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, v_first = jax.random.normal(keys[0], (2, 5, 128)), jax.random.normal(keys[1], (2, 5, 2, 64))
+    segment_ids = jnp.array([[1, 1, 2, 2, 2], [0, 3, 3, 0, 3]])
+    shift = jax.random.normal(keys[2], (2, 128))
+    state = (shift, jax.random.normal(keys[3], (2, 2, 64, 64)))
+    norm = LayerNorm(CONFIG)
+    norm.scale[...] = jnp.linspace(0.5, 2, 128)
+    norm.bias[...] = jnp.linspace(-1, 1, 128)
+    time_mix, channel_mix = (m(CONFIG, layer=1, rngs=nnx.Rngs(0)) for m in (TimeMix, ChannelMix))
+    time_mix.output[...] = jnp.eye(128)
+    channel_mix.value[...] = jnp.eye(CONFIG.intermediate_size, 128)
+    pairs = [
+        (time_mix(norm(x), v_first, state, segment_ids), (v_first, state), time_mix),
+        (channel_mix(norm(x), shift, segment_ids), (shift,), channel_mix),
+    ]
+    for expected, arguments, mix in pairs:
+        *actual, handed_on = mix.after_norm(norm, x, *arguments, segment_ids)
+        assert handed_on is x or relative_rms(handed_on, x) == 0
+        for found, of_call in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert relative_rms(found, of_call) < 1e-5
+
+
 X = jnp.ones((2, 3, 128))
 V_FIRST = jnp.ones((2, 3, 2, 64))
 SHIFT, WKV = jnp.ones((2, 128)), jnp.ones((2, 2, 64, 64))

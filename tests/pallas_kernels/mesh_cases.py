@@ -94,6 +94,15 @@ CASES = {
     ),
     "layer_norm": Case(operators.layer_norm, {"x": "B T C", "scale": "C", "bias": "C"}),
     "pre_norm": Case(operators.pre_norm, {"x": "B T C", "scale": "C", "bias": "C"}),
+    "norm_shift_mix": Case(
+        operators.norm_shift_mix,
+        {"x": "B T C", "scale": "C", "bias": "C", "mixes": "M C", "state": "B C"},
+    ),
+    "packed norm_shift_mix": Case(
+        operators.norm_shift_mix,
+        {"x": "B T C", "scale": "C", "bias": "C", "mixes": "M C", "state": "B C"},
+        packed=True,
+    ),
     "key_update": Case(
         operators.key_update,
         {"k": "B T H K", "alpha": "B T H K", "removal_scale": "H K", "replacement_mix": "H K"},
@@ -116,6 +125,9 @@ CASES = {
     "channel_mix": Case(
         operators.channel_mix,
         {"x": "B T C", "mix": "C", "key_weight": "C F", "value_weight": "F C", "state": "B C"},
+    ),
+    "feed_forward": Case(
+        operators.feed_forward, {"x": "B T C", "key_weight": "C F", "value_weight": "F C"}
     ),
     "cross_entropy": Case(
         operators.cross_entropy,

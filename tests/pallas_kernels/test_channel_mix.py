@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import channel_mix
+from pallas_kernels import channel_mix, feed_forward
 from tests.pallas_kernels.operator_checks import (
     assert_close,
     check_shard_map,
@@ -164,3 +164,39 @@ def test_wrong_calls(changes, error, message):
     inputs = {name: jnp.asarray(x) for name, x in INPUTS.items()}
     with pytest.raises(error, match=message):
         channel_mix(**inputs | changes)
+
+
+WEIGHTS = ("key_weight", "value_weight")
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_feed_forward_equals_the_formula(implementation, dtype):
+    inputs = {name: INPUTS[name] for name in ("x", *WEIGHTS)}
+    function = functools.partial(feed_forward, implementation=implementation)
+
+    def expected(x, key_weight, value_weight):
+        key = x @ key_weight
+        return (key * key * (key > 0)) @ value_weight
+
+    judge(function, expected, inputs, (), dtype, LIMITS[dtype])
+
+
+def test_feed_forward_under_transformations():
+    inputs = {name: INPUTS[name] for name in ("x", *WEIGHTS)}
+    check_transformations(feed_forward, inputs)
+    check_shard_map(feed_forward, inputs, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": np.ones((2, 8), np.float32)}, ValueError, r"x must have 3 axes"),
+        ({"value_weight": jnp.ones((5, 8))}, ValueError, r"value_weight must have shape .* F=24"),
+        ({"implementation": "cuda"}, ValueError, r"implementation='cuda' is unknown"),
+    ],
+)
+def test_wrong_calls_of_feed_forward(changes, error, message):
+    arrays = {name: jnp.asarray(INPUTS[name], jnp.float32) for name in ("x", *WEIGHTS)}
+    with pytest.raises(error, match=message):
+        feed_forward(**arrays | changes)

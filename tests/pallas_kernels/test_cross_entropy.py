@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import pytest
 from pallas_kernels import NotServed, cross_entropy, cross_entropy_sum
 from pallas_kernels.hopper.target import Target, compile_for
 from pallas_kernels.operators.cross_entropy import mosaic_gpu as cross_entropy_kernels
+from pallas_kernels.operators.cross_entropy.logits_product import statistics_of_product
 from pallas_kernels.operators.cross_entropy.statistics import statistics_xla
 from tests.pallas_kernels.operator_checks import (
     assert_close,
     check_shard_map,
     check_transformations,
+    count_kernels,
     draw,
     evaluate,
     kernels_for_cuda,
@@ -111,9 +114,9 @@ def test_the_sum_with_the_weights_of_a_mean_over_many_tokens(dtype):
     judge_sum(INPUTS, dtype, l2wrap=0, token_weights=np.full(TARGETS.shape, 2.0**-12))
 
 
-def large_inputs(vocab, tokens=TARGETS.shape):
+def large_inputs(vocab, tokens=TARGETS.shape, channels=CHANNELS):
     """Inputs whose logits go up and down, some of them equal."""
-    inputs = draw(3, hidden=(*tokens, CHANNELS), weight=(CHANNELS, vocab))
+    inputs = draw(3, hidden=(*tokens, channels), weight=(channels, vocab))
     inputs["weight"][:, vocab // 2 :] = inputs["weight"][:, : vocab - vocab // 2]
     return inputs
 
@@ -135,6 +138,66 @@ def test_interpreted_statistics_of_logits(vocab):
         np.testing.assert_allclose(x, y, rtol=limit, atol=limit, err_msg=name)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_interpreted_product_with_statistics(with_logits):
+    x, y = (jnp.asarray(x, jnp.bfloat16) for x in draw(5, x=(512, 192), y=(192, 512)).values())
+    y = y.at[:, 256:].set(y[:, :256])  # each row has its largest logit in both tiles
+    targets = np.random.default_rng(6).integers(-2, 514, 512).astype(np.int32)
+    target = Target(multiprocessors=4, interpret=True)  # two clusters, with two tiles each
+    run = functools.partial(statistics_of_product, target, with_logits=with_logits)
+    logits, found = jax.jit(run)(x, y, jnp.asarray(targets))
+    exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    assert (logits is not None) == with_logits
+    if with_logits:
+        assert_close(logits, exact, 1e-6, "logits")
+    largest = exact[:, :256].max(-1)
+    total = np.exp(exact[:, :256] - largest[:, None]).sum(-1)
+    is_target = np.arange(512) == targets[:, None]
+    of_target = np.where(is_target, exact, 0).reshape(512, 2, 256).sum(-1)
+    assert_close(found.largest, np.stack([largest] * 2), 1e-6, "largest")
+    assert_close(found.total, np.stack([total] * 2), 1e-6, "total")
+    assert_close(found.of_target, of_target.T, 1e-6, "of_target")
+
+
+def tied_inputs(vocab, tokens, size):
+    """Tokens and head whose largest logits are equal, in two tiles."""
+    inputs = large_inputs(vocab, tokens)
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
+    hidden = jnp.concatenate([inputs["hidden"]] * 8, axis=2)
+    return hidden * size, jnp.concatenate([inputs["weight"]] * 8, axis=0)
+
+
+def judge_finder(hidden, weight, targets, chunk_size):
+    """Compares the statistics of a product with those of the logits that it stored."""
+    finder = cross_entropy_kernels._IN_PRODUCT
+    logits, found = jax.jit(finder.logits)(hidden, weight, targets)
+    for_losses = jax.jit(finder.statistics, static_argnums=3)(hidden, weight, targets, chunk_size)
+    exact = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
+    assert_close(logits, exact, 1e-5, "logits")  # measured, interpreted: 6.4e-8
+    expected = statistics_xla(logits, targets)
+    assert for_losses.first is None
+    for_losses = for_losses._replace(first=found.first)
+    for statistics in (found, for_losses):
+        for name, limit in (("largest", 0), ("log_total", 2e-6), ("first", 0), ("of_target", 0)):
+            x, y = (np.asarray(getattr(z, name)) for z in (statistics, expected))
+            np.testing.assert_allclose(x, y, rtol=limit, atol=limit, err_msg=name)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2.0**17])
+def test_interpreted_statistics_from_the_product(size):
+    hidden, weight = tied_inputs(512, (2, 128), size)
+    targets = np.random.default_rng(7).integers(0, 512, (2, 128)).astype(np.int32)
+    targets[0, :6] = 0, 255, 256, 511, -1, 512
+    with compile_for(Target(multiprocessors=1, interpret=True)):
+        judge_finder(hidden, weight, jnp.asarray(targets), chunk_size=64)
+
+
 @pytest.mark.parametrize("vocab", [64, 65536, 128256])
 def test_the_sum_compiles_for_cuda(vocab):
     shapes = {"hidden": (2, 9, 64), "weight": (64, vocab)}
@@ -151,21 +214,63 @@ def test_the_sum_compiles_for_cuda(vocab):
         assert kernels_for_cuda(function, arrays, integers, weights) == 1
 
 
+def test_the_sum_multiplies_in_the_kernel_for_cuda():
+    shapes = {"hidden": (2, 256, 128), "weight": (128, 65536)}
+    arrays = {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n, shape in shapes.items()}
+    integers = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    weights = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+
+    def loss(arrays, targets, token_weights):
+        options = {"chunk_size": 256, "l2wrap": 1e-4, "implementation": "mosaic_gpu"}
+        return cross_entropy_sum(**arrays, targets=targets, token_weights=token_weights, **options)
+
+    for function, products in ((loss, 0), (jax.value_and_grad(loss), 2)):
+        traced = jax.jit(function).trace(arrays, integers, weights)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert count_kernels(program) == 1
+        assert program.count("stablehlo.dot_general") == products
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(9, (1, 4)), (256, (0, 2))])
+def test_losses_compile_for_cuda(tokens, products):
+    shapes = {"hidden": (2, tokens, 64), "weight": (64, 65536)}
+    arrays = {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n, shape in shapes.items()}
+    targets = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+
+    def loss(arrays, targets):
+        options = {"l2wrap": 1e-4, "implementation": "mosaic_gpu"}
+        return cross_entropy(**arrays, targets=targets, **options).sum()
+
+    for function, kernels, expected in zip(
+        (loss, jax.value_and_grad(loss)), (1, 2), products, strict=True
+    ):
+        traced = jax.jit(function).trace(arrays, targets)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert count_kernels(program) == kernels
+        assert program.count("stablehlo.dot_general") == expected
+
+
 def test_a_vocabulary_in_no_multiple_of_64_is_refused():
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in INPUTS.items()}
     weights = jnp.ones(TARGETS.shape)
-    with pytest.raises(NotServed, match=r"multiples of 64, got .*vocab=50"):
-        cross_entropy_sum(
-            **arrays, targets=TARGETS, token_weights=weights, implementation="mosaic_gpu"
-        )
+    for function in (
+        cross_entropy,
+        functools.partial(cross_entropy_sum, token_weights=weights),
+    ):
+        with pytest.raises(NotServed, match=r"multiples of 64, got .*vocab=50"):
+            function(**arrays, targets=TARGETS, implementation="mosaic_gpu")
 
 
+# Of (2, 300) tokens XLA computes logits, over which a kernel passes; of (2, 1024) tokens with
+# channels in multiples of 64 a kernel computes logits with their statistics.
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab", [64, 65536, 128256])
-def test_the_sum_on_the_gpu(vocab):
-    inputs = large_inputs(vocab, (2, 300))
-    targets = np.random.default_rng(5).integers(0, vocab, (2, 300))
-    weights = np.random.default_rng(6).integers(0, 3, (2, 300)) / 600
+@pytest.mark.parametrize(("shape", "channels"), [((2, 300), CHANNELS), ((2, 1024), 128)])
+def test_the_sum_on_the_gpu(vocab, shape, channels):
+    inputs = large_inputs(vocab, shape, channels)
+    inputs["weight"] *= (CHANNELS / channels) ** 0.5
+    targets = np.random.default_rng(5).integers(0, vocab, shape)
+    weights = np.random.default_rng(6).integers(0, 3, shape) / math.prod(shape)
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
 
     def run(implementation):
@@ -176,11 +281,30 @@ def test_the_sum_on_the_gpu(vocab):
 
         return jax.jit(jax.value_and_grad(function))(arrays)
 
-    value, gradients = run("mosaic_gpu")
-    expected, expected_gradients = run("xla")
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for name, gradient in gradients.items():
-        assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
+    def run_losses(implementation):
+        def function(arrays):
+            options = {"l2wrap": 0.3, "chunk_size": 256, "implementation": implementation}
+            losses = cross_entropy(**arrays, targets=targets, **options)
+            return (losses * weights.astype(np.float32)).sum(), losses
+
+        (_, losses), gradients = jax.jit(jax.value_and_grad(function, has_aux=True))(arrays)
+        return losses, gradients
+
+    for of in (run, run_losses):
+        value, gradients = of("mosaic_gpu")
+        expected, expected_gradients = of("xla")
+        assert_close(value, np.asarray(expected, float), 1e-6, "losses")
+        for name, gradient in gradients.items():
+            assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [65536, 128256])
+@pytest.mark.parametrize("size", [1, 2.0**17])
+def test_statistics_from_the_product_on_the_gpu(vocab, size):
+    hidden, weight = tied_inputs(vocab, (8, 512), size)
+    targets = np.random.default_rng(7).integers(0, vocab, hidden.shape[:2]).astype(np.int32)
+    judge_finder(hidden, weight, jnp.asarray(targets), chunk_size=2048)
 
 
 def test_the_sum_leaves_out_tokens_without_weight():

@@ -12,10 +12,12 @@ from pallas_kernels.hopper.registers import (
     STRIP,
     TILE_LAYOUT,
     Strip,
+    are_between,
     halves_of,
     keep_triangle,
     load,
     narrow,
+    row_dots,
     store,
     store_exp2_of_row,
     store_strips,
@@ -26,8 +28,10 @@ from pallas_kernels.hopper.ring import Ring, slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
     TILE_BYTES,
+    choose,
     column_sums,
     products,
+    spread_rows,
     store_halves,
     tiles_smem,
     transposed,
@@ -78,6 +82,58 @@ def test_conversions_round_to_nearest(interpret):
             np.testing.assert_array_equal(half, np.asarray(expected, np.float64))
 
 
+def bits_of(x: jax.Array) -> jax.Array:
+    """Float16 numbers, as tiles hold them."""
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float16), jnp.bfloat16)
+
+
+@on_each_device
+def test_conversions_to_float16(interpret):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(TILE, TILE)), jnp.float32)
+    x *= 2.0 ** (jnp.arange(TILE) % 24 - 10)[None]  # high halves are normal numbers
+
+    def halves_by_conversions(x):
+        high = narrow(x, jnp.float16)
+        return high, narrow(x - widen(high, jnp.float16), jnp.float16)
+
+    high = x.astype(jnp.float16)
+    low = x - high.astype(jnp.float32)
+    for halves in (lambda x: halves_of(x, jnp.float16), halves_by_conversions):
+        for half, expected in zip(apply(halves, x, 2, interpret), (high, low), strict=True):
+            np.testing.assert_array_equal(half, np.asarray(bits_of(expected), np.float64))
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("number", "at", "within"),
+    [
+        (1.0, (0, 0), True),
+        (-8.0, (63, 63), True),
+        (8.25, (20, 7), False),
+        (-1e30, (40, 33), False),
+        (np.nan, (1, 62), False),
+        (0.0, (16, 0), True),
+        (0.25, (16, 5), False),
+        (-0.5, (47, 60), True),
+    ],
+)
+def test_bounds_of_tiles(number, at, within, dtype, interpret):
+    """Rows 0 to 15 hold 1, the others 0, and one number more."""
+    x = jnp.where(jnp.arange(TILE)[:, None] < 16, jnp.ones((TILE, TILE)), 0).at[at].set(number)
+
+    def indicate(x):
+        ones = plgpu.layout_cast(jnp.ones((TILE, TILE), jnp.bfloat16), plgpu.Layout.WGMMA)
+        wide = x.astype(jnp.float32)
+        both = are_between(
+            (narrow(wide) if dtype == jnp.bfloat16 else wide, 0.5, 8.0), (ones, 0, 1)
+        )
+        return (choose(both, ones, jnp.zeros_like(ones)),)
+
+    (result,) = apply(indicate, x.astype(jnp.float32), 1, interpret)
+    np.testing.assert_array_equal(result, np.full_like(result, within))
+
+
 @on_each_device
 @pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("strictly", [True, False])
@@ -101,6 +157,30 @@ def test_diagonals(negated, interpret):
     expected = np.asarray(-x if negated else x, np.float64)
     np.fill_diagonal(expected, 2)
     np.testing.assert_array_equal(replaced, expected)
+
+
+@on_each_device
+def test_diagonals_of_another_tile(interpret):
+    tiles = jnp.asarray(np.random.default_rng(0).normal(size=(2, TILE, TILE)), jnp.bfloat16)
+
+    def replace(x, y):
+        return with_diagonal(load(x), load(y))
+
+    expected, other = np.asarray(tiles, np.float64)
+    np.fill_diagonal(expected, np.diag(other))
+    np.testing.assert_array_equal(in_shared_memory(replace, tiles, interpret), expected)
+
+
+@on_each_device
+def test_dot_products_of_rows(interpret):
+    tiles = small_integers(2)
+
+    def multiply(x, y):
+        return narrow(spread_rows(row_dots(load(x), load(y))))
+
+    x, y = np.asarray(tiles, np.float64)
+    expected = np.broadcast_to((x * y).sum(1, keepdims=True), (TILE, TILE))
+    np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
 
 
 @on_each_device
@@ -148,6 +228,20 @@ def test_sums_of_products(first, second, interpret):
     expected = z + x @ y if second == "strip" else x @ z + z + (x + z) @ y
     assert np.abs(expected).max() < 256
     np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
+
+
+@on_each_device
+def test_products_of_float16(interpret):
+    tiles = bits_of(small_integers(3) + 2.0**-9)  # bfloat16 would round them
+
+    def multiply(x, y, z):
+        first, second = products([(x, y)], [(load(z), transposed(y))], dtype=jnp.float16)
+        return narrow(first + second)
+
+    x, y, z = np.asarray(jax.lax.bitcast_convert_type(tiles, jnp.float16), np.float64)
+    expected = jnp.asarray(x @ y + z @ y.T, jnp.float32).astype(jnp.bfloat16)
+    result = in_shared_memory(multiply, tiles, interpret)
+    np.testing.assert_array_equal(result, np.asarray(expected, np.float64))
 
 
 @on_each_device

@@ -205,10 +205,13 @@ KERNELS = {
     "packed token_shift_mix": 2,
     "layer_norm": 2,
     "pre_norm": 2,
+    "norm_shift_mix": 2,
+    "packed norm_shift_mix": 2,
     "key_update": 2,
     "wkv7_inputs": 2,
     "output_correction": 2,
     "channel_mix": 2,
+    "cross_entropy": 2,
     "cross_entropy_sum": 1,
 }
 
@@ -227,6 +230,36 @@ def test_kernels_are_partitioned_for_cuda(name, tmp_path):
     assert max(moved(program).values(), default=0) < part_of_activation(case, TOKENS_OF_KERNELS)
     # One row; one head or half of the channels, or all where the operator needs all.
     assert not any(f"[4,{TOKENS_OF_KERNELS}" in kernel for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_products_with_statistics_are_partitioned_for_cuda(differentiated, tmp_path):
+    case, mesh = CASES["cross_entropy_sum"], mesh_of(AxisType.Auto)
+    sizes = {"B": 4, "T": 1024, "C": 64, "vocab": 65536}
+    arguments = {
+        name: jax.ShapeDtypeStruct(
+            tuple(sizes[x] for x in names.split()),
+            dtype_on_kernels(case, name),
+            sharding=NamedSharding(mesh, case.spec(name)),
+        )
+        for name, names in case.dimensions.items()
+    }
+    run = functools.partial(operators.cross_entropy_sum, l2wrap=1e-4, implementation="mosaic_gpu")
+    of_kernels = Case(run, case.dimensions)
+
+    def forward(arrays):
+        return of_kernels.call(**arrays)
+
+    function = functools.partial(results_and_gradients, of_kernels) if differentiated else forward
+    program, (kernel,) = partitioned_for_cuda(function, arguments, tmp_path)
+    # Each device has one row, or a chunk of half of it, and half of the vocabulary.
+    tokens = 512 if differentiated else 1024
+    assert f"bf16[{tokens},64]" in kernel
+    assert "bf16[64,32768]" in kernel
+    assert (f"f32[{tokens},32768]" in kernel) == differentiated
+    part_of_hidden = sizes["T"] * sizes["C"]  # sums of its gradients over the vocabulary
+    assert max(moved(program).values(), default=0) <= part_of_hidden
 
 
 @pytest.mark.gpu

@@ -23,21 +23,17 @@ pytestmark = pytest.mark.usefixtures("module_quick_to_compile", "no_races_and_no
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 OF_KERNELS = {
+    "nearly parallel keys": {"o": 1.2e-2, "final_state": 6e-3, "d_initial_state": 6e-3, "d_": 2e-2},
+    "three tokens in turn": {"o": 4e-3, "final_state": 4e-3, "d_b": 5e-2, "d_": 2e-2},
+    "one token repeated": {"o": 4e-3, "final_state": 4e-3, "d_b": 2e-2, "d_": 1e-2},
+}
+"""Limits of relative RMS errors of the kernels, by result; "d_" for all other gradients."""
+IN_BFLOAT16 = {
     "nearly parallel keys": {"o": 2.5e-2, "final_state": 3.5e-2, "d_v": 4e-2, "d_": 2.5e-2},
-    "three tokens in turn": {
-        "o": 4e-3,
-        "final_state": 4e-3,
-        "d_a": 2e-2,
-        "d_b": 2.5e-1,
-        "d_": 1e-2,
-    },
+    "three tokens in turn": {"o": 4e-3, "final_state": 4e-3, "d_b": 2.5e-1, "d_": 2e-2},
     "one token repeated": {"o": 4e-3, "final_state": 4e-3, "d_b": 2.5e-2, "d_": 1e-2},
 }
-"""Limits of relative RMS errors of the kernels, by result; "d_" for all other gradients.
-
-Measured on an H200, T 2500: 2.1e-2 in outputs, 2.9e-2 in states, 3.6e-2 in dv and 2.1e-2 in da of
-nearly parallel keys; 2.0e-1 in db and 1.5e-2 in da of tokens in turn; 1.7e-2 in db of one token.
-"""
+"""The same for 128 keys, whose products are all of bfloat16."""
 HIGH = {"o": 3e-3, "final_state": 1e-3, "d_": 3e-3}
 """Limits of high precision. Measured were 1.7e-3, what rounding exact results to bfloat16 costs."""
 
@@ -72,7 +68,7 @@ exact = functools.partial(wkv7_recurrent, implementation="xla")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HARD)
 def test_interpreted_kernels(kind):
-    case = case_of(kind, 1, 130, 1, 64, 64)
+    case = case_of(kind, 1, 640, 1, 64, 64)
     assert_within(OF_KERNELS[kind], run(interpreted, case, jnp.bfloat16), expected(case))
 
 
@@ -108,7 +104,8 @@ AT_SIZE = {
 @pytest.mark.parametrize("kind", HARD)
 def test_kernels_at_size(kind, name):
     shape, lengths = AT_SIZE[name]
-    assert_on_gpu(OF_KERNELS[kind], on_gpu, case_of(kind, *shape, lengths=lengths))
+    limits = OF_KERNELS if shape[-2] == 64 else IN_BFLOAT16
+    assert_on_gpu(limits[kind], on_gpu, case_of(kind, *shape, lengths=lengths))
 
 
 @pytest.mark.gpu

@@ -109,6 +109,35 @@ def test_interpreted_equals_the_definition(name):
     assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
 
 
+def _tiny_decay(tokens: str = "random", **factors: float) -> Case:
+    return bfloat16_case((1, 130, 1, 64, 64), "tiny", tokens, factors=tuple(factors.items()))
+
+
+# Chunks that forget little, some of whose numbers are out of the range of float16. Otherwise the
+# kernels would use it, for all of a chunk or for all but what the state is read and written with.
+OUT_OF_RANGE = {
+    "large values": _tiny_decay(v=1e6),
+    "small values": _tiny_decay(v=1e-30),
+    "large state": _tiny_decay(initial_state=1e6),
+    "small state, no values": _tiny_decay(initial_state=1e-6, v=0.0),
+    "all small": _tiny_decay(initial_state=1e-30, v=1e-30),
+    "large r": _tiny_decay(r=1e3),
+    "large k": _tiny_decay(k=1e5),
+    "large k, small values": _tiny_decay(k=1e20, v=1e-20),
+    "small b": _tiny_decay(b=1e-6),
+    "growing state": _tiny_decay(a=-1.0),
+    "fast growing state": _tiny_decay("repeated", a=-1.0, b=0.2),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_interpreted_out_of_the_range_of_float16(name):
+    case = OUT_OF_RANGE[name]
+    results = run(interpreted, case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
 @on_cpu
 @pytest.mark.parametrize(
     "case",
@@ -396,6 +425,14 @@ AT_SIZE = {
 def test_at_size(name):
     case = AT_SIZE[name]
     assert_exact_enough(run(on_gpu, case, jnp.bfloat16), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_out_of_the_range_of_float16_on_the_gpu(name):
+    case = OUT_OF_RANGE[name]
+    results = run(on_gpu, case, jnp.bfloat16)
+    assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
 
 
 @pytest.mark.gpu

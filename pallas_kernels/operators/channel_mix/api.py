@@ -9,17 +9,35 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.context import ContextAxis, check_context_axis, token_before
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.channel_mix.reference import LAYOUT, channel_mix_reference
+from pallas_kernels.operators.channel_mix.reference import (
+    FEED_FORWARD_LAYOUT,
+    LAYOUT,
+    channel_mix_reference,
+    feed_forward_reference,
+)
 from pallas_kernels.operators.channel_mix.squares_kept import channel_mix_with
 from pallas_kernels.operators.token_shift.api import check_shift
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.types import SegmentIds
 from pallas_kernels.validation import check_float, check_same_dtype
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": functools.partial(channel_mix_with, "mosaic_gpu"),
     "xla": functools.partial(channel_mix_with, "xla"),
     "reference": channel_mix_reference,
+}
+
+
+def _without_shift(
+    implementation: str, x: jax.Array, key_weight: jax.Array, value_weight: jax.Array
+) -> jax.Array:
+    return channel_mix_with(implementation, x, None, key_weight, value_weight, None, None)[0]
+
+
+FEED_FORWARD_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "mosaic_gpu": functools.partial(_without_shift, "mosaic_gpu"),
+    "xla": functools.partial(_without_shift, "xla"),
+    "reference": feed_forward_reference,
 }
 
 
@@ -91,3 +109,49 @@ def channel_mix(
 
     arrays = (x, mix, key_weight, value_weight, state, segment_ids)
     return over_explicit_axes(run, LAYOUT, *arrays, over_context=True, context_axis=context_axis)
+
+
+def feed_forward(
+    x: Float[Array, "B T C"],
+    key_weight: Float[Array, "C F"],
+    value_weight: Float[Array, "F C"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "B T C"]:
+    """The channel mix without its token shift, for tokens that are mixed already:
+
+        relu(x @ key_weight)^2 @ value_weight
+
+    Operands and results of matrix products have the dtype of `x`. Sums, and everything between the
+    products, are float32 (float64 for float64 inputs). It is differentiable in all arrays.
+
+    Args:
+      x: `[B, T, C]`, mixed tokens.
+      key_weight: `[C, F]`, in the dtype of `x`; F is usually 4 C.
+      value_weight: `[F, C]`, in the dtype of `x`.
+      implementation: "mosaic_gpu", for bfloat16 on Hopper GPUs, with C a multiple of 64, which
+        makes inner channels in kernels if B * T and F are multiples of 256; "xla"; "reference", the
+        definition; or None, which chooses. The first two keep the inputs and
+        `relu(x @ key_weight)^2` for the backward.
+
+    Returns:
+      `[B, T, C]`, in the dtype of `x`.
+
+    Raises:
+      ValueError: for wrong shapes, sizes or names, with the argument and its value.
+      TypeError: for wrong dtypes.
+    """
+    sizes: dict[str, int] = {}
+    check_float("x", x, "B T C", sizes)
+    check_float("key_weight", key_weight, "C F", sizes)
+    check_float("value_weight", value_weight, "F C", sizes)
+    check_same_dtype(x=x, key_weight=key_weight, value_weight=value_weight)
+
+    def run(*arrays: Any) -> jax.Array:
+        varying = vary_alike(*arrays)
+        return dispatch("feed_forward", FEED_FORWARD_IMPLEMENTATIONS, implementation, *varying)
+
+    return over_explicit_axes(run, FEED_FORWARD_LAYOUT, x, key_weight, value_weight)
+
+
+__all__ = ["channel_mix", "feed_forward"]

@@ -14,6 +14,9 @@ LAYOUT = Layout(
 )
 
 
+FEED_FORWARD_LAYOUT = Layout(inputs=("B T C", "C F", "F C"), results="B T C", independent="B T")
+
+
 def project_keys(
     mixed: Float[Array, "B T C"], key_weight: Float[Array, "C F"]
 ) -> Float[Array, "B T F"]:
@@ -36,9 +39,22 @@ def channel_mix_reference(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
     """Computes `pallas_kernels.channel_mix`, which documents the arguments."""
     (mixed,), new_state = token_shift_mix_reference(x, mix[None], state, segment_ids)
-    activation = project_keys(mixed, key_weight)
-    y = contract("btf,fc->btc", square(activation), value_weight)
-    return y.astype(x.dtype), new_state
+    return feed_forward_reference(mixed, key_weight, value_weight), new_state
 
 
-__all__ = ["LAYOUT", "channel_mix_reference", "project_keys", "square"]
+def feed_forward_reference(
+    x: Float[Array, "B T C"], key_weight: Float[Array, "C F"], value_weight: Float[Array, "F C"]
+) -> Float[Array, "B T C"]:
+    """Computes `pallas_kernels.feed_forward`, which documents the arguments."""
+    activation = project_keys(x, key_weight)
+    return contract("btf,fc->btc", square(activation), value_weight).astype(x.dtype)
+
+
+__all__ = [
+    "FEED_FORWARD_LAYOUT",
+    "LAYOUT",
+    "channel_mix_reference",
+    "feed_forward_reference",
+    "project_keys",
+    "square",
+]

@@ -10,7 +10,6 @@ square to bfloat16 changes the root by half as much.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class Residuals:
 
     Attributes:
       x: `[B, T, C]`; mixed again, for the gradients of the key weight and of the mix.
-      mix: `[C]`; weights the gradients of `x` and of the shifted `x`.
+      mix: `[C]`; weights the gradients of `x` and of the shifted `x`. None if x is mixed already.
       key_weight: `[C, F]`; carries gradients from the activation to the mixed tokens.
       value_weight: `[F, C]`; carries gradients from the outputs to the activation.
       state: `[B, C]` or None; part of the shifted `x`.
@@ -47,7 +46,7 @@ class Residuals:
     """
 
     x: jax.Array
-    mix: jax.Array
+    mix: jax.Array | None
     key_weight: jax.Array
     value_weight: jax.Array
     state: jax.Array | None
@@ -55,20 +54,31 @@ class Residuals:
     squares: jax.Array
 
 
-def _mix_tokens(implementation: str, *inputs: Any) -> Any:
-    return dispatch("token_shift_mix", FORWARD, implementation, *inputs)
+def _mix_tokens(
+    implementation: str,
+    x: Float[Array, "B T C"],
+    mix: Float[Array, " C"] | None,
+    state: Float[Array, "B C"] | None,
+    segment_ids: SegmentIds | None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
+    """Returns the mixed tokens and the new state."""
+    if mix is None:
+        return x, None
+    inputs = (x, mix[None], state, segment_ids)
+    (mixed,), new_state = dispatch("token_shift_mix", FORWARD, implementation, *inputs)
+    return mixed, new_state
 
 
 def _forward(
     implementation: str,
     x: Float[Array, "B T C"],
-    mix: Float[Array, " C"],
+    mix: Float[Array, " C"] | None,
     key_weight: Float[Array, "C F"],
     value_weight: Float[Array, "F C"],
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"]], Residuals]:
-    (mixed,), new_state = _mix_tokens(implementation, x, mix[None], state, segment_ids)
+) -> tuple[tuple[Float[Array, "B T C"], Float[Array, "B C"] | None], Residuals]:
+    mixed, new_state = _mix_tokens(implementation, x, mix, state, segment_ids)
     squares = checkpoint_name(SQUARES_OF_KEYS[implementation](mixed, key_weight), KEPT)
     y = jnp.einsum("btf,fc->btc", squares, value_weight)
     residuals = Residuals(x, mix, key_weight, value_weight, state, segment_ids, squares)
@@ -78,10 +88,10 @@ def _forward(
 def _backward(
     implementation: str,
     residuals: Residuals,
-    cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"]],
+    cotangents: tuple[Float[Array, "B T C"], Float[Array, "B C"] | None],
 ) -> tuple[
     Float[Array, "B T C"],
-    Float[Array, " C"],
+    Float[Array, " C"] | None,
     Float[Array, "C F"],
     Float[Array, "F C"],
     Float[Array, "B C"] | None,
@@ -90,18 +100,24 @@ def _backward(
     dy, dnew_state = cotangents
     key_weight, value_weight = residuals.key_weight, residuals.value_weight
     squares = residuals.squares
-    shift = (residuals.x, residuals.mix[None], residuals.state, residuals.segment_ids)
+    x, mix = residuals.x, residuals.mix
     dvalue_weight = jnp.einsum("btf,btc->fc", squares, dy)
     dkeys = KEY_GRADIENTS[implementation](dy, value_weight, squares)
-    (mixed,), _ = _mix_tokens(implementation, *shift)
+    mixed, _ = _mix_tokens(implementation, x, mix, residuals.state, residuals.segment_ids)
     dkey_weight = jnp.einsum("btc,btf->cf", mixed, dkeys)
     dmixed = jnp.einsum("btf,cf->btc", dkeys, key_weight)
+    if mix is None:
+        return dmixed, None, dkey_weight, dvalue_weight, None, None
     dx, dmixes, dstate, _ = dispatch(
-        "token_shift_mix", BACKWARD, implementation, *shift, cotangents=((dmixed,), dnew_state)
+        "token_shift_mix",
+        BACKWARD,
+        implementation,
+        *(x, mix[None], residuals.state, residuals.segment_ids),
+        cotangents=((dmixed,), dnew_state),
     )
     return (
-        dx.astype(residuals.x.dtype),
-        dmixes[0].astype(residuals.mix.dtype),
+        dx.astype(x.dtype),
+        dmixes[0].astype(mix.dtype),
         dkey_weight,
         dvalue_weight,
         dstate,
@@ -113,15 +129,15 @@ def _backward(
 def channel_mix_with(
     implementation: str,
     x: Float[Array, "B T C"],
-    mix: Float[Array, " C"],
+    mix: Float[Array, " C"] | None,
     key_weight: Float[Array, "C F"],
     value_weight: Float[Array, "F C"],
     state: Float[Array, "B C"] | None,
     segment_ids: SegmentIds | None,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B C"]]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
     """Computes `pallas_kernels.channel_mix`, which documents the arguments.
 
-    `implementation` is that of the token shift.
+    `implementation` is that of the token shift. Without a mix there is none, and no new state.
     """
     return _forward(implementation, x, mix, key_weight, value_weight, state, segment_ids)[0]
 

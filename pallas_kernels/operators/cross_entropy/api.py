@@ -10,26 +10,30 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.cross_entropy.mosaic_gpu import cross_entropy_sum_mosaic_gpu
+from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
+from pallas_kernels.operators.cross_entropy.mosaic_gpu import (
+    cross_entropy_mosaic_gpu,
+    cross_entropy_sum_mosaic_gpu,
+)
 from pallas_kernels.operators.cross_entropy.reference import (
     LAYOUT,
     SUM_LAYOUT,
     cross_entropy_reference,
     cross_entropy_sum_reference,
 )
-from pallas_kernels.operators.cross_entropy.statistics import statistics_xla
+from pallas_kernels.operators.cross_entropy.statistics import FINDER_XLA
 from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_with
-from pallas_kernels.operators.cross_entropy.xla import cross_entropy_xla
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": cross_entropy_xla,
+    "mosaic_gpu": cross_entropy_mosaic_gpu,
+    "xla": functools.partial(cross_entropy_with, FINDER_XLA),
     "reference": cross_entropy_reference,
 }
 SUM_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic_gpu": cross_entropy_sum_mosaic_gpu,
-    "xla": functools.partial(cross_entropy_sum_with, statistics_xla),
+    "xla": functools.partial(cross_entropy_sum_with, FINDER_XLA),
     "reference": cross_entropy_sum_reference,
 }
 
@@ -64,8 +68,9 @@ def cross_entropy(
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
         at trace time. "reference" ignores it.
       implementation: "xla", which works in chunks and keeps its inputs and two numbers for each
-        token for the backward; "reference", the definition, with full logits; or None, which
-        chooses.
+        token for the backward; "mosaic_gpu", the same with the kernels of `cross_entropy_sum`, for
+        a vocabulary in multiples of 64; "reference", the definition, with full logits; or None,
+        which chooses.
 
     Returns:
       losses: `[B, T]` float32 (float64 for float64 inputs), in nats. Where a target is out of range
@@ -116,9 +121,12 @@ def cross_entropy_sum(
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
         at trace time. "reference" ignores it.
       implementation: "xla", which works in chunks and keeps the gradients for the backward, an
-        array like `hidden` and one like `weight` in float32; "mosaic_gpu", the same with a kernel
-        for Hopper GPUs that finds the statistics of float32 logits in one pass, for a vocabulary
-        in multiples of 64; "reference", the definition, with full logits; or None, which chooses.
+        array like `hidden` and one like `weight` in float32; "mosaic_gpu", the same with kernels
+        for Hopper GPUs that find the statistics of float32 logits, for a vocabulary in multiples
+        of 64; "reference", the definition, with full logits; or None, which chooses. "mosaic_gpu"
+        finds statistics in the kernel of the logits' product, for bfloat16, where C is a multiple
+        of 64, and the tokens of a chunk and the vocabulary are multiples of 256: without gradients
+        no logits are stored. In other calls a kernel passes over them once.
 
     Returns:
       A scalar, float32 (float64 for float64 inputs), in nats; nan where a target out of range has a

@@ -1,5 +1,8 @@
 """Rows of tokens in chunks, for which logits are computed one chunk at a time."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -36,4 +39,22 @@ def join(x: jax.Array, length: Size) -> jax.Array:
     return x.swapaxes(0, 1).reshape(rows, chunks * chunk_length, *rest)[:, :length]
 
 
-__all__ = ["chunk_length_of", "join", "split"]
+def in_chunks(function: Callable[..., Any], chunk_size: int, *arrays: jax.Array) -> Any:
+    """Calls a function of tokens for one chunk after another.
+
+    Args:
+      function: from arrays `[B, L, ...]` to a pytree of such arrays.
+      chunk_size: how many tokens all rows of a chunk have, at most.
+      *arrays: `[B, T, ...]`.
+
+    Returns:
+      What the function returns for all tokens, `[B, T, ...]`.
+    """
+    rows, length = arrays[0].shape[:2]
+    chunk_length = chunk_length_of((rows, length), chunk_size)
+    chunks = tuple(split(x, chunk_length) for x in arrays)
+    _, results = jax.lax.scan(lambda _, chunk: (None, function(*chunk)), None, chunks)
+    return jax.tree.map(lambda x: join(x, length), results)
+
+
+__all__ = ["chunk_length_of", "in_chunks", "join", "split"]

@@ -1,147 +1,247 @@
-"""Statistics of logits on Hopper GPUs, in one pass over memory."""
+"""Statistics of logits on Hopper GPUs, found where these are made or in one pass over them."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import NotServed
-from pallas_kernels.hopper.target import target_in_context
+from pallas_kernels.hopper.matrix_product import COLUMNS, is_served
+from pallas_kernels.hopper.target import TILE, target_in_context
 from pallas_kernels.hopper.vectors import VECTOR
-from pallas_kernels.hopper.whole_tokens import LOWEST, WIDTH, Tokens
-from pallas_kernels.operators.cross_entropy.statistics import Statistics
+from pallas_kernels.hopper.whole_tokens import LOWEST
+from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, in_chunks
+from pallas_kernels.operators.cross_entropy.logits_pass import statistics_of_parts
+from pallas_kernels.operators.cross_entropy.logits_product import (
+    TileStatistics,
+    statistics_of_product,
+)
+from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
+from pallas_kernels.operators.cross_entropy.statistics import (
+    Finder,
+    Statistics,
+    find_after_product,
+)
 from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_with
 from pallas_kernels.partitioning import partitioned
+from pallas_kernels.precision import contract
 from pallas_kernels.sharding import Layout
 
 PARTS = 8
-"""Parts of the vocabulary. The kernel reads each by itself, so that devices may divide them."""
+"""Parts of the vocabulary, each with statistics of its own, so that devices may divide them."""
 
-_AT_ONCE = 4
-"""Vectors of logits that are loaded before any of them is worked on."""
+_TOKENS_AT_ONCE = 2**15
+"""Tokens whose losses come from one kernel. It stores statistics of tiles, no logits."""
 
 
-def _statistics_of_parts(
-    logits: Float[Array, "B T parts vocab"], targets: Int[Array, "B T parts"]
+def _logits_of_parts(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C parts vocab"],
+    targets: Int[Array, "B T parts"],
 ) -> tuple[jax.Array, ...]:
-    """Returns statistics of parts of the vocabulary, each `[B, T, parts]` float32.
+    """Returns logits `[B, T, parts, vocab]` float32, and their statistics.
 
     Args:
-      logits: float32.
-      targets: counted from the beginning of each part; another part may have them.
+      hidden: tokens of a chunk, bfloat16.
+      weight: of the parts of one device, bfloat16.
+      targets: as in `statistics_of_parts`.
 
     Returns:
-      largest: the largest logit.
-      total: sum of `exp(logits - largest)`.
-      first: position of the largest logit, counted from the beginning of the part; the first of
-        equals.
-      of_target: logit of the target; 0 if the part does not have it.
+      The logits, then the results of `statistics_of_parts`. But the first part may have what is
+      true of all parts of the device together, and each other one what an empty part has.
     """
-    *shape, size = logits.shape
-    rows, target = math.prod(shape), target_in_context()
-    most_blocks = target.blocks_at_once(registers=112)
-    vector = Tokens(count=rows, channels=min(size, WIDTH), most_blocks=most_blocks)
-    tail = Tokens(count=rows, channels=size % WIDTH, most_blocks=most_blocks)
-    blocks = min(most_blocks, rows)
-    whole = size // WIDTH  # vectors
-    in_loop = whole - whole % _AT_ONCE
+    if not _is_served(math.prod(hidden.shape[:2]), weight):
+        by_part = contract("btc,cpv->btpv", hidden, weight)
+        return by_part, *statistics_of_parts(by_part, targets)
+    logits, tiles = _product(hidden, weight, targets, with_logits=True)
+    assert logits is not None
+    tile = jnp.argmax(tiles.largest, axis=0)  # the first of equal ones
+    by_tile = logits.reshape(len(tile), -1, COLUMNS)
+    with_largest = jnp.take_along_axis(by_tile, tile[:, None, None], axis=1)[:, 0]
+    first = tile * COLUMNS + jnp.argmax(with_largest, axis=-1)
+    largest, total, of_target = _join(tiles)
+    statistics = largest, total, first.astype(jnp.float32), of_target
+    return logits.reshape(*targets.shape, -1), *_as_parts(targets.shape, *statistics)
 
-    def body(logits_gmem, targets_gmem, results_gmem, *scratch):
-        numbers = vector.channel_numbers()
 
-        def load(of: Tokens, row: jax.Array, first: Any) -> jax.Array:
-            x = of.load_parameter(logits_gmem.at[row, pl.ds(first, of.channels)])
-            return x + (LOWEST - of.mask(of.zeros() + LOWEST))  # padding is never the largest
+def _losses_of_parts(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C parts vocab"],
+    targets: Int[Array, "B T parts"],
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, ...]:
+    """Returns the statistics of `_logits_of_parts` without `first`; logits of chunks at most."""
 
-        def read_row(i, _):
-            row = jax.lax.axis_index("block") + i * blocks
+    def of_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        if not _is_served(math.prod(hidden.shape[:2]), weight):
+            _, largest, total, _, of_target = _logits_of_parts(hidden, weight, targets)
+            return largest, total, of_target
+        _, tiles = _product(hidden, weight, targets, with_logits=False)
+        return _as_parts(targets.shape, *_join(tiles))
 
-            def read(step, carry):
-                firsts = [(step * _AT_ONCE + n) * WIDTH for n in range(_AT_ONCE)]
-                return _add_logits(carry, [(load(vector, row, first), first) for first in firsts])
+    rows, length = hidden.shape[:2]
+    many = max(chunk_size, _TOKENS_AT_ONCE)
+    count = rows * chunk_length_of((rows, length), many)
+    return in_chunks(of_chunk, many if _is_served(count, weight) else chunk_size, hidden, targets)
 
-            zeros = vector.zeros()
-            start = (zeros + LOWEST, zeros, zeros)
-            carry = jax.lax.fori_loop(0, in_loop // _AT_ONCE, read, start)
-            rest = [(vector, n * WIDTH) for n in range(in_loop, whole)]
-            rest += [(tail, whole * WIDTH)] if tail.channels else []
-            if rest:
-                carry = _add_logits(carry, [(load(of, row, first), first) for of, first in rest])
-            largest, total, where_largest = carry
 
-            (of_all,) = vector.max_channels(scratch[0], [largest])
-            first = jnp.where(largest == of_all, -(where_largest + numbers), zeros + LOWEST)
-            (first,) = vector.max_channels(scratch[1], [first])
-            (total,) = vector.sum_channels(scratch[2], [total * jnp.exp(largest - of_all)])
-            token = targets_gmem[row]
-            is_here = (token >= 0) & (token < size)
-            of_target = logits_gmem[row, jnp.clip(token, 0, size - 1)]
-            of_target = zeros + jnp.where(is_here, of_target, jnp.float32(0))
-            vector.store_scalars(results_gmem.at[row], (of_all, total, -first, of_target))
+def _is_served(tokens: int, weight: Float[Array, "C parts vocab"]) -> bool:
+    """Returns whether one kernel multiplies so many tokens, and finds statistics."""
+    channels, *of_vocab = weight.shape
+    return is_served(target_in_context(), tokens, channels, math.prod(of_vocab))
 
-        turns = jax.lax.div(rows - 1 - jax.lax.axis_index("block"), jnp.int32(blocks)) + 1
-        jax.lax.fori_loop(0, turns, read_row, None)
 
-    kernel = target.kernel(
-        body,
-        name="logit_statistics",
-        out_type=jax.ShapeDtypeStruct((rows, 4), jnp.float32),
-        grid={"block": blocks},
-        scratch_types=[vector.scratch_type(1)] * 3,
+def _product(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C parts vocab"],
+    targets: Int[Array, "B T parts"],
+    *,
+    with_logits: bool,
+) -> tuple[jax.Array | None, TileStatistics]:
+    channels = len(weight)
+    return statistics_of_product(
+        target_in_context(),
+        hidden.reshape(-1, channels),
+        weight.reshape(channels, -1),
+        targets[..., 0].reshape(-1),  # the first part counts from where all of them begin
+        with_logits=with_logits,
     )
-    results = kernel(logits.reshape(rows, size), targets.reshape(rows))
-    return tuple(results[:, i].reshape(shape) for i in range(4))
 
 
-def _add_logits(
-    carry: tuple[jax.Array, jax.Array, jax.Array], vectors: list[tuple[jax.Array, Any]]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds vectors of logits to what has been found in those before, channel by channel.
+def _join(tiles: TileStatistics) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the largest logit, the sum and the logit of the target, each `[M]`, of all tiles."""
+    largest = tiles.largest.max(0, keepdims=True)
+    total = (tiles.total * jnp.exp(tiles.largest - largest)).sum(0)
+    return largest[0], total, tiles.of_target.sum(0)
+
+
+def _as_parts(
+    shape: tuple[int, ...], largest: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns statistics `[M]` of all parts as those of the first one, and empty ones for others.
 
     Args:
-      carry: the largest logit; the sum of `exp(logits - largest)`; the position of the first logit
-        of the vector that had the largest one.
-      vectors: each with the position of its first logit.
-
-    Returns:
-      The carry, with these vectors.
+      shape: B, T and the number of parts.
+      largest: the largest logits.
+      *others: what is 0 in an empty part.
     """
-    before, total, where_largest = carry
-    largest = before
-    for x, first in vectors:
-        first = jnp.asarray(first, jnp.int32).astype(jnp.float32)
-        where_largest = jnp.where(x > largest, first, where_largest)
-        largest = jnp.maximum(largest, x)
-    total *= jnp.exp(before - largest)
-    for x, _ in vectors:
-        total += jnp.exp(x - largest)
-    return largest, total, where_largest
+    *tokens, parts = shape
+    of_others = (LOWEST, *(0 for _ in others))
+    return tuple(
+        jnp.pad(x.reshape(*tokens, 1), [(0, 0), (0, 0), (0, parts - 1)], constant_values=empty)
+        for x, empty in zip((largest, *others), of_others, strict=True)
+    )
 
 
-_of_parts = partitioned(
-    _statistics_of_parts,
-    Layout(
-        inputs=("B T parts vocab", "B T parts"),
-        results=("B T parts",) * 4,
-        independent="B T parts",
-    ),
+_STATISTICS = ("B T parts",) * 4
+_PRODUCT = ("B T C", "C parts vocab", "B T parts")
+_INDEPENDENT = "B T parts"
+
+_statistics_by_part = partitioned(
+    statistics_of_parts,
+    Layout(("B T parts vocab", "B T parts"), _STATISTICS, _INDEPENDENT),
 )
+_logits_by_part = partitioned(
+    _logits_of_parts, Layout(_PRODUCT, ("B T parts vocab", *_STATISTICS), _INDEPENDENT)
+)
+_losses_by_part = partitioned(_losses_of_parts, Layout(_PRODUCT, _STATISTICS[1:], _INDEPENDENT))
 
 
-def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
-    """Returns the statistics of logits; a nan among a token's logits makes its `log_total` nan."""
-    *shape, vocab = logits.shape
-    size = vocab // PARTS
-    in_part = targets[..., None] - jnp.arange(PARTS)[None, None] * size
-    largest, total, first, of_target = _of_parts(logits.reshape(*shape, PARTS, size), in_part)
+def _in_parts(targets: Int[Array, "B T"], vocab: int) -> Int[Array, "B T parts"]:
+    """Returns targets counted from the beginning of each part of the vocabulary."""
+    first = jnp.arange(PARTS, dtype=jnp.int32) * (vocab // PARTS)
+    return targets[..., None].astype(jnp.int32) - first[None, None]
+
+
+def _parts_of(weight: Float[Array, "C vocab"]) -> Float[Array, "C parts vocab_of_part"]:
+    return weight.reshape(len(weight), PARTS, -1)
+
+
+def _join_parts(
+    size: int,
+    largest: jax.Array,
+    total: jax.Array,
+    first: jax.Array | None,
+    of_target: jax.Array,
+) -> Statistics:
+    """Joins statistics `[B, T, parts]` of parts of a size.
+
+    A nan among a token's logits makes its `log_total` nan.
+    """
     part = jnp.argmax(largest, axis=-1, keepdims=True)  # the first of equal ones
     largest_of_all = largest.max(-1, keepdims=True)
     total = (total * jnp.exp(largest - largest_of_all)).sum(-1)
-    first = part * size + jnp.take_along_axis(first, part, axis=-1).astype(jnp.int32)
-    return Statistics(largest_of_all[..., 0], jnp.log(total), first[..., 0], of_target.sum(-1))
+    if first is not None:
+        first = part * size + jnp.take_along_axis(first, part, axis=-1).astype(jnp.int32)
+        first = first[..., 0]
+    return Statistics(largest_of_all[..., 0], jnp.log(total), first, of_target.sum(-1))
+
+
+def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
+    """Returns the statistics of logits, in one pass over them."""
+    *shape, vocab = logits.shape
+    by_part = logits.reshape(*shape, PARTS, -1)
+    return _join_parts(vocab // PARTS, *_statistics_by_part(by_part, _in_parts(targets, vocab)))
+
+
+def _logits_and_statistics(
+    hidden: Float[Array, "B T C"], weight: Float[Array, "C vocab"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T vocab"], Statistics]:
+    """Returns logits and their statistics, from one kernel."""
+    vocab = weight.shape[1]
+    arrays = hidden, _parts_of(weight), _in_parts(targets, vocab)
+    logits, *statistics = _logits_by_part(*arrays)
+    return logits.reshape(*targets.shape, vocab), _join_parts(vocab // PARTS, *statistics)
+
+
+def _statistics_of_tokens(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    chunk_size: int,
+) -> Statistics:
+    """Returns the statistics for losses, from one kernel that stores no logits."""
+    vocab = weight.shape[1]
+    arrays = hidden, _parts_of(weight), _in_parts(targets, vocab)
+    largest, total, of_target = _losses_by_part(*arrays, chunk_size=chunk_size)
+    return _join_parts(vocab // PARTS, largest, total, None, of_target)
+
+
+_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_and_statistics)
+_AFTER_PRODUCT = find_after_product(_statistics)
+
+
+def _finder(weight: Float[Array, "C vocab"]) -> Finder:
+    """Returns how statistics of logits with a head are found.
+
+    Raises:
+      NotServed: for float64, and a vocabulary in no multiple of 64.
+    """
+    channels, vocab = weight.shape
+    if weight.dtype == jnp.float64 or vocab % (VECTOR * PARTS):
+        raise NotServed(
+            f"mosaic_gpu needs logits in float32, and a vocabulary in multiples of "
+            f"{VECTOR * PARTS}, got {weight.dtype=}, {vocab=}"
+        )
+    in_tiles = weight.dtype == jnp.bfloat16 and channels % TILE == vocab % COLUMNS == 0
+    return _IN_PRODUCT if in_tiles else _AFTER_PRODUCT
+
+
+def cross_entropy_mosaic_gpu(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
+    """Computes `pallas_kernels.cross_entropy`, which documents the arguments.
+
+    Raises:
+      NotServed: for float64, and a vocabulary in no multiple of 64.
+    """
+    return cross_entropy_with(_finder(weight), hidden, weight, targets, l2wrap, chunk_size)
 
 
 def cross_entropy_sum_mosaic_gpu(
@@ -157,15 +257,9 @@ def cross_entropy_sum_mosaic_gpu(
     Raises:
       NotServed: for float64, and a vocabulary in no multiple of 64.
     """
-    vocab = weight.shape[1]
-    if weight.dtype == jnp.float64 or vocab % (VECTOR * PARTS):
-        raise NotServed(
-            f"mosaic_gpu needs logits in float32, and a vocabulary in multiples of "
-            f"{VECTOR * PARTS}, got {weight.dtype=}, {vocab=}"
-        )
     return cross_entropy_sum_with(
-        _statistics, hidden, weight, targets, token_weights, l2wrap, chunk_size
+        _finder(weight), hidden, weight, targets, token_weights, l2wrap, chunk_size
     )
 
 
-__all__ = ["cross_entropy_sum_mosaic_gpu"]
+__all__ = ["cross_entropy_mosaic_gpu", "cross_entropy_sum_mosaic_gpu"]

@@ -1,11 +1,16 @@
 """The statistics that turn the logits of tokens into losses, and into gradients of the logits."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.operators.cross_entropy.chunks import in_chunks
 from pallas_kernels.operators.cross_entropy.reference import token_of
+from pallas_kernels.precision import contract
 
 
 class Statistics(NamedTuple):
@@ -14,7 +19,8 @@ class Statistics(NamedTuple):
     Attributes:
       largest: the largest logit.
       log_total: logarithm of the sum of `exp(logits - largest)`.
-      first: position of the largest logit in the vocabulary, int32; the first of equals.
+      first: position of the largest logit in the vocabulary, int32; the first of equals. None where
+        only losses are wanted.
       of_target: logit of the target; 0 if it is out of range.
     """
 
@@ -28,6 +34,48 @@ class Statistics(NamedTuple):
         return self.log_total + (self.largest - self.of_target)
 
 
+@dataclasses.dataclass(frozen=True)
+class Finder:
+    """How an implementation finds statistics of logits.
+
+    Attributes:
+      statistics: from hidden `[B, T, C]`, weight `[C, vocab]`, targets `[B, T]` and `chunk_size` to
+        the `Statistics` for losses, without `first`. It keeps the logits of as many tokens at once
+        as `chunk_size` allows, or none.
+      logits: from hidden, weight and targets of a chunk of tokens to the logits `[B, L, vocab]`,
+        in the dtype of sums, and their `Statistics`.
+    """
+
+    statistics: Callable[[jax.Array, jax.Array, jax.Array, int], Statistics]
+    logits: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Statistics]]
+
+
+def find_after_product(
+    statistics_of: Callable[[jax.Array, jax.Array], Statistics],
+) -> Finder:
+    """Makes a finder of a function that passes over logits, which XLA computes.
+
+    Args:
+      statistics_of: from logits `[B, L, vocab]` and targets `[B, L]`.
+    """
+
+    def logits_of(
+        hidden: jax.Array, weight: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, Statistics]:
+        logits = contract("blc,cv->blv", hidden, weight)
+        return logits, statistics_of(logits, targets)
+
+    def statistics(
+        hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk_size: int
+    ) -> Statistics:
+        def of_chunk(hidden: jax.Array, targets: jax.Array) -> Statistics:
+            return logits_of(hidden, weight, targets)[1]._replace(first=None)
+
+        return in_chunks(of_chunk, chunk_size, hidden, targets)
+
+    return Finder(statistics, logits_of)
+
+
 def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
     """Returns the statistics of logits."""
     largest = logits.max(-1)
@@ -35,6 +83,9 @@ def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]
     # A masked sum rather than a gather, so that logits sharded over the vocabulary stay so.
     of_target = jnp.where(token_of(logits) == targets[..., None], logits, 0).sum(-1)
     return Statistics(largest, log_total, jnp.argmax(logits, axis=-1), of_target)
+
+
+FINDER_XLA = find_after_product(statistics_xla)
 
 
 def nan_out_of_range(statistics: Statistics, targets: Int[Array, "B T"], vocab: int) -> Statistics:
@@ -61,4 +112,12 @@ def gradients_of_logits(
     return dlogits
 
 
-__all__ = ["Statistics", "gradients_of_logits", "nan_out_of_range", "statistics_xla"]
+__all__ = [
+    "FINDER_XLA",
+    "Finder",
+    "Statistics",
+    "find_after_product",
+    "gradients_of_logits",
+    "nan_out_of_range",
+    "statistics_xla",
+]

@@ -5,7 +5,6 @@ losses and gradients, and are gone. The backward multiplies by the gradient of t
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
 from pallas_kernels.operators.cross_entropy.reference import weighted_sum
 from pallas_kernels.operators.cross_entropy.statistics import (
-    Statistics,
+    Finder,
     gradients_of_logits,
     nan_out_of_range,
 )
 from pallas_kernels.precision import accumulation_dtype, contract
-
-type StatisticsOf = Callable[[jax.Array, jax.Array], Statistics]
-"""Returns the statistics of logits `[B, T, vocab]`, given the targets `[B, T]`."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +43,7 @@ class Residuals:
 
 
 def _sum(
-    statistics_of: StatisticsOf,
+    finder: Finder,
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
@@ -56,20 +52,13 @@ def _sum(
     chunk_size: int,
 ) -> Float[Array, ""]:
     del l2wrap  # enters the gradient only
-
-    def chunk_losses(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        hidden, targets = chunk
-        statistics = statistics_of(contract("blc,cv->blv", hidden, weight), targets)
-        return None, nan_out_of_range(statistics, targets, weight.shape[1]).losses()
-
-    chunk_length = chunk_length_of(targets.shape, chunk_size)
-    chunks = split(hidden, chunk_length), split(targets, chunk_length)
-    _, losses = jax.lax.scan(chunk_losses, None, chunks)
-    return weighted_sum(token_weights, join(losses, targets.shape[1]))
+    statistics = finder.statistics(hidden, weight, targets, chunk_size)
+    losses = nan_out_of_range(statistics, targets, weight.shape[1]).losses()
+    return weighted_sum(token_weights, losses)
 
 
 def _forward(
-    statistics_of: StatisticsOf,
+    finder: Finder,
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
@@ -84,8 +73,8 @@ def _forward(
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
-        logits = contract("blc,cv->blv", hidden, weight)
-        statistics = nan_out_of_range(statistics_of(logits, targets), targets, weight.shape[1])
+        logits, statistics = finder.logits(hidden, weight, targets)
+        statistics = nan_out_of_range(statistics, targets, weight.shape[1])
         dlogits = gradients_of_logits(logits, targets, statistics, l2wrap)
         dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
         dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
@@ -102,13 +91,13 @@ def _forward(
 
 
 def _backward(
-    statistics_of: StatisticsOf,
+    finder: Finder,
     l2wrap: float,
     chunk_size: int,
     residuals: Residuals,
     dsum: Float[Array, ""],
 ) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], None, Float[Array, "B T"]]:
-    del statistics_of, l2wrap, chunk_size
+    del finder, l2wrap, chunk_size
     dlosses = (residuals.token_weights * dsum)[..., None]
     dhidden = jnp.where(dlosses == 0, 0, residuals.dhidden * dlosses)
     dweight = residuals.dweight * (residuals.scale * dsum)
@@ -125,7 +114,7 @@ def _backward(
 cross_entropy_sum_with = jax.custom_vjp(_sum, nondiff_argnums=(0, 5, 6))
 """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments.
 
-The first argument is the function that passes over logits to find their statistics.
+The first argument says how statistics of logits are found.
 """
 
 cross_entropy_sum_with.defvjp(_forward, _backward)

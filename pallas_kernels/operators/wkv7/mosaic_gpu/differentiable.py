@@ -251,8 +251,9 @@ def _with_states_of_segments(
 def wkv7_mosaic_gpu(inputs: WKVInputs, call: WKVCall) -> tuple[FloatArray, FloatArray]:
     """Computes `pallas_kernels.wkv7`, which documents it, on Hopper GPUs.
 
-    Operands of matrix products are bfloat16; float16 inputs, and a log_decay of another dtype, are
-    rounded to it. Sums and the state are float32.
+    Float16 inputs, and a log_decay of another dtype, are rounded to bfloat16. Operands of matrix
+    products are bfloat16 or, in the forward of chunks that forget little, float16. Sums and the
+    state are float32.
 
     Raises:
       NotServed: for other dtypes and head sizes, without a bound on the decay, and for high

@@ -12,11 +12,16 @@ in shared memory:
     PREPARE:  a^, k^, b^, and r^ if there are outputs;  X, unless it is given
     CARRY:    X a^, X A_ak;  U = (X A_ak) V + (X a^) S^,
               S' = (S^ + k^^T V + b^^T U) exp(gL - m), the only chain
+
+Operands of products have 16 bits: bfloat16, or float16 where a chunk forgets little and its numbers
+are within the range of float16. That has eight times the precision, and such chunks need it: what
+their tokens write differs little from one to the next, and the state keeps the errors. PREPARE
+chooses for each chunk. What CARRY cannot hold in float16, the state and U, it keeps in bfloat16.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +30,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import Place
-from pallas_kernels.hopper.registers import Strip, halves_of, load, narrow, store_strips
+from pallas_kernels.hopper.registers import (
+    Strip,
+    are_between,
+    begin_branch,
+    halves_of,
+    load,
+    narrow,
+    store,
+    store_strips,
+    uniform,
+    widen,
+)
 from pallas_kernels.hopper.ring import Ring, slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
@@ -34,6 +50,7 @@ from pallas_kernels.hopper.tiles import (
     for_each_strip,
     load32,
     products,
+    spread_rows,
     tiles_smem,
     transposed,
 )
@@ -52,10 +69,37 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk, advance, chunk_tiles, solve
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+    Chunk,
+    advance,
+    begin_step,
+    chunk_tiles,
+    finish_step,
+    next_state,
+    reading,
+    solve,
+    store_read,
+)
 from pallas_kernels.operators.wkv7.mosaic_gpu.walks import Walks
 
 _PREPARE, _CARRY, _LAST = 2, 2, 3  # warpgroups 0 and 1 prepare
+
+# What a chunk's numbers are.
+BFLOAT16, FLOAT16, FLOAT16_BUT_STATE = range(3)
+
+_MOST_LOG_DECAY = 2.0**-5
+"""Half a chunk of them changes numbers by a factor of e at most."""
+
+_LEAST = 2.0**-8
+"""Where the largest numbers are smaller, float16 has fewer digits than bfloat16 has."""
+
+_MOST = {"r": 8.0, "k": 16.0, "v": 256.0, "a": 1.0, "b": 8.0}
+"""With these and `_MOST_ROW`, no product of two operands exceeds float16, but for U."""
+
+_MOST_ROW = 8.0
+"""Sum of magnitudes in a row of X. RWKV-7 keeps to 5."""
+
+_LEAST_STATE, _MOST_STATE = 2.0**-10, 2.0**15
 
 
 class Operands(NamedTuple):
@@ -111,7 +155,10 @@ class Slots(NamedTuple):
       a: tiles; then the high half of a^, and S^.
       b: tiles; then b^.
       X: tiles.
-      decays: float32 `[slots, 2, 64]`, exp(m) and exp(gL - m).
+      decays: float32 `[2 slots + 1, 64]`, exp(m) and exp(gL - m) of each slot, and in the last row,
+        if there is a choice, formats: BFLOAT16 or FLOAT16 as PREPARE has chosen for each slot, then
+        what CARRY has made of it. They have no array of their own because memory for an array is a
+        multiple of 1 KiB, and all the rest is taken.
     """
 
     r: list[Any]
@@ -171,6 +218,7 @@ class ForwardWalk:
       scale: factor on r.
       gmem: references to the operands.
       final_gmem: reference to the final states.
+      X_gmem: reference to the X that are computed here and kept, or None.
       slots: references to shared memory.
       scratch: references to shared memory.
       barriers: references.
@@ -183,6 +231,7 @@ class ForwardWalk:
     scale: float
     gmem: Operands
     final_gmem: Any
+    X_gmem: Any
     slots: Slots
     scratch: Scratch
     barriers: Barriers
@@ -236,9 +285,22 @@ class ForwardWalk:
             z=at(slots.b),
             Y=slots.v.at[slot],
             X=slots.X.at[slot],
-            before=[decays.at[slot, 0] for decays in slots.decays],
-            after=[decays.at[slot, 1] for decays in slots.decays],
+            before=[decays.at[2 * slot] for decays in slots.decays],
+            after=[decays.at[2 * slot + 1] for decays in slots.decays],
         )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a chunk's numbers may be float16. With 128 keys there are no registers for it."""
+        return len(self.slots.k) == 1
+
+    def format_of(self, slot: jax.Array, *, carried: bool) -> jax.Array:
+        """Returns what the numbers in a slot are, as PREPARE or as CARRY left them."""
+        return uniform(self._formats(carried)[slot].astype(jnp.int32))
+
+    def _formats(self, carried: bool) -> Any:
+        (decays,) = self.slots.decays
+        return decays.at[2 * self.ring.slots, pl.ds(self.ring.slots * carried, self.ring.slots)]
 
     def masks_of(self, place: Place, chunk: jax.Array) -> TileMasks:
         """Loads the masks of a chunk."""
@@ -278,19 +340,94 @@ class ForwardWalk:
         plgpu.barrier_wait(self.barriers.sums_loaded)
         prepare = functools.partial(self._prepare, warpgroup)
         self.ring.for_each_in_turn(warpgroup, self.steps, prepare)
+        if self.X_gmem is not None:
+            plgpu.wait_smem_to_gmem(0)
 
     def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
-        (place, chunk), slot = self.walks.chunk_at(step), self.ring.slot(step)
-        masks = self.masks_of(place, chunk)
+        slot = anew(self.ring.slot(step))
         plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+        if self.X_gmem is not None:  # from the step before, so that its tile may be written
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        in_bfloat16, in_float16 = (
+            functools.partial(prepare, warpgroup, step, slot)
+            for prepare in (self._prepare_bfloat16, self._prepare_float16)
+        )
+        if not self.chooses:
+            in_bfloat16()
+        else:
+            jax.lax.cond(self._fits_float16(slot), in_float16, in_bfloat16)
+
+    def _fits_float16(self, slot: jax.Array) -> jax.Array:
+        """Returns whether a chunk is to be prepared in float16."""
+        t = self.chunk_in(anew(slot))
+        forgets_little = are_between((load(t.x_low[0]), 0.0, _MOST_LOG_DECAY))
+
+        def in_range():
+            t = self.chunk_in(anew(slot))
+            tiles = {"k": t.y[0], "v": t.Y, "a": t.x_high[0], "b": t.z[0]}
+            bounds = [(load(tile), _LEAST, _MOST[name]) for name, tile in tiles.items()]
+            for r in self.r_in(anew(slot)):
+                by_scale = 1 / max(abs(self.scale), _LEAST)
+                bounds.append((load(r), _LEAST * by_scale, _MOST["r"] * by_scale))
+            within = are_between(*bounds)
+            if self.gmem.X is None:
+                return within
+            return within & self._rows_fit(load(t.X), jnp.bfloat16)
+
+        return jax.lax.cond(forgets_little, in_range, lambda: jnp.bool_(False))
+
+    def _rows_fit(self, X: jax.Array, dtype: Any) -> jax.Array:
+        """Returns whether products with X stay within the range of float16."""
+        sums = jnp.sum(jnp.abs(widen(X, dtype)), axis=1)
+        return are_between((spread_rows(sums, 8), 0.0, _MOST_ROW))
+
+    def _set_format(self, slot: jax.Array, number: int) -> None:
+        """Tells the other warpgroups what a chunk's numbers are."""
+        if self.chooses:
+            for carried in (False, True):
+                self._formats(carried)[slot] = jnp.float32(number)
+
+    def _prepare_bfloat16(self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array) -> None:
         for j in range(len(self.slots.k)):
-            for_each_strip(functools.partial(self._decay, slot, j, warpgroup))
+            for_each_strip(functools.partial(self._decay, slot, j, warpgroup, jnp.bfloat16))
+        self._set_format(slot, BFLOAT16)
         plgpu.barrier_arrive(self.barriers.decayed.at[slot])
         if self.gmem.X is None:
-            self._invert(slot, warpgroup, masks)
+            self._invert(step, slot, warpgroup, jnp.bfloat16)
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
 
-    def _decay(self, slot: jax.Array, j: int, warpgroup: jax.Array, strip: jax.Array) -> None:
+    def _prepare_float16(self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array) -> None:
+        for_each_strip(functools.partial(self._decay, slot, 0, warpgroup, jnp.float16))
+        t = self.chunk_in(anew(slot))
+        store((t.Y, narrow(load32(t.Y), jnp.float16)))
+        self._set_format(slot, FLOAT16)
+        if self.gmem.X is None:
+            X = self._invert(step, slot, warpgroup, jnp.float16)
+            fits = self._rows_fit(X, jnp.float16)
+            pl.when(fits)(lambda: self._save_inverse(warpgroup, step))
+            pl.when(~fits)(lambda: self._return_to_bfloat16(warpgroup, slot))
+        plgpu.barrier_arrive(self.barriers.decayed.at[slot])
+        plgpu.barrier_arrive(self.barriers.prepared.at[slot])
+
+    def _save_inverse(self, warpgroup: jax.Array, step: jax.Array) -> None:
+        """Starts the copy of a bfloat16 X beside the one in float16."""
+        if self.X_gmem is not None:
+            (row, head, _), chunk = self.walks.chunk_at(step)
+            X = self.scratch.for_inverse[0].at[anew(warpgroup)]
+            plgpu.copy_smem_to_gmem(X, self.X_gmem.at[row, head, chunk])
+
+    def _return_to_bfloat16(self, warpgroup: jax.Array, slot: jax.Array) -> None:
+        """Converts a chunk that is prepared in float16."""
+        t = self.chunk_in(anew(slot))
+        store((t.X, load(self.scratch.for_inverse[0].at[anew(warpgroup)])))
+        tiles = (*t.x_high, *t.x_low, *t.y, *t.z, t.Y, *self.r_in(anew(slot)))
+        for tile in tiles:
+            store((tile, narrow(load32(tile, jnp.float16))))
+        self._set_format(slot, BFLOAT16)
+
+    def _decay(
+        self, slot: jax.Array, j: int, warpgroup: jax.Array, dtype: Any, strip: jax.Array
+    ) -> None:
         """Writes r^, k^, a^, b^ for a strip of 32 key channels, among the j-th 64."""
         slot = anew(slot)
         r, t = self.r_in(slot), self.chunk_in(slot)
@@ -298,26 +435,30 @@ class ForwardWalk:
         g = decays_from_middle(log_decay, self.scratch.prefix_sums)
         store_decays_of_chunk(log_decay, g, t.before[j], t.after[j])
         since = since_token(g)
-        b_high, b_low = halves_of(load32(b) * since)
-        of_k = narrow(load32(k) * since)
-        a_high, a_low = halves_of(load32(a) * before_token(g, log_decay))
+        b_high, b_low = halves_of(load32(b) * since, dtype)
+        of_k = narrow(load32(k) * since, dtype)
+        a_high, a_low = halves_of(load32(a) * before_token(g, log_decay), dtype)
         values = [(t.x_high[j], a_high), (t.x_low[j], a_low), (t.y[j], of_k), (t.z[j], b_high)]
         if self.gmem.X is None:
             values.append((self.scratch.for_inverse[0].at[anew(warpgroup)], b_low))
         if r:
             of_r = load32(Strip(r[j], strip)) * (until_token(g) * self.scale)
-            values.append((r[j], narrow(of_r)))
+            values.append((r[j], narrow(of_r, dtype)))
         store_strips(strip, *values)
 
-    def _invert(self, slot: jax.Array, warpgroup: jax.Array, masks: TileMasks) -> None:
-        """Writes X; K is 64."""
+    def _invert(
+        self, step: jax.Array, slot: jax.Array, warpgroup: jax.Array, dtype: Any
+    ) -> jax.Array:
+        """Writes and returns X in a dtype, that of the other tiles; K is 64."""
+        masks = self.masks_of(*self.walks.chunk_at(step))
         t = self.chunk_in(anew(slot))
         (a,), (a_low,), (b,) = t.x_high, t.x_low, t.z
         b_low, second = (x.at[anew(warpgroup)] for x in self.scratch.for_inverse)
         pairs = ((a, b), (a_low, b), (a, b_low))
-        (A,) = products([(x, transposed(y)) for x, y in pairs])
+        (A,) = products([(x, transposed(y)) for x, y in pairs], dtype=dtype)
         A_high, A_low = masks.lower(*halves_of(A), strictly=True)
-        invert(A_high, A_low, b_low, second, t.X)
+        in_float16 = dtype == jnp.float16
+        return invert(A_high, A_low, b_low, second, t.X, in_float16=in_float16)
 
     def carry(self) -> None:
         """Carries the state through all walks of this block."""
@@ -335,26 +476,97 @@ class ForwardWalk:
         self.for_each_walk(work)
 
     def _carry(self, step: jax.Array, place: Place, chunk: jax.Array, state: State) -> State:
-        slot, bounds, transfers = self.ring.slot(step), self.gmem.bounds, self.gmem.transfers
-        masks = self.masks_of(place, chunk)
-        lower = functools.partial(masks.lower, strictly=True)
-
-        def low_tiles():
-            return [tile.at[anew(0)] for tile in self.scratch.S_low]
-
-        t = self.chunk_in(anew(slot))
-        selections = [] if bounds is None else [(masks.entered, [*t.x_high, *t.x_low])]
+        slot, transfers = anew(self.ring.slot(step)), self.gmem.transfers
         plgpu.barrier_wait(self.barriers.prepared.at[slot])
-        XA = solve(t, load(t.X), lower, selections, (t.x_high[0], low_tiles()[0]))
-        t = self.chunk_in(anew(slot))
-        if transfers is not None:
-            initial_gmem = self.gmem.initial_state
-            state = carried_state.enter(state, initial_gmem, transfers, place, chunk)
-        state = advance(t, state, masks, low_tiles(), XA, selecting=bounds is not None)
+        in_bfloat16, in_float16 = (
+            functools.partial(advance, slot, place, chunk, state)
+            for advance in (self._advance_bfloat16, self._advance_float16)
+        )
+        if not self.chooses:
+            state = in_bfloat16()
+        else:
+            chosen = self.format_of(slot, carried=False)
+            state = jax.lax.cond(chosen == FLOAT16, in_float16, in_bfloat16)
         plgpu.barrier_arrive(self.barriers.carried.at[slot])
         if transfers is not None:
             carried_state.leave(state, self.final_gmem, transfers, place, chunk)
         return state
+
+    def _entering(self, state: State, place: Place, chunk: jax.Array) -> State:
+        """Returns the state that a chunk starts from, given the one after the chunk before."""
+        if self.gmem.transfers is None:
+            return state
+        return carried_state.enter(
+            state, self.gmem.initial_state, self.gmem.transfers, place, chunk
+        )
+
+    def _low_tiles(self) -> list[Any]:
+        return [tile.at[anew(0)] for tile in self.scratch.S_low]
+
+    def _solve(self, slot: jax.Array, masks: TileMasks, dtype: Any) -> jax.Array:
+        """Writes R of a chunk, and returns XA."""
+        t = self.chunk_in(anew(slot))
+        selects = self.gmem.bounds is not None
+        selections = [(masks.entered, [*t.x_high, *t.x_low])] if selects else []
+        lower = functools.partial(masks.lower, strictly=True)
+        X = load(t.X)
+        if dtype == jnp.float16 and self.gmem.X is not None:
+            X = narrow(widen(X), dtype)
+        return solve(t, X, lower, selections, (t.x_high[0], self._low_tiles()[0]), dtype)
+
+    def _advance_bfloat16(
+        self, slot: jax.Array, place: Place, chunk: jax.Array, state: State
+    ) -> State:
+        masks, selecting = self.masks_of(place, chunk), self.gmem.bounds is not None
+        XA = self._solve(slot, masks, jnp.bfloat16)
+        t = self.chunk_in(anew(slot))
+        state = self._entering(state, place, chunk)
+        return advance(t, state, masks, self._low_tiles(), XA, selecting=selecting)
+
+    def _advance_float16(
+        self, slot: jax.Array, place: Place, chunk: jax.Array, state: State
+    ) -> State:
+        begin_branch()
+        masks, selecting = self.masks_of(place, chunk), self.gmem.bounds is not None
+        XA = self._solve(slot, masks, jnp.float16)
+        t = self.chunk_in(anew(slot))
+        step = begin_step(
+            t, self._entering(state, place, chunk), self._low_tiles(), XA, dtype=jnp.float16
+        )
+        (read,), U = step
+        fits = are_between((read, _LEAST_STATE, _MOST_STATE), (U, 0.0, _MOST_STATE))
+
+        def in_float16():
+            t = self.chunk_in(anew(slot))
+            return finish_step(t, step, masks, self._low_tiles(), jnp.float16, selecting=selecting)
+
+        def in_bfloat16():
+            self._formats(carried=True)[slot] = jnp.float32(FLOAT16_BUT_STATE)
+            return self._advance_but_state(slot, step.read, XA, masks)
+
+        return jax.lax.cond(fits, in_float16, in_bfloat16)
+
+    def _advance_but_state(
+        self, slot: jax.Array, read: Sequence[jax.Array], XA: jax.Array, masks: TileMasks
+    ) -> State:
+        """Does `advance` with S^ and U in bfloat16, and what they multiply; the rest is float16."""
+        t, (S_low,) = self.chunk_in(anew(slot)), self._low_tiles()
+        (R,), (k,), (b,) = t.R, t.y, t.z
+        store((R, narrow(load32(R, jnp.float16))))
+        store_read(t, read, [S_low])
+        (U_exact,) = products([(XA, t.Y)], dtype=jnp.float16)
+        (U_exact,) = products(reading(t, [S_low]), start=[U_exact])
+        U, Y = narrow(U_exact), t.Y
+        if self.gmem.bounds is not None:
+            Y = S_low
+            store((Y, masks.leaving(load(t.Y))))
+        store((t.U, masks.leaving(U)))
+        start = [masks.passing(s) for s in read]
+        (new,) = products([(transposed(Y), k)], start=start, dtype=jnp.float16)
+        store((S_low, narrow(load32(b, jnp.float16))))
+        (new,) = products([(transposed(t.U), S_low)], start=[new])
+        store((t.U, U))
+        return next_state(t, [new])
 
     def start_copies(self) -> None:
         """Fetches the constants and the first chunks."""
@@ -411,7 +623,6 @@ def forward_walk(
     ring = Ring(slots, in_turn=_PREPARE)
 
     def body(gmem, *results_gmem, slots, scratch, barriers):
-        final_gmem, *_ = results_gmem
         walk = ForwardWalk(
             walks=walks,
             own_walks=walks.own(),
@@ -419,7 +630,8 @@ def forward_walk(
             ring=ring,
             scale=scale,
             gmem=gmem,
-            final_gmem=final_gmem,
+            final_gmem=Results(*results_gmem).final,
+            X_gmem=Results(*results_gmem).X,
             slots=slots,
             scratch=scratch,
             barriers=barriers,
@@ -454,7 +666,7 @@ def _scratch_types(ring: Ring, blocks: int, *, outputs: bool, inverting: bool) -
             a=tiles(),
             b=tiles(),
             X=tiles_smem(ring.slots),
-            decays=[plgpu.SMEM((ring.slots, 2, TILE), jnp.float32)] * blocks,
+            decays=[plgpu.SMEM((2 * ring.slots + (blocks == 1), TILE), jnp.float32)] * blocks,
         ),
         "scratch": Scratch(
             S_low=[tiles_smem(1)] * blocks,

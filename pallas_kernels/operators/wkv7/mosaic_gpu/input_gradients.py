@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import divide
-from pallas_kernels.hopper.registers import load, narrow, store
+from pallas_kernels.hopper.registers import load, narrow, row_dots, store, with_diagonal
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
@@ -19,6 +19,7 @@ from pallas_kernels.hopper.tiles import (
     column_sums,
     load32,
     products,
+    spread_rows,
     store_halves,
     tiles_smem,
     transposed,
@@ -39,6 +40,11 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMa
 
 _RING = Ring(slots=2)  # a chunk is worked on while the next one is loaded
 _ROWS, _COLUMNS = range(2)  # the warpgroups
+
+_SMALLEST_SQUARE = 1e-12
+"""k is not divided by a b that is shorter, but by this square of a length."""
+_LARGEST_MULTIPLE = 1e30
+"""k is not split where it would be more than so many times b."""
 
 
 class Operands(NamedTuple):
@@ -129,6 +135,18 @@ class Barriers(NamedTuple):
     summed: Any
 
 
+class Split(NamedTuple):
+    """k of each token as a multiple of b and the rest, `k = c b + q`.
+
+    Attributes:
+      along_b: c, float32 `[64]`, numbers of bfloat16.
+      beside_b: q^, a bfloat16 tile in registers.
+    """
+
+    along_b: jax.Array
+    beside_b: jax.Array
+
+
 class Work[Number](NamedTuple):
     """What a step works on, int32 scalars in a kernel; or the number of each, Python numbers.
 
@@ -198,6 +216,13 @@ class _Gradients:
         Where there are masks, they need the registers, and the tile stays in shared memory.
         """
         return load(tile) if self.gmem.bounds is None else tile
+
+    def splits_k(self) -> bool:
+        """Returns whether k is split into a multiple of b and the rest, to compute dv.
+
+        That takes all key channels of a token, and a step has 64 of them.
+        """
+        return self.sizes.key_block == 1
 
     def d_input_tile(self, gmem: Any, work: Work[jax.Array]) -> Any:
         """Returns a tile of the gradient of r, log_decay, k, a or b."""
@@ -317,29 +342,37 @@ class _Gradients:
         first = jnp.int32(0)
         self.fetch(first)
         plgpu.barrier_wait(sums_loaded)
-        self._decay_columns(first)
-        jax.lax.fori_loop(0, self.steps, lambda step, _: self._columns(step), None)
+        jax.lax.fori_loop(0, self.steps, self._columns, self._decay_columns(first))
         plgpu.wait_smem_to_gmem(0)
 
-    def _columns(self, step: jax.Array) -> None:
+    def _columns(self, step: jax.Array, split: Split | None) -> Split | None:
+        """Does a step, given what `_decay_columns` returned; returns that of the next step."""
         work = self.work_of(step)
         # The other slot is free: ROWS was done with it before the last sums of the step before.
         _RING.refill(self.fetch, step - 1, self.steps)
         dk, db = self._dk_and_db(step, work)
         inclusive = self._write_dk_and_db(step, work, dk, db)
-        self._write_dv(step, work)
+        self._write_dv(step, work, split)
         # So that ROWS need not wait for it in the next step.
-        pl.when(step + 1 < self.steps)(lambda: self._decay_columns(step + 1))
+        split = jax.lax.cond(
+            step + 1 < self.steps, lambda: self._decay_columns(step + 1), lambda: split
+        )
         self._write_dlog_decay(step, work, inclusive)
+        return split
 
-    def _decay_columns(self, step: jax.Array) -> None:
-        """Writes k^ and b^."""
+    def _decay_columns(self, step: jax.Array) -> Split | None:
+        """Writes k^ and b^; returns the split of k, or None if k is not split."""
         t = self.tiles_of(step)
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
-        k, b = (narrow(load32(x) * since) for x in (t.k, t.b))
-        store((t.k, k), (t.b, b))
+        k, b = (load32(x) * since for x in (t.k, t.b))
+        rounded = narrow(k), narrow(b)
+        store(*zip((t.k, t.b), rounded, strict=True))
         plgpu.barrier_arrive(self.barriers.decayed)
+        if not self.splits_k():
+            return None
+        along_b = _multiple(*rounded)
+        return Split(along_b, narrow(k - spread_rows(along_b) * b))
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
@@ -369,12 +402,14 @@ class _Gradients:
         _write(self.scratch.columns.at[1], db * since, db_gmem)
         return load32(t.k) * dk + load32(t.b) * db
 
-    def _write_dv(self, step: jax.Array, work: Work[jax.Array]) -> None:
+    def _write_dv(self, step: jax.Array, work: Work[jax.Array], split: Split | None) -> None:
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
-        k = self.first_operand(t.k)
+        k = self.first_operand(t.k) if split is None else split.beside_b
         A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])  # transposed
         (A_rk,) = masks().upper(narrow(A_rk))
         (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
+        if split is not None:  # c dW, without a product of its own
+            A_ak = with_diagonal(A_ak, narrow(spread_rows(split.along_b)))
         (dv,) = products([(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)])
         dv_gmem = self.d_inputs_gmem.v.at[work.key_block]
         dv_tile = tokens_tile(dv_gmem, work.row, work.chunk, work.head, work.value_block)
@@ -389,6 +424,22 @@ class _Gradients:
         total = column_sums(masks().upper, store_halves(-inclusive, t.v, t.U), of_rows)
         dlog_decay_gmem = self.d_input_tile(self.d_inputs_gmem.log_decay, work)
         _write(self.scratch.columns.at[1], total, dlog_decay_gmem)
+
+
+def _multiple(k: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns about how many times b there is in k, for each row: `[64]` float32.
+
+    The numbers have few enough digits for bfloat16, so that no rest of them is lost there. They are
+    zero where dot products exceed the range of float32.
+
+    Args:
+      k: bfloat16.
+      b: bfloat16.
+    """
+    multiple = row_dots(k, b) / jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE)
+    multiple = jnp.where(jnp.abs(multiple) < _LARGEST_MULTIPLE, multiple, jnp.zeros_like(multiple))
+    bits = jax.lax.bitcast_convert_type(multiple, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & jnp.int32(-(1 << 16)), jnp.float32)
 
 
 def _write(smem: Any, gradient: jax.Array, gmem: Any) -> None:
@@ -421,6 +472,15 @@ def input_gradients(
         dr^  = dO S^^T + dA_rk k^ + dA_rb b^       da^ = dW S^^T + dA_ak k^ + dA_ab b^
         dk^  = V dS^^T + dA_rk^T r^ + dA_ak^T a^   db^ = U dS^^T + dA_rb^T r^ + dA_ab^T a^
         dV   = k^ dS^ + A_rk^T dO + A_ak^T dW
+
+    Where keys are alike, dV is a small difference: one token takes away what another wrote. So k
+    is split into a multiple of b and the rest, `k = c b + q`. What this formula gives for b instead
+    of k is `dU + A_ab^T dW`, which is dW, and dW is known precisely:
+
+        dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW
+
+    Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which a
+    step has only if they are 64.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:

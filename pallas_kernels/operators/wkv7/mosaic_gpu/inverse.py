@@ -40,8 +40,16 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, load_m
 _WARPGROUPS = 4
 
 
-def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem: Any) -> None:
-    """Writes `(I - A)^-1` to X_smem.
+def invert(
+    A_high: jax.Array,
+    A_low: jax.Array,
+    first: Any,
+    second: Any,
+    X_smem: Any,
+    *,
+    in_float16: bool = False,
+) -> jax.Array:
+    """Writes X, `(I - A)^-1`, to X_smem, and returns it, 16 bits in registers.
 
     Inverses D of blocks on the diagonal grow from 4 rows to 16 and then to all 64, by `Y + N^2 Y`,
     as `diagonal_blocks` explains. Each warp does the first two steps in its registers, all warps
@@ -59,6 +67,7 @@ def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem:
       first: a tile of shared memory for intermediate results.
       second: a tile of shared memory for A_high.
       X_smem: a tile of shared memory for the result, and for intermediate ones before.
+      in_float16: whether X_smem gets float16, and `first` bfloat16; else X_smem gets bfloat16.
     """
     D, N = invert_diagonal(A_high)
     store((first, D), (second, A_high), (X_smem, N))
@@ -70,9 +79,17 @@ def invert(A_high: jax.Array, A_low: jax.Array, first: Any, second: Any, X_smem:
     of_identity = with_diagonal(X, 0, negated=True)  # minus X, whose diagonal is one
     (error,) = products([(X, second), (X, first)], start=[widen(of_identity)])
     (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
-    rounding = narrow(widen(narrow(X_exact)) - X_exact)
-    (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-    store((X_smem, narrow(X_shaped)))
+
+    def rounded(dtype):
+        rounding = narrow(widen(narrow(X_exact, dtype), dtype) - X_exact)
+        (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
+        return narrow(X_shaped, dtype)
+
+    if in_float16:
+        store((first, rounded(jnp.bfloat16)))
+    X = rounded(jnp.float16 if in_float16 else jnp.bfloat16)
+    store((X_smem, X))
+    return X
 
 
 class Slots(NamedTuple):

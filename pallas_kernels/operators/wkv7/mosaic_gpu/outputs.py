@@ -1,13 +1,16 @@
 """Outputs and states, in one walk over the chunks of each row and head."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import Place
-from pallas_kernels.hopper.registers import load, narrow, store
+from pallas_kernels.hopper.registers import load, narrow, store, widen
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.hopper.tiles import products, transposed
+from pallas_kernels.hopper.tiles import anew, load32, products, transposed
 from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
@@ -17,13 +20,14 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     values_tile,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
+    BFLOAT16,
+    FLOAT16,
     ForwardWalk,
     Operands,
     Results,
     forward_walk,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk
 
 
 def outputs(
@@ -94,22 +98,53 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
 
     def write_chunk(step, place, chunk, _):
         row, head, value_block = place
-        slot = walk.ring.slot(step)
+        slot = anew(walk.ring.slot(step))
         plgpu.barrier_wait(walk.barriers.decayed.at[slot])
         masks = walk.masks_of(place, chunk)
         t = walk.chunk_in(slot)
         r = [load(x) for x in walk.r_in(slot)]
-        A_rk, A_rb = products(
-            [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
-            [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
+
+        def between_tokens(dtype):
+            A_rk, A_rb = products(
+                [(x, transposed(k)) for x, k in zip(r, t.y, strict=True)],
+                [(x, transposed(b)) for x, b in zip(r, t.z, strict=True)],
+                dtype=dtype,
+            )
+            return narrow(A_rk, dtype), narrow(A_rb, dtype)
+
+        in_bfloat16, in_float16 = (
+            functools.partial(between_tokens, dtype) for dtype in (jnp.bfloat16, jnp.float16)
         )
-        A_rk, A_rb = masks.lower(narrow(A_rk), narrow(A_rb))
+        if not walk.chooses:
+            A_rk, A_rb = in_bfloat16()
+        else:
+            A_rk, A_rb = jax.lax.cond(
+                walk.format_of(slot, carried=False) == FLOAT16, in_float16, in_bfloat16
+            )
+        A_rk, A_rb = masks.lower(A_rk, A_rb)
         plgpu.barrier_wait(walk.barriers.carried.at[slot])
         reads = [masks.entered(x) for x in r]
         of_state = [(x, transposed(s)) for x, s in zip(reads, t.S_high, strict=True)]
         if results_gmem.entries is not None:
-            _save(results_gmem, t, place, chunk)
-        (o,) = products([(A_rk, t.Y), (A_rb, t.U), *of_state])
+            _save(walk, results_gmem, slot, place, chunk)
+
+        def all_in(dtype):
+            return products([(A_rk, t.Y), (A_rb, t.U), *of_state], dtype=dtype)[0]
+
+        def all_but_state():
+            x, A = (narrow(widen(x, jnp.float16)) for x in (reads[0], A_rb))
+            (of_values,) = products([(A_rk, t.Y)], dtype=jnp.float16)
+            return products([(A, t.U), (x, of_state[0][1])], start=[of_values])[0]
+
+        in_bfloat16, in_float16 = (
+            functools.partial(all_in, dtype) for dtype in (jnp.bfloat16, jnp.float16)
+        )
+        if not walk.chooses:
+            o = in_bfloat16()
+        else:
+            o = jax.lax.switch(
+                walk.format_of(slot, carried=True), (in_bfloat16, in_float16, all_but_state)
+            )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()  # so that the slot has been read before it is written
         walk.refill(step)
@@ -122,12 +157,37 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _save(results_gmem: Results, t: Chunk, place: Place, chunk: jax.Array) -> None:
+def _save(
+    walk: ForwardWalk, results_gmem: Results, slot: jax.Array, place: Place, chunk: jax.Array
+) -> None:
     """Starts the copies of what the backward needs of a chunk."""
     row, head, value_block = place
-    for j, S in enumerate(t.S_high):
-        entry = state_tile(results_gmem.entries, row, head, chunk, value_block, j)
-        plgpu.copy_smem_to_gmem(S, entry)
-    plgpu.copy_smem_to_gmem(t.U, values_tile(results_gmem.U, row, head, chunk, value_block))
-    if results_gmem.X is not None:
+    t = walk.chunk_in(slot)
+    U_gmem = values_tile(results_gmem.U, row, head, chunk, value_block)
+    entries = [
+        state_tile(results_gmem.entries, row, head, chunk, value_block, j) for j in range(len(t.y))
+    ]
+
+    def copy(U, entering):
+        plgpu.copy_smem_to_gmem(U, U_gmem)
+        for S, entry in zip(entering, entries, strict=True):
+            plgpu.copy_smem_to_gmem(S, entry)
+
+    def converted():  # through the tiles of k^ and b^, which nobody needs any more
+        (S,), (k,), (b,) = t.S_high, t.y, t.z
+        store(*((to, narrow(load32(x, jnp.float16))) for to, x in ((k, t.U), (b, S))))
+        copy(k, [b])
+
+    if not walk.chooses:
+        copy(t.U, t.S_high)
+    else:
+        in_float16 = walk.format_of(slot, carried=True) == FLOAT16
+        pl.when(in_float16)(converted)
+        pl.when(~in_float16)(lambda: copy(t.U, t.S_high))
+
+    def copy_inverse():
         plgpu.copy_smem_to_gmem(t.X, results_gmem.X.at[row, head, chunk])
+
+    if results_gmem.X is not None:  # PREPARE copies what it has inverted in float16
+        in_bfloat16 = walk.format_of(slot, carried=False) == BFLOAT16
+        pl.when(in_bfloat16)(copy_inverse)

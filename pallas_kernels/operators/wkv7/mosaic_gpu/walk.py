@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.registers import halves_of, load, narrow, store
@@ -88,8 +89,9 @@ def solve(
     mask: Callable[..., tuple[jax.Array, ...]],
     selections: Sequence[tuple[Callable[[jax.Array], Any], Sequence[Any]]],
     A_smem: tuple[Any, Any],
+    dtype: Any = jnp.bfloat16,
 ) -> jax.Array:
-    """Writes R, and returns XA, bfloat16 in registers.
+    """Writes R, and returns XA, 16 bits in registers.
 
     Args:
       chunk: with everything but R, S and U.
@@ -98,6 +100,7 @@ def solve(
       selections: pairs of a function and tiles, which it is applied to when A is known: it keeps
         the rows of tokens that meet the state. Empty if all tokens do.
       A_smem: tiles for the halves of A; one of them may be a tile of `x_high`.
+      dtype: of the numbers of all tiles, bfloat16 or float16.
     """
     x_tiles = list(zip(chunk.x_high, chunk.x_low, strict=True))
     for_A = [
@@ -105,18 +108,30 @@ def solve(
     ]
     for_R = [[(X, half) for half in halves] for halves in x_tiles]
     if selections or len(for_R) > 1:
-        (A,) = products(for_A)
+        (A,) = products(for_A, dtype=dtype)
         for select, tiles in selections:
             for tile in tiles:
                 tile[...] = select(load(tile))
         plgpu.commit_smem()
-        R = [narrow(*products(pairs)) for pairs in for_R]
+        R = [narrow(products(pairs, dtype=dtype)[0], dtype) for pairs in for_R]
     else:
-        A, *exact = products(for_A, *for_R)
-        R = [narrow(x) for x in exact]
-    store(*zip((*chunk.R, *A_smem), (*R, *mask(*halves_of(A))), strict=True))
-    (XA,) = products([(X, half) for half in A_smem])
-    return narrow(XA)
+        A, *exact = products(for_A, *for_R, dtype=dtype)
+        R = [narrow(x, dtype) for x in exact]
+    store(*zip((*chunk.R, *A_smem), (*R, *mask(*halves_of(A, dtype))), strict=True))
+    (XA,) = products([(X, half) for half in A_smem], dtype=dtype)
+    return narrow(XA, dtype)
+
+
+class Step(NamedTuple):
+    """A step of `advance` whose U is known, but not yet written.
+
+    Attributes:
+      read: S^, float32 tiles.
+      U: float32 tile.
+    """
+
+    read: Sequence[jax.Array]
+    U: jax.Array
 
 
 def advance(
@@ -138,22 +153,58 @@ def advance(
       XA: what `solve` returned.
       selecting: whether only those rows of Y and U become a part of S' that `masks.leaving` keeps.
     """
+    step = begin_step(chunk, state, S_low_smem, XA)
+    return finish_step(chunk, step, masks, S_low_smem, selecting=selecting)
+
+
+def begin_step(
+    chunk: Chunk,
+    state: State,
+    S_low_smem: Sequence[Any],
+    XA: Operand,
+    dtype: Any = jnp.bfloat16,
+) -> Step:
+    """Writes S^ and computes U, as in `advance`, with numbers of a dtype."""
     read = [s * spread_columns(load_columns(x)) for s, x in zip(state, chunk.before, strict=True)]
-    state_tiles = list(zip(chunk.S_high, S_low_smem, strict=True))
+    store_read(chunk, read, S_low_smem, dtype)
+    (U,) = products([(XA, chunk.Y), *reading(chunk, S_low_smem)], dtype=dtype)
+    return Step(read, U)
+
+
+def store_read(
+    chunk: Chunk, read: Sequence[jax.Array], S_low_smem: Sequence[Any], dtype: Any = jnp.bfloat16
+) -> None:
+    """Writes the halves of S^."""
+    state_tiles = zip(chunk.S_high, S_low_smem, strict=True)
     store(
         *(
             pair
             for tiles, s in zip(state_tiles, read, strict=True)
-            for pair in zip(tiles, halves_of(s), strict=True)
+            for pair in zip(tiles, halves_of(s, dtype), strict=True)
         )
     )
-    from_state = [
+
+
+def reading(chunk: Chunk, S_low_smem: Sequence[Any]) -> list[tuple[Operand, Operand]]:
+    """Returns the products of R with S^, which `store_read` wrote."""
+    return [
         (R, transposed(half))
-        for R, halves in zip(chunk.R, state_tiles, strict=True)
+        for R, *halves in zip(chunk.R, chunk.S_high, S_low_smem, strict=True)
         for half in halves
     ]
-    (U,) = products([(XA, chunk.Y), *from_state])
-    U = narrow(U)
+
+
+def finish_step(
+    chunk: Chunk,
+    step: Step,
+    masks: TileMasks,
+    S_low_smem: Sequence[Any],
+    dtype: Any = jnp.bfloat16,
+    *,
+    selecting: bool = False,
+) -> State:
+    """Writes U, and returns the next state, as in `advance`."""
+    U = narrow(step.U, dtype)
     if selecting:
         Y = S_low_smem[0]
         store((Y, masks.leaving(load(chunk.Y))), (chunk.U, masks.leaving(U)))
@@ -165,8 +216,14 @@ def advance(
             [(transposed(Y), y), (transposed(chunk.U), z)]
             for y, z in zip(chunk.y, chunk.z, strict=True)
         ),
-        start=[masks.passing(s) for s in read],
+        start=[masks.passing(s) for s in step.read],
+        dtype=dtype,
     )
     if selecting:
         store((chunk.U, U))
+    return next_state(chunk, new)
+
+
+def next_state(chunk: Chunk, new: Sequence[jax.Array]) -> State:
+    """Returns the state that leaves a chunk, of the sum of S^ and what the tokens wrote."""
     return tuple(s * spread_columns(load_columns(x)) for s, x in zip(new, chunk.after, strict=True))

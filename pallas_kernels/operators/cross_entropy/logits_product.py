@@ -1,0 +1,130 @@
+"""Logits and their statistics, or only these, from one kernel on Hopper GPUs.
+
+Each tile of the product of tokens and head gives, for each of its rows, statistics of the logits in
+it. A small second pass joins those of a row's tiles.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper.matrix_product import COLUMNS, Epilogue, Memory, multiply
+from pallas_kernels.hopper.registers import TILE_LAYOUT
+from pallas_kernels.hopper.target import TILE, Target
+from pallas_kernels.hopper.tiles import ROWS, keep, load_rows, spread_rows
+from pallas_kernels.hopper.whole_tokens import LOWEST
+
+_WORKERS = 2
+_BUFFERS = 2
+"""Parts of a worker's logits that are on their way to memory at once."""
+
+_TRANSFORMS = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(128))
+"""How 64 x 64 logits lie in shared memory."""
+
+
+class TileStatistics(NamedTuple):
+    """Statistics of a row's logits in each tile of 256 columns.
+
+    Attributes:
+      largest: `[tiles, M]` float32, the largest logit.
+      total: `[tiles, M]` float32, sum of `exp(logits - largest)`.
+      of_target: `[tiles, M]` float32, logit of the target; 0 if the tile does not have it.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    of_target: jax.Array
+
+
+def statistics_of_product(
+    target: Target,
+    x: Float[Array, "M K"],
+    y: Float[Array, "K N"],
+    targets: Int[Array, " M"],
+    *,
+    with_logits: bool,
+) -> tuple[Float[Array, "M N"] | None, TileStatistics]:
+    """Returns `x @ y`, in float32, and statistics of its rows.
+
+    Args:
+      target: the GPU, for which `matrix_product.is_served` is true.
+      x: `[M, K]` bfloat16.
+      y: `[K, N]` bfloat16.
+      targets: int32, of each row one column; others than 0..N-1 are in no tile.
+      with_logits: whether to store the product; else None stands for it.
+    """
+    epilogue = _Statistics(targets, y.shape[1], with_logits)
+    name = "logits_and_statistics" if with_logits else "statistics_of_logits"
+    results = multiply(target, x, y, epilogue, name=name)
+    return (results[3] if with_logits else None), TileStatistics(*results[:3])
+
+
+class _Statistics(Epilogue):
+    """Finds statistics of rows, from sums in float32 that are still in registers."""
+
+    def __init__(self, targets: Int[Array, " M"], columns: int, with_logits: bool):
+        rows, tiles = len(targets), columns // COLUMNS
+        self.with_logits = with_logits
+        tile_of_target = jnp.floor_divide(targets, COLUMNS).reshape(1, -1, TILE)
+        has_target = (tile_of_target == jnp.arange(tiles)[:, None, None]).any(-1)
+        self.operands = (targets, has_target.astype(jnp.int32))
+        self.results = (jax.ShapeDtypeStruct((tiles, rows), jnp.float32),) * 3
+        self.scratch_types = {}
+        if with_logits:
+            self.results += (jax.ShapeDtypeStruct((rows, columns), jnp.float32),)
+            shape = (_WORKERS, _BUFFERS, TILE, TILE)
+            logits_smem = plgpu.SMEM(shape, jnp.float32, transforms=_TRANSFORMS)
+            self.scratch_types = {"logits_smem": logits_smem}
+
+    def store(
+        self, memory: Memory, worker: jax.Array, row: jax.Array, column: jax.Array, sums: jax.Array
+    ) -> None:
+        rows = pl.ds(row, TILE)
+        # Parts, because there are no registers for more numbers beside the sums.
+        parts = {first: sums[:, first : first + TILE] for first in range(0, COLUMNS, TILE)}
+
+        largest = jnp.float32(LOWEST)
+        for number, (first, logits) in enumerate(parts.items()):
+            if self.with_logits:
+                columns = pl.ds(column + first, TILE)
+                logits_smem = memory.scratch["logits_smem"].at[worker, number % _BUFFERS]
+                plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
+                plgpu.commit_smem()
+                logits_smem[...] = logits
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(logits_smem, memory.results[3].at[rows, columns])
+            largest = jnp.maximum(largest, logits.max(1))
+
+        total = jnp.float32(0)
+        for logits in parts.values():
+            # Not `exp2` of a product and a sum: where logits are huge, that would round.
+            total += jnp.exp(logits - spread_rows(largest)).sum(1)
+
+        tile = jax.lax.div(column, jnp.int32(COLUMNS))
+        largest_gmem, total_gmem, of_target_gmem, *_ = memory.results
+        largest_gmem[tile, rows] = largest
+        total_gmem[tile, rows] = total
+        targets_gmem, has_target_gmem = memory.operands
+        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
+
+        def find_target() -> None:
+            of_target = jnp.float32(0)
+            in_tile = load_rows(targets_gmem.at[rows]) - column
+            of_column = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=TILE_LAYOUT)
+            for first, logits in parts.items():
+                is_target = of_column == spread_rows(in_tile - first)
+                of_target += keep(is_target, logits).sum(1)
+            of_target_gmem[tile, rows] = of_target
+
+        def find_none() -> None:
+            of_target_gmem[tile, rows] = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+
+        # Where rows have targets all over the vocabulary, most tiles have none.
+        jax.lax.cond(has_target, find_target, find_none)
+
+
+__all__ = ["TileStatistics", "statistics_of_product"]

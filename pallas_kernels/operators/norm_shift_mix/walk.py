@@ -1,0 +1,156 @@
+"""The order in which kernels of the layer norm and token shift read tokens.
+
+A block of the grid reads chunks of tokens that follow one another. It keeps each norm until the
+next token has been mixed with it, so that it reads and normalises tokens once, and one more before
+each chunk. In the backward a token also gets a gradient from the token after it: there the block
+reads one more after each chunk, too. Chunks of all blocks lie side by side, so that what is read
+and written at about the same time lies close together.
+
+In packed rows padding is read last: the token before in a segment is the one that was read before.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.hopper.grid import divide
+from pallas_kernels.packing import find_segments
+from pallas_kernels.types import SegmentIds
+
+PADDING, STARTS, FIRST, CONTINUES = range(4)
+"""Kinds of tokens: padding; before the token there are zeros, the row's state, or a token."""
+
+_KINDS = 4
+_OWN = 4
+_PLACES = 8
+_NO_TOKEN = -_PLACES
+
+
+class Step(NamedTuple):
+    """What a kernel reads in a step, in one integer: a token's place, its kind, and whose it is."""
+
+    code: jax.Array
+
+    @property
+    def place(self) -> jax.Array:
+        """Returns the token's index among all tokens of all rows; below 0 if there is none."""
+        return jax.lax.shift_right_arithmetic(self.code, jnp.int32(3))
+
+    @property
+    def to_copy(self) -> jax.Array:
+        """Returns the place of the token, or of some token if there is none."""
+        return jnp.maximum(self.place, 0)
+
+    @property
+    def is_own(self) -> jax.Array:
+        """Returns whether the token is in the chunk, so that the block writes its results."""
+        return (self.code & _OWN) != 0
+
+    @property
+    def is_token(self) -> jax.Array:
+        """Returns whether there is a token that is not padding."""
+        return self._kind != PADDING
+
+    @property
+    def continues(self) -> jax.Array:
+        """Returns whether the token goes on with the segment of the token read before."""
+        return self._kind == CONTINUES
+
+    @property
+    def is_first(self) -> jax.Array:
+        """Returns whether the token is the first one of its row."""
+        return self._kind == FIRST
+
+    @property
+    def _kind(self) -> jax.Array:
+        return self.code & (_KINDS - 1)
+
+
+def no_step() -> Step:
+    """Returns a step without a token."""
+    return Step(jnp.int32(_NO_TOKEN))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How tokens `[N, C]` are divided into chunks, and chunks among the blocks of a grid.
+
+    Attributes:
+      count: N, tokens of all rows.
+      length: T, tokens of a row.
+      most_blocks: number of blocks that the GPU runs at once.
+      most_tokens: of a chunk, about.
+      idle: number of steps before the first token.
+      after: number of tokens that are read after each chunk.
+    """
+
+    count: int
+    length: int
+    most_blocks: int
+    most_tokens: int
+    idle: int = 0
+    after: int = 0
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk, such that all blocks have about the same number of chunks."""
+        turns = max(1, round(self.count / (self.most_blocks * self.most_tokens)))
+        return -(-self.count // (self.most_blocks * turns))
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return min(self.most_blocks, -(-self.count // self.chunk))
+
+    @property
+    def _steps_of_chunk(self) -> int:
+        return 1 + self.chunk + self.after
+
+    def steps(self) -> jax.Array:
+        """Returns the number of steps of this block."""
+        chunks = -(-self.count // self.chunk)
+        last = chunks - 1 - jax.lax.axis_index("block")
+        return (jax.lax.div(last, jnp.int32(self.blocks)) + 1) * self._steps_of_chunk + self.idle
+
+    def step(self, number: jax.Array, steps: jax.Array, order_gmem: Any | None) -> Step:
+        """Returns what is read in a step.
+
+        Args:
+          number: of the step.
+          steps: number of steps of this block.
+          order_gmem: of `order_of`, in global memory; None if each row is one sequence.
+        """
+        number, steps = number - self.idle, steps - self.idle
+        turn, in_chunk = divide(jnp.maximum(number, 0), self._steps_of_chunk)
+        first = (jax.lax.axis_index("block") + turn * self.blocks) * self.chunk
+        index = first + in_chunk - 1
+        exists = (number >= 0) & (number < steps) & (index >= 0) & (index < self.count)
+        is_own = (in_chunk > 0) & (in_chunk <= self.chunk)
+        index = jnp.clip(index, 0, self.count - 1)
+        if order_gmem is None:
+            in_row = jax.lax.rem(index, jnp.int32(self.length))
+            code = index * _PLACES + jnp.where(in_row == 0, FIRST, CONTINUES)
+        else:
+            code = order_gmem[index]
+        code += jnp.where(is_own, jnp.int32(_OWN), jnp.int32(0))
+        return Step(jnp.where(exists, code, jnp.int32(_NO_TOKEN)))
+
+
+def order_of(segment_ids: SegmentIds) -> jax.Array:
+    """Returns `[B * T]` int32, the codes of the tokens of packed rows as they are read."""
+    segments = find_segments(segment_ids)
+    kind = jnp.where(segments.index == 0, FIRST, STARTS)
+    kind = jnp.where(segments.start, kind, CONTINUES)
+    kind = jnp.where(segments.valid, kind, PADDING)
+    place = jnp.arange(segment_ids.size, dtype=jnp.int32).reshape(segment_ids.shape)
+    tokens = jnp.cumsum(segments.valid, axis=1, dtype=jnp.int32)
+    paddings = jnp.cumsum(~segments.valid, axis=1, dtype=jnp.int32)
+    rank = jnp.where(segments.valid, tokens, tokens[:, -1:] + paddings) - 1
+    index = place[:, :1] + rank
+    codes = (place * _PLACES + kind).reshape(-1)
+    return jnp.zeros_like(codes).at[index.reshape(-1)].set(codes, unique_indices=True)
+
+
+__all__ = ["CONTINUES", "Step", "Walk", "no_step", "order_of"]
