@@ -479,8 +479,8 @@ def input_gradients(
 
         dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW
 
-    Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which a
-    step has only if they are 64.
+    Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which
+    a step has only if they are 64.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:
