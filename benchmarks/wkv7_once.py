@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from wkv7 import make_inputs
+from wkv7 import HARD, hard_inputs, make_inputs
 
 from pallas_kernels import MIN_LOG_DECAY, wkv7
 
@@ -26,12 +26,14 @@ class Settings:
     Attributes:
       kind: "plain"; "packed", with two sequences in each row, which meet inside a chunk of 64; or
         "per_segment", packed and with a state for each sequence.
+      inputs: "random", or "nearly parallel keys", which forget little: the forward takes float16.
       tokens: tokens in each of the two rows; racecheck takes long for more than 128.
       head_size: K and V.
       implementation: implementation of `wkv7`.
     """
 
     kind: Literal["plain", "packed", "per_segment"] = "plain"
+    inputs: Literal["random", "nearly parallel keys"] = "random"
     tokens: int = 128
     head_size: int = 64
     implementation: str = "mosaic_gpu"
@@ -39,7 +41,8 @@ class Settings:
 
 def main(settings: Settings) -> None:
     B, T, H, K = 2, settings.tokens, 2, settings.head_size
-    inputs, do = make_inputs((B, T, H, K), "bfloat16")
+    make = make_inputs if settings.inputs == "random" else functools.partial(hard_inputs, HARD[0])
+    inputs, do = make((B, T, H, K), "bfloat16")
     per_segment = settings.kind == "per_segment"
     states = jnp.ones((B, 2, H, K, K) if per_segment else (B, H, K, K))
     segment_ids = None
