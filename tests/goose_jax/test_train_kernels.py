@@ -29,11 +29,16 @@ RECIPE = OptimizerConfig(total_steps=40, warmup_steps=5, learning_rate=5e-4)
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="for CPUs")
 
 
-TEXTS = {"random": 2, "one token": 3, "three tokens in turn": 2, "nearly parallel keys": 6}
-"""How often the error of the gradient through XLA a gradient through kernels may have, by text.
+TEXTS = {"random": 2, "one token": 3, "three tokens in turn": 2, "nearly parallel keys": 3}
+"""How often the error of the gradient through XLA a gradient of one draw may have, by text.
 
-Measured, interpreted: 1.3, 2.2, 1.4 and 5.1; the last one is of errors of 5e-2 and 1e-2.
+Measured, interpreted: 1.2, 1.9, 1.5 and 1.6. Single draws say little: an operator in float32 that
+adds in another order is up to 2.9 times as far from the exact gradient of some parameter as XLA.
 """
+DRAWS = 12
+"""Draws of a text. Their geometric mean is the error of a typical one."""
+OF_DRAWS = 1.5
+"""How often the typical error of the gradient through XLA that through kernels may be."""
 
 
 @functools.cache
@@ -56,7 +61,9 @@ def gradient_function(implementation: str, compute_dtype: str):
     return config, gradient
 
 
-def gradients(implementation: str, compute_dtype: str, text: str) -> dict[str, np.ndarray]:
+def gradients(
+    implementation: str, compute_dtype: str, text: str, draw: int = 0
+) -> dict[str, np.ndarray]:
     """Of a loss of the golden model with respect to each parameter, by its official name.
 
     Texts begin with a state: without one the first outputs are tiny, and the norm of each head
@@ -64,7 +71,7 @@ def gradients(implementation: str, compute_dtype: str, text: str) -> dict[str, n
     are one direction with 5 % of noise.
     """
     config, gradient = gradient_function(implementation, compute_dtype)
-    model, rng = golden_model(config), np.random.default_rng(0)
+    model, rng = golden_model(config), np.random.default_rng(draw)
     tokens = rng.integers(0, config.vocab_size, (1, 71), np.int32)
     state = init_state(config, 1)
     state = dataclasses.replace(
@@ -79,26 +86,42 @@ def gradients(implementation: str, compute_dtype: str, text: str) -> dict[str, n
     return to_official(nnx.state(gradient(model, jnp.asarray(tokens), state)))
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize(
-    "interpreted",
-    [
-        pytest.param(True, marks=[on_cpu, pytest.mark.slow]),
-        pytest.param(False, marks=pytest.mark.gpu),
-    ],
-)
-@pytest.mark.usefixtures("quick_to_compile")
-def test_gradients_are_as_exact_as_those_of_xla(interpreted, text):
-    exact = gradients("xla", "float32", text)
-    by_xla = gradients("xla", "bfloat16", text)
-    target = compile_for(Target(interpret=True)) if interpreted else contextlib.nullcontext()
-    with target:
-        by_kernels = gradients("mosaic_gpu", "bfloat16", text)
+def errors_of_gradients(text: str, draw: int, target=None) -> dict[str, tuple[float, float]]:
+    """Returns the errors through kernels and through XLA, for each parameter that has a gradient.
+
+    Args:
+      text: a key of `TEXTS`.
+      draw: number of the draw.
+      target: what to compile the kernels for; None takes the GPU.
+    """
+    exact = gradients("xla", "float32", text, draw)
+    by_xla = gradients("xla", "bfloat16", text, draw)
+    with compile_for(target) if target else contextlib.nullcontext():
+        by_kernels = gradients("mosaic_gpu", "bfloat16", text, draw)
+    errors = {}
     for name, gradient in exact.items():
         assert by_kernels[name].any() == gradient.any(), name
         if gradient.any():
-            error, of_xla = (relative_rms(x[name], gradient) for x in (by_kernels, by_xla))
-            assert error < TEXTS[text] * of_xla, (name, error, of_xla)
+            errors[name] = tuple(relative_rms(x[name], gradient) for x in (by_kernels, by_xla))
+    return errors
+
+
+@on_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.usefixtures("quick_to_compile")
+def test_gradients_are_about_as_exact_as_those_of_xla(text):
+    for name, (error, of_xla) in errors_of_gradients(text, 0, Target(interpret=True)).items():
+        assert error < TEXTS[text] * of_xla, (name, error, of_xla)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", TEXTS)
+def test_typical_gradients_are_as_exact_as_those_of_xla(text):
+    draws = [errors_of_gradients(text, draw) for draw in range(DRAWS)]
+    for name in draws[0]:
+        error, of_xla = np.exp(np.log([draw[name] for draw in draws]).mean(axis=0))
+        assert error < OF_DRAWS * of_xla, (name, error, of_xla)
 
 
 def losses(implementation: str | None) -> np.ndarray:
