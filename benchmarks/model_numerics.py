@@ -6,7 +6,8 @@
 Curves: a model is trained on the bytes of Python's standard library, twice through each
 implementation, from the same parameters and on the same batches. The table has the differences of
 all pairs: two trainings on a GPU differ in their bits through XLA, too, and more so two programs of
-XLA that round at other places, as with another `remat`.
+XLA that round at other places, as with another `remat`. One more training, in float32 with exact
+products, tells how far each curve is from the true one.
 
 Gradients: those of the trained model in bfloat16, beside float32 through XLA with exact products,
 on text, on three tokens in turn, and on one repeated token. The error of a parameter is relative,
@@ -62,13 +63,20 @@ def main(settings: Settings) -> None:
         vocab_size=BYTES, hidden_size=settings.hidden_size, num_layers=settings.num_layers
     )
     batches = text_batches(settings)
-    choices = {name: {"implementation": name} for name in settings.implementations}
-    theirs = settings.implementations[1]
-    choices = {f'{theirs}, remat="none"': choices[theirs] | {"remat": "none"}, **choices}
+    ours, theirs = settings.implementations
+    float32 = {"implementation": theirs, "compute_dtype": "float32"}
     runs, params = {}, None
-    for name, changes in choices.items():
-        curves, params = train_twice(dataclasses.replace(config, **changes), batches)
-        runs |= {f"{name} {run}": curve for run, curve in enumerate(curves, 1)}
+    for name, changes, precision, times in (
+        (f"{theirs}, float32", float32, "highest", 1),
+        (f'{theirs}, remat="none"', {"implementation": theirs, "remat": "none"}, None, 1),
+        (ours, {"implementation": ours}, None, 2),
+        (theirs, {"implementation": theirs}, None, 2),
+    ):
+        changed = dataclasses.replace(config, **changes)
+        curves, params = train(changed, batches, precision, times)
+        for run, curve in enumerate(curves, 1):
+            runs[f"{name} {run}" if times > 1 else name] = curve
+            print(f"{name}: loss {curve[0]:.4f} to {curve[-1]:.4f}", flush=True)
     rows = [
         {
             "curves": f"{one}, {other}",
@@ -77,8 +85,6 @@ def main(settings: Settings) -> None:
         }
         for one, other in itertools.combinations(runs, 2)
     ]
-    for name, losses in runs.items():
-        print(f"{name}: loss {losses[0]:.4f} to {losses[-1]:.4f}")
     for row in rows:
         print(f"{row['curves']}: {row['mean_difference']:.5f}, {row['largest_difference']:.5f}")
     rows += compare_gradients(config, params, settings, batches[0])
@@ -96,17 +102,27 @@ def text_batches(settings: Settings) -> list[Batch]:
     return [next_token_batch(text[x + np.arange(settings.length + 1)]) for x in starts]
 
 
-def train_twice(config: RWKV7Config, batches: list[Batch]) -> tuple[list[np.ndarray], Any]:
-    """Returns the losses of two trainings, and the parameters after the second one."""
+def train(
+    config: RWKV7Config, batches: list[Batch], precision: str | None, times: int
+) -> tuple[list[np.ndarray], Any]:
+    """Returns the losses of some trainings, and the parameters after the last one.
+
+    Args:
+      config: of the model.
+      batches: of all steps.
+      precision: of matrix products, a name of JAX.
+      times: number of trainings, which all begin with the same parameters.
+    """
     steps = len(batches)
     recipe = OptimizerConfig(total_steps=steps, warmup_steps=min(10, steps // 2))
     model = RWKV7(config, rngs=nnx.Rngs(0))
     step, curves = make_train_step(model, recipe), []
-    for _ in range(2):
+    for _ in range(times):
         state, losses = init_train_state(model, recipe), []
-        for batch in batches:
-            state, metrics = step(state, batch)
-            losses.append(metrics.loss)
+        with jax.default_matmul_precision(precision):
+            for batch in batches:
+                state, metrics = step(state, batch)
+                losses.append(metrics.loss)
         curves.append(np.array([float(x) for x in losses]))
     return curves, state.params
 
