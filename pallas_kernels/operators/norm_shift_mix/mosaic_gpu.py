@@ -33,8 +33,18 @@ from pallas_kernels.operators.token_shift.reference import last_position
 from pallas_kernels.types import SegmentIds
 
 _MOST_WARPGROUPS = 4
-_MOST_AHEAD = 5
-"""Most steps that copies are ahead of the work."""
+_MOST_AHEAD = 7
+_MOST_AHEAD_BACKWARD = 5
+"""Most steps that copies are ahead of the work. Eight slots take few instructions to count."""
+
+_MOST_STAGES = 2
+"""Most tokens whose mixes lie in shared memory while they are copied from there.
+
+With 0, threads write mixes from registers. They wait where memory does not take them fast enough.
+"""
+
+_CACHED = ""
+"""How caches treat what threads write from registers, as for `store_if`."""
 
 _TOKENS_OF_CHUNK = 8
 _TOKENS_OF_CHUNK_BACKWARD = 64
@@ -53,12 +63,16 @@ class _Plan:
       walk: the order of the tokens.
       ring: slots for tokens of shared memory.
       arrays: number of arrays that are copied to the slots.
+      stages: number of steps whose results lie in shared memory; 0 if none do.
+      results: number of results of a step that lie there.
     """
 
     tokens: Tokens
     walk: Walk
     ring: Ring
     arrays: int
+    stages: int = 0
+    results: int = 0
 
     @classmethod
     def of(
@@ -68,6 +82,8 @@ class _Plan:
         *,
         registers: int,
         arrays: int,
+        results: int = 0,
+        ahead: int,
         chunk: int,
         idle: int = 0,
         after: int = 0,
@@ -79,6 +95,8 @@ class _Plan:
           x: the tokens.
           registers: about as many as a thread needs.
           arrays: number of arrays that are copied to the slots.
+          results: number of results that are copied from shared memory, if there is room for them.
+          ahead: most steps that copies are ahead of the work.
           chunk: as for `Walk`, and so are the others.
           idle: steps.
           after: tokens.
@@ -90,9 +108,14 @@ class _Plan:
         per_multiprocessor = most_blocks // target.multiprocessors
         slot_bytes = arrays * C * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
-        ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=_MOST_AHEAD, room=room)
+        stages, stage_bytes = 0, results * C * x.dtype.itemsize
+        if results:
+            stages = max(0, min(_MOST_STAGES, (room - 2 * slot_bytes) // stage_bytes))
+        others = slot_bytes + stages * stage_bytes
+        ahead = slots_that_fit(slot_bytes, others=others, most=ahead, room=room)
         walk = Walk(B * T, T, most_blocks, chunk, idle, after)
-        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(ahead + 1), arrays)
+        tokens = Tokens(B * T, C, most_blocks, warpgroups)
+        return cls(tokens, walk, Ring(ahead + 1), arrays, stages, results)
 
     @property
     def grid(self) -> dict[str, int]:
@@ -104,28 +127,46 @@ class _Plan:
         """Number of steps that copies are ahead of the work."""
         return self.ring.slots - 1
 
+    @property
+    def _heads(self) -> int:
+        return self.tokens.channels // token_tiles.HEAD
+
+    @property
+    def _copies_whole_tokens(self) -> bool:
+        """Whether each warpgroup copies some of the arrays, or its part of each token.
+
+        All warpgroups start as many copies, and so wait as many times for their own threads.
+        Besides equal work, this keeps `compute-sanitizer` from mistaking the order of what two
+        warpgroups do.
+        """
+        return self.arrays % self.tokens.warpgroups == 0
+
     def scratch_types(self, *sums: int) -> dict[str, Any]:
         """Returns the types of the kernel's shared memory and barriers.
 
         Args:
           *sums: how many vectors are summed at a time, for each time in a step.
         """
-        heads = self.tokens.channels // token_tiles.HEAD
-        slots = (self.ring.slots, self.arrays, heads, token_tiles.HEAD)
-        return {
-            "slots": plgpu.SMEM(slots, jnp.bfloat16),
-            "loaded": self.ring.loaded_type(self.arrays),
+        token = (self._heads, token_tiles.HEAD)
+        copies = self.arrays if self._copies_whole_tokens else self.arrays * self.tokens.warpgroups
+        stages = {}
+        if self.stages:
+            stages["stages"] = plgpu.SMEM((self.stages, self.results, *token), jnp.bfloat16)
+        return stages | {
+            "slots": plgpu.SMEM((self.ring.slots, self.arrays, *token), jnp.bfloat16),
+            "loaded": self.ring.loaded_type(copies),
             "sums": [self.tokens.scratch_type(count) for count in sums],
             "summed": self.tokens.scratch_barrier_type(),
         }
 
     def copyable(self, x: Float[Array, "B T C"]) -> jax.Array:
         """Returns tokens as they are copied to slots, in parts that one copy can have."""
-        return x.reshape(self.tokens.count, -1, token_tiles.HEAD)
+        return x.reshape(self.tokens.count, self._heads, token_tiles.HEAD)
 
-    def flat(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    def result(self, dtype: Any) -> jax.ShapeDtypeStruct:
         """Returns the type of results `[B, T, C]`, as the kernel writes them."""
-        return jax.ShapeDtypeStruct((self.tokens.count, self.tokens.channels), dtype)
+        token = (self._heads, token_tiles.HEAD) if self.stages else (self.tokens.channels,)
+        return jax.ShapeDtypeStruct((self.tokens.count, *token), dtype)
 
     def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array) -> None:
         """Fetches the first steps, into all slots but one."""
@@ -142,7 +183,11 @@ class _Plan:
           number: of this step. All threads have waited for each other in it.
           steps: number of steps.
         """
-        plgpu.commit_smem()
+        if self.stages:
+            # Stores of the step before have come behind what its threads have read, in `store`.
+            plgpu.wait_smem_to_gmem(self.stages - 1, wait_read_only=True)
+        else:
+            plgpu.commit_smem()
         following = number + self.ahead
         pl.when(following < steps)(lambda: fetch(following))
 
@@ -159,15 +204,61 @@ class _Plan:
         warpgroups = self.tokens.warpgroups
 
         def copy(warpgroup: int) -> None:
-            for i in range(warpgroup, self.arrays, warpgroups):
-                plgpu.copy_gmem_to_smem(sources[i], slot.at[i], barrier)
+            if self._copies_whole_tokens:
+                for i in range(warpgroup, self.arrays, warpgroups):
+                    plgpu.copy_gmem_to_smem(sources[i], slot.at[i], barrier)
+                return
+            rows = self.tokens.own_rows(warpgroup, token_tiles.HEAD)
+            for i in range(self.arrays):
+                plgpu.copy_gmem_to_smem(sources[i].at[rows], slot.at[i, rows], barrier)
 
-        if warpgroups == 1:
-            copy(0)
+        self._for_own_warpgroup(copy)
+
+    def store(
+        self,
+        stored: jax.Array,
+        stages: Any,
+        results: Sequence[jax.Array],
+        gmem: Sequence[Any],
+        step: Step,
+    ) -> jax.Array:
+        """Starts to copy the results of a step from shared memory, if the token is its own.
+
+        `refill` has waited for the copies of an earlier step from the same stage.
+
+        Args:
+          stored: number of steps whose results have been copied.
+          stages: `[stages, results, ...]` in shared memory.
+          results: vectors.
+          gmem: for each result tokens in global memory, of the type `result`.
+          step: tells the place of the token.
+
+        Returns:
+          The next number of steps whose results have been copied.
+        """
+        stage = stages.at[jax.lax.rem(stored, jnp.int32(self.stages))]
+        for i, result in enumerate(results):
+            self.tokens.store_shared(stage.at[i], result)
+        plgpu.commit_smem()
+
+        def copy(warpgroup: int) -> None:
+            rows = self.tokens.own_rows(warpgroup, token_tiles.HEAD)
+            for i, tokens_gmem in enumerate(gmem):
+                token_gmem = tokens_gmem.at[step.to_copy, rows]
+                last = i == len(gmem) - 1  # of a group that can be waited for
+                plgpu.copy_smem_to_gmem(stage.at[i, rows], token_gmem, commit_group=last)
+
+        pl.when(step.is_own)(lambda: self._for_own_warpgroup(copy))
+        return stored + step.is_own.astype(jnp.int32)
+
+    def _for_own_warpgroup(self, work: Callable[[int], None]) -> None:
+        """Calls a function for the warpgroup that runs, with its number."""
+        if self.tokens.warpgroups == 1:
+            work(0)
             return
-        for warpgroup in range(min(warpgroups, self.arrays)):
+        for warpgroup in range(self.tokens.warpgroups):
             is_this = jax.lax.axis_index("warpgroup") == warpgroup
-            pl.when(is_this)(functools.partial(copy, warpgroup))
+            pl.when(is_this)(functools.partial(work, warpgroup))
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -194,6 +285,8 @@ def norm_shift_mix_mosaic_gpu(
         x,
         registers=64 + (16 if packed else 10) * count,
         arrays=1,
+        results=count,
+        ahead=_MOST_AHEAD,
         chunk=_TOKENS_OF_CHUNK,
     )
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
@@ -221,7 +314,7 @@ def norm_shift_mix_mosaic_gpu(
         plan.fill(lambda n: fetch(n, read(n)), steps)
 
         def mix_token(number, carry):
-            before, reads = carry
+            before, stored, reads = carry
             step, ahead = reads or read_for(number)
             plgpu.barrier_wait(ring.loaded(loaded, number))
             x = tokens.load_shared(slots.at[ring.slot(number)], 0)
@@ -234,18 +327,24 @@ def norm_shift_mix_mosaic_gpu(
                 token = tokens.where(step.is_token, token)
             start = None if state_gmem is None else _load_state(plan, state_gmem, step)
             difference = tokens.where(step.continues, before, start) - token
-            place = jnp.where(step.is_own, step.place, tokens.count)
-            for mix, gmem in zip(mixes, mixed_gmem, strict=True):
-                tokens.store(gmem, place, token + difference * mix)
-            return token, read_early(number + 1)
+            mixed = [token + difference * mix for mix in mixes]
+            if plan.stages:
+                stored = plan.store(stored, scratch["stages"], mixed, mixed_gmem, step)
+            else:
+                place = jnp.where(step.is_own, step.place, tokens.count)
+                for mix, gmem in zip(mixed, mixed_gmem, strict=True):
+                    tokens.store(gmem, place, mix, _CACHED)
+            return token, stored, read_early(number + 1)
 
-        carry = tokens.zeros(), read_early(jnp.int32(0))
+        carry = tokens.zeros(), jnp.int32(0), read_early(jnp.int32(0))
         jax.lax.fori_loop(0, steps, mix_token, carry)
+        if plan.stages:
+            plgpu.wait_smem_to_gmem(0)
 
     kernel = target.kernel(
         body,
         name="norm_shift_mix",
-        out_type=(plan.flat(x.dtype),) * count,
+        out_type=(plan.result(x.dtype),) * count,
         grid=plan.grid,
         scratch_types=plan.scratch_types(1, 1),
         warpgroups=tokens.warpgroups,
@@ -306,6 +405,7 @@ def norm_shift_mix_backward_mosaic_gpu(
         x,
         registers=min(_MOST_REGISTERS, 136 + 24 * count),  # more than it needs at least
         arrays=2 + count,
+        ahead=_MOST_AHEAD_BACKWARD,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,
         idle=1,
         after=1,
