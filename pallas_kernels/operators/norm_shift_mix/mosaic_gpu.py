@@ -184,7 +184,7 @@ class _Plan:
           steps: number of steps.
         """
         if self.stages:
-            # Stores of the step before have come behind what its threads have read, in `store`.
+            # `commit_smem` in `store` has come after what the step before has read.
             plgpu.wait_smem_to_gmem(self.stages - 1, wait_read_only=True)
         else:
             plgpu.commit_smem()
@@ -214,32 +214,34 @@ class _Plan:
 
         self._for_own_warpgroup(copy)
 
-    def store(
-        self,
-        stored: jax.Array,
-        stages: Any,
-        results: Sequence[jax.Array],
-        gmem: Sequence[Any],
-        step: Step,
-    ) -> jax.Array:
-        """Starts to copy the results of a step from shared memory, if the token is its own.
+    def stage(self, stored: jax.Array, stages: Any, results: Sequence[jax.Array]) -> None:
+        """Writes the results of a step to shared memory, from where `store` copies them.
 
-        `refill` has waited for the copies of an earlier step from the same stage.
+        `refill` has waited for the copies of an earlier step from there.
 
         Args:
           stored: number of steps whose results have been copied.
           stages: `[stages, results, ...]` in shared memory.
           results: vectors.
+        """
+        stage = self._stage(stored, stages)
+        for i, result in enumerate(results):
+            self.tokens.store_shared(stage.at[i], result)
+
+    def store(self, stored: jax.Array, stages: Any, gmem: Sequence[Any], step: Step) -> jax.Array:
+        """Starts to copy the results of a step to global memory, if the token is its own.
+
+        Args:
+          stored: as for `stage`, and so are `stages`.
+          stages: in shared memory.
           gmem: for each result tokens in global memory, of the type `result`.
           step: tells the place of the token.
 
         Returns:
           The next number of steps whose results have been copied.
         """
-        stage = stages.at[jax.lax.rem(stored, jnp.int32(self.stages))]
-        for i, result in enumerate(results):
-            self.tokens.store_shared(stage.at[i], result)
         plgpu.commit_smem()
+        stage = self._stage(stored, stages)
 
         def copy(warpgroup: int) -> None:
             rows = self.tokens.own_rows(warpgroup, token_tiles.HEAD)
@@ -250,6 +252,9 @@ class _Plan:
 
         pl.when(step.is_own)(lambda: self._for_own_warpgroup(copy))
         return stored + step.is_own.astype(jnp.int32)
+
+    def _stage(self, stored: jax.Array, stages: Any) -> Any:
+        return stages.at[jax.lax.rem(stored, jnp.int32(self.stages))]
 
     def _for_own_warpgroup(self, work: Callable[[int], None]) -> None:
         """Calls a function for the warpgroup that runs, with its number."""
@@ -327,13 +332,18 @@ def norm_shift_mix_mosaic_gpu(
                 token = tokens.where(step.is_token, token)
             start = None if state_gmem is None else _load_state(plan, state_gmem, step)
             difference = tokens.where(step.continues, before, start) - token
-            mixed = [token + difference * mix for mix in mixes]
+
+            def write_mixes():
+                mixed = [token + difference * mix for mix in mixes]
+                if plan.stages:
+                    plan.stage(stored, scratch["stages"], mixed)
+                else:
+                    for mix, gmem in zip(mixed, mixed_gmem, strict=True):
+                        tokens.store(gmem, step.place, mix, _CACHED)
+
+            pl.when(step.is_own)(write_mixes)
             if plan.stages:
-                stored = plan.store(stored, scratch["stages"], mixed, mixed_gmem, step)
-            else:
-                place = jnp.where(step.is_own, step.place, tokens.count)
-                for mix, gmem in zip(mixed, mixed_gmem, strict=True):
-                    tokens.store(gmem, place, mix, _CACHED)
+                stored = plan.store(stored, scratch["stages"], mixed_gmem, step)
             return token, stored, read_early(number + 1)
 
         carry = tokens.zeros(), jnp.int32(0), read_early(jnp.int32(0))
