@@ -135,9 +135,7 @@ class _Plan:
     def _copies_whole_tokens(self) -> bool:
         """Whether each warpgroup copies some of the arrays, or its part of each token.
 
-        All warpgroups start as many copies, and so wait as many times for their own threads.
-        Besides equal work, this keeps `compute-sanitizer` from mistaking the order of what two
-        warpgroups do.
+        All warpgroups start as many copies: before each, a warpgroup's threads wait for each other.
         """
         return self.arrays % self.tokens.warpgroups == 0
 
