@@ -294,12 +294,11 @@ def norm_shift_mix_mosaic_gpu(
     )
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 
-    def body(x_gmem, parameters_gmem, state_gmem, order_gmem, *mixed_gmem, **scratch):
+    def body(x_gmem, norm_gmem, mixes_gmem, state_gmem, order_gmem, *mixed_gmem, **scratch):
         slots, loaded, summed = scratch["slots"], scratch["loaded"], scratch["summed"]
         sums = scratch["sums"]
-        scale, bias, *mixes = (
-            tokens.load_parameter(parameters_gmem.at[i]) for i in range(2 + count)
-        )
+        scale, bias = (tokens.load_parameter(gmem) for gmem in norm_gmem)
+        mixes = [tokens.load_parameter(mixes_gmem.at[m]) for m in range(count)]
         steps = walk.steps()
 
         def read(number):
@@ -358,7 +357,8 @@ def norm_shift_mix_mosaic_gpu(
         warpgroups=tokens.warpgroups,
     )
     order = None if segment_ids is None else order_of(segment_ids)
-    mixed = kernel(plan.copyable(x), _parameters(scale, bias, mixes), state, order)
+    parameters = [x.astype(jnp.float32) for x in (scale, bias)], mixes.astype(jnp.float32)
+    mixed = kernel(plan.copyable(x), *parameters, state, order)
     normed = norm_of_token(last_token(x, segment_ids), scale, bias, eps)
     new_state = state_after(normed, state, segment_ids)
     return tuple(mix.reshape(x.shape) for mix in mixed), new_state
