@@ -13,17 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.matrix_product import COLUMNS, Epilogue, Memory, multiply
-from pallas_kernels.hopper.registers import TILE_LAYOUT
+from pallas_kernels.hopper.registers import TILE_LAYOUT, TRANSFORMS
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import ROWS, keep, load_rows, spread_rows
 from pallas_kernels.hopper.whole_tokens import LOWEST
 
 _WORKERS = 2
-_BUFFERS = 2
-"""Parts of a worker's logits that are on their way to memory at once."""
-
-_TRANSFORMS = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(128))
-"""How 64 x 64 logits lie in shared memory."""
 
 
 class TileStatistics(NamedTuple):
@@ -48,14 +43,18 @@ def statistics_of_product(
     *,
     with_logits: bool,
 ) -> tuple[Float[Array, "M N"] | None, TileStatistics]:
-    """Returns `x @ y`, in float32, and statistics of its rows.
+    """Returns `x @ y`, relative to the largest logit of each tile, and statistics of its rows.
+
+    The differences to the largest logit of a row in a tile of 256 columns are computed in float32,
+    and rounded to float16: the largest logit becomes 0, those that are near it keep most digits,
+    and those that are 65520 below it become -inf.
 
     Args:
       target: the GPU, for which `matrix_product.is_served` is true.
       x: `[M, K]` bfloat16.
       y: `[K, N]` bfloat16.
       targets: int32, of each row one column; others than 0..N-1 are in no tile.
-      with_logits: whether to store the product; else None stands for it.
+      with_logits: whether to store the differences; else None stands for them.
     """
     epilogue = _Statistics(targets, y.shape[1], with_logits)
     name = "logits_and_statistics" if with_logits else "statistics_of_logits"
@@ -75,41 +74,20 @@ class _Statistics(Epilogue):
         self.results = (jax.ShapeDtypeStruct((tiles, rows), jnp.float32),) * 3
         self.scratch_types = {}
         if with_logits:
-            self.results += (jax.ShapeDtypeStruct((rows, columns), jnp.float32),)
-            shape = (_WORKERS, _BUFFERS, TILE, TILE)
-            logits_smem = plgpu.SMEM(shape, jnp.float32, transforms=_TRANSFORMS)
+            self.results += (jax.ShapeDtypeStruct((rows, columns), jnp.float16),)
+            shape = (_WORKERS, TILE, COLUMNS)
+            logits_smem = plgpu.SMEM(shape, jnp.float16, transforms=TRANSFORMS)
             self.scratch_types = {"logits_smem": logits_smem}
 
     def store(
         self, memory: Memory, worker: jax.Array, row: jax.Array, column: jax.Array, sums: jax.Array
     ) -> None:
         rows = pl.ds(row, TILE)
-        # Parts, because there are no registers for more numbers beside the sums.
-        parts = {first: sums[:, first : first + TILE] for first in range(0, COLUMNS, TILE)}
-
-        largest = jnp.float32(LOWEST)
-        for number, (first, logits) in enumerate(parts.items()):
-            if self.with_logits:
-                columns = pl.ds(column + first, TILE)
-                logits_smem = memory.scratch["logits_smem"].at[worker, number % _BUFFERS]
-                plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
-                plgpu.commit_smem()
-                logits_smem[...] = logits
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(logits_smem, memory.results[3].at[rows, columns])
-            largest = jnp.maximum(largest, logits.max(1))
-
-        total = jnp.float32(0)
-        for logits in parts.values():
-            # Not `exp2` of a product and a sum: where logits are huge, that would round.
-            total += jnp.exp(logits - spread_rows(largest)).sum(1)
-
         tile = jax.lax.div(column, jnp.int32(COLUMNS))
         largest_gmem, total_gmem, of_target_gmem, *_ = memory.results
-        largest_gmem[tile, rows] = largest
-        total_gmem[tile, rows] = total
         targets_gmem, has_target_gmem = memory.operands
-        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
+        # Parts, because there are no registers for more numbers beside the sums.
+        parts = {first: sums[:, first : first + TILE] for first in range(0, COLUMNS, TILE)}
 
         def find_target() -> None:
             of_target = jnp.float32(0)
@@ -123,8 +101,32 @@ class _Statistics(Epilogue):
         def find_none() -> None:
             of_target_gmem[tile, rows] = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
 
-        # Where rows have targets all over the vocabulary, most tiles have none.
+        # Where rows have targets all over the vocabulary, most tiles have none. First, because
+        # the logits are not needed any more after the differences.
+        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
         jax.lax.cond(has_target, find_target, find_none)
+
+        largest = jnp.float32(LOWEST)
+        for logits in parts.values():
+            largest = jnp.maximum(largest, logits.max(1))
+
+        if self.with_logits:
+            logits_smem = memory.scratch["logits_smem"].at[worker]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+            plgpu.commit_smem()
+        total = jnp.float32(0)
+        for first, logits in parts.items():
+            # Not `exp2` of a product and a sum: where logits are huge, that would round.
+            difference = logits - spread_rows(largest)
+            if self.with_logits:
+                logits_smem[:, pl.ds(first, TILE)] = difference.astype(jnp.float16)
+            total += jnp.exp(difference).sum(1)
+        if self.with_logits:
+            plgpu.commit_smem()
+            columns = pl.ds(column, COLUMNS)
+            plgpu.copy_smem_to_gmem(logits_smem, memory.results[3].at[rows, columns])
+        largest_gmem[tile, rows] = largest
+        total_gmem[tile, rows] = total
 
 
 __all__ = ["TileStatistics", "statistics_of_product"]

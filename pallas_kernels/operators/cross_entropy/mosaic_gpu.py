@@ -20,6 +20,7 @@ from pallas_kernels.operators.cross_entropy.logits_product import (
 from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
 from pallas_kernels.operators.cross_entropy.statistics import (
     Finder,
+    Logits,
     Statistics,
     find_after_product,
 )
@@ -40,7 +41,7 @@ def _logits_of_parts(
     weight: Float[Array, "C parts vocab"],
     targets: Int[Array, "B T parts"],
 ) -> tuple[jax.Array, ...]:
-    """Returns logits `[B, T, parts, vocab]` float32, and their statistics.
+    """Returns logits of parts of the vocabulary, and their statistics.
 
     Args:
       hidden: tokens of a chunk, bfloat16.
@@ -48,21 +49,42 @@ def _logits_of_parts(
       targets: as in `statistics_of_parts`.
 
     Returns:
-      The logits, then the results of `statistics_of_parts`. But the first part may have what is
-      true of all parts of the device together, and each other one what an empty part has.
+      differences: `[B, T, parts, vocab]` float16, as in `Logits`.
+      bases: `[B, T, parts, tiles]` float32, as in `Logits`; the largest logit of a tile, or of
+        several.
+      statistics: the results of `statistics_of_parts`. But the first part may have what is true of
+        all parts of the device together, and each other one what an empty part has.
     """
+    size = math.gcd(COLUMNS, weight.shape[2])  # a kernel's tile may reach over two parts
     if not _is_served(math.prod(hidden.shape[:2]), weight):
-        by_part = contract("btc,cpv->btpv", hidden, weight)
-        return by_part, *statistics_of_parts(by_part, targets)
-    logits, tiles = _product(hidden, weight, targets, with_logits=True)
-    assert logits is not None
+        logits, *statistics = _logits_in_passes(hidden, weight, targets)
+        by_tile = logits.reshape(*targets.shape, -1, size)
+        bases = by_tile.max(-1)
+        differences = (by_tile - bases[..., None]).astype(jnp.float16)
+        return differences.reshape(logits.shape), bases, *statistics
+    differences, tiles = _product(hidden, weight, targets, with_logits=True)
+    assert differences is not None
     tile = jnp.argmax(tiles.largest, axis=0)  # the first of equal ones
-    by_tile = logits.reshape(len(tile), -1, COLUMNS)
+    by_tile = differences.reshape(len(tile), -1, COLUMNS)
     with_largest = jnp.take_along_axis(by_tile, tile[:, None, None], axis=1)[:, 0]
     first = tile * COLUMNS + jnp.argmax(with_largest, axis=-1)
     largest, total, of_target = _join(tiles)
     statistics = largest, total, first.astype(jnp.float32), of_target
-    return logits.reshape(*targets.shape, -1), *_as_parts(targets.shape, *statistics)
+    return (
+        differences.reshape(*targets.shape, -1),
+        jnp.repeat(tiles.largest.T, COLUMNS // size, axis=1).reshape(*targets.shape, -1),
+        *_as_parts(targets.shape, *statistics),
+    )
+
+
+def _logits_in_passes(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C parts vocab"],
+    targets: Int[Array, "B T parts"],
+) -> tuple[jax.Array, ...]:
+    """Returns logits `[B, T, parts, vocab]` float32, and the results of `statistics_of_parts`."""
+    logits = contract("btc,cpv->btpv", hidden, weight)
+    return logits, *statistics_of_parts(logits, targets)
 
 
 def _losses_of_parts(
@@ -76,7 +98,7 @@ def _losses_of_parts(
 
     def of_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         if not _is_served(math.prod(hidden.shape[:2]), weight):
-            _, largest, total, _, of_target = _logits_of_parts(hidden, weight, targets)
+            _, largest, total, _, of_target = _logits_in_passes(hidden, weight, targets)
             return largest, total, of_target
         _, tiles = _product(hidden, weight, targets, with_logits=False)
         return _as_parts(targets.shape, *_join(tiles))
@@ -143,8 +165,9 @@ _statistics_by_part = partitioned(
     statistics_of_parts,
     Layout(("B T parts vocab", "B T parts"), _STATISTICS, _INDEPENDENT),
 )
+_LOGITS = "B T parts vocab", "B T parts tiles"
 _logits_by_part = partitioned(
-    _logits_of_parts, Layout(_PRODUCT, ("B T parts vocab", *_STATISTICS), _INDEPENDENT)
+    _logits_of_parts, Layout(_PRODUCT, (*_LOGITS, *_STATISTICS), _INDEPENDENT)
 )
 _losses_by_part = partitioned(_losses_of_parts, Layout(_PRODUCT, _STATISTICS[1:], _INDEPENDENT))
 
@@ -188,12 +211,15 @@ def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -
 
 def _logits_and_statistics(
     hidden: Float[Array, "B T C"], weight: Float[Array, "C vocab"], targets: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T vocab"], Statistics]:
-    """Returns logits and their statistics, from one kernel."""
-    vocab = weight.shape[1]
-    arrays = hidden, _parts_of(weight), _in_parts(targets, vocab)
-    logits, *statistics = _logits_by_part(*arrays)
-    return logits.reshape(*targets.shape, vocab), _join_parts(vocab // PARTS, *statistics)
+) -> tuple[Logits, Statistics]:
+    """Returns logits and their statistics, from one kernel if there are enough of them."""
+    vocab, by_part = weight.shape[1], _parts_of(weight)
+    if not _is_served(targets.size, by_part):
+        return _AFTER_PRODUCT.logits(hidden, weight, targets)
+    arrays = hidden, by_part, _in_parts(targets, vocab)
+    differences, bases, *statistics = _logits_by_part(*arrays)
+    logits = Logits(*(x.reshape(*targets.shape, -1) for x in (differences, bases)))
+    return logits, _join_parts(vocab // PARTS, *statistics)
 
 
 def _statistics_of_tokens(
@@ -209,8 +235,8 @@ def _statistics_of_tokens(
     return _join_parts(vocab // PARTS, largest, total, None, of_target)
 
 
-_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_and_statistics)
 _AFTER_PRODUCT = find_after_product(_statistics)
+_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_and_statistics)
 
 
 def _finder(weight: Float[Array, "C vocab"]) -> Finder:
