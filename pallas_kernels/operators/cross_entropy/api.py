@@ -22,7 +22,7 @@ from pallas_kernels.operators.cross_entropy.reference import (
     cross_entropy_sum_reference,
 )
 from pallas_kernels.operators.cross_entropy.statistics import FINDER_XLA
-from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_with
+from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_xla
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 
@@ -33,7 +33,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 SUM_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic_gpu": cross_entropy_sum_mosaic_gpu,
-    "xla": functools.partial(cross_entropy_sum_with, FINDER_XLA),
+    "xla": cross_entropy_sum_xla,
     "reference": cross_entropy_sum_reference,
 }
 
@@ -81,7 +81,8 @@ def cross_entropy(
         targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
-    _check(hidden, weight, targets, l2wrap, chunk_size)
+    _check(hidden, weight, targets, l2wrap)
+    check_positive("chunk_size", chunk_size)
 
     def run(*arrays: jax.Array) -> jax.Array:
         settings = (float(l2wrap), chunk_size)
@@ -98,7 +99,7 @@ def cross_entropy_sum(
     token_weights: Float[Array, "B T"],
     *,
     l2wrap: float = 0.0,
-    chunk_size: int = 4096,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
     """The weighted sum of the cross entropies of all tokens, the loss of a training step:
@@ -119,15 +120,16 @@ def cross_entropy_sum(
         that shall not count.
       l2wrap: as in `cross_entropy`; a token's weight multiplies this part of its gradient, too.
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
-        at trace time. "reference" ignores it.
+        at trace time. None takes 2048, or 8192 where a kernel stores 16 bits for each logit.
+        "reference" ignores it.
       implementation: "xla", which works in chunks and keeps the gradients for the backward, an
         array like `hidden` and one like `weight` in float32; "mosaic_gpu", the same with kernels
         for Hopper GPUs that find the statistics of float32 logits, for a vocabulary in multiples
         of 64; "reference", the definition, with full logits; or None, which chooses. "mosaic_gpu"
         finds statistics in the kernel of the logits' product, for bfloat16, where C is a multiple
         of 64, and the tokens of a chunk and the vocabulary are multiples of 256: without gradients
-        no logits are stored, and for gradients 16 bits of each, its difference to the largest of
-        256. In other calls a kernel passes over them once.
+        no logits are stored, and for gradients 16 bits of each, its exponential relative to the
+        largest one of 256. In other calls a kernel passes over them once.
 
     Returns:
       A scalar, float32 (float64 for float64 inputs), in nats; nan where a target out of range has a
@@ -139,7 +141,9 @@ def cross_entropy_sum(
         targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
-    sizes = _check(hidden, weight, targets, l2wrap, chunk_size)
+    sizes = _check(hidden, weight, targets, l2wrap)
+    if chunk_size is not None:
+        check_positive("chunk_size", chunk_size)
     check_float("token_weights", token_weights, "B T", sizes)
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -152,7 +156,7 @@ def cross_entropy_sum(
     return over_explicit_axes(run, SUM_LAYOUT, hidden, weight, targets, token_weights)
 
 
-def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any, chunk_size: Any) -> dict[str, int]:
+def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any) -> dict[str, int]:
     """Checks the arguments that both operators have; returns axis names to sizes."""
     sizes: dict[str, int] = {}
     check_float("hidden", hidden, "B T C", sizes)
@@ -161,7 +165,6 @@ def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any, chunk_size: Any)
     _check_targets(targets, sizes)
     if not isinstance(l2wrap, (int, float)) or not (math.isfinite(l2wrap) and l2wrap >= 0):
         raise ValueError(f"l2wrap must be a number >= 0 known at trace time, got {l2wrap!r}")
-    check_positive("chunk_size", chunk_size)
     return sizes
 
 

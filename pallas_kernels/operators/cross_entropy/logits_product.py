@@ -1,9 +1,10 @@
-"""Logits and their statistics, or only these, from one kernel on Hopper GPUs.
+"""Exponentials of logits and statistics, or only these, from one kernel on Hopper GPUs.
 
 Each tile of the product of tokens and head gives, for each of its rows, statistics of the logits in
 it. A small second pass joins those of a row's tiles.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,8 +16,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.hopper.matrix_product import COLUMNS, Epilogue, Memory, multiply
 from pallas_kernels.hopper.registers import TILE_LAYOUT, TRANSFORMS
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.hopper.tiles import ROWS, keep, load_rows, spread_rows
+from pallas_kernels.hopper.tiles import LOG2E, ROWS, keep, load_rows, spread_rows
 from pallas_kernels.hopper.whole_tokens import LOWEST
+
+ONE = 2.0**15
+"""The number that `statistics_of_product` stores for an exponential of 1.
+
+With it the float16 numbers have all of their digits down to `exp(-20)`.
+"""
 
 _WORKERS = 2
 
@@ -41,43 +48,43 @@ def statistics_of_product(
     y: Float[Array, "K N"],
     targets: Int[Array, " M"],
     *,
-    with_logits: bool,
+    with_exponentials: bool,
 ) -> tuple[Float[Array, "M N"] | None, TileStatistics]:
-    """Returns `x @ y`, relative to the largest logit of each tile, and statistics of its rows.
+    """Returns exponentials of the logits `x @ y`, and statistics of its rows.
 
-    The differences to the largest logit of a row in a tile of 256 columns are computed in float32,
-    and rounded to float16: the largest logit becomes 0, those that are near it keep most digits,
-    and those that are 65520 below it become -inf.
+    Exponentials are those of differences to the largest logit of a row in a tile of 256 columns,
+    times `ONE`, in float16. All but those of largest logits are negated: exponentials of less than
+    the largest logit may round to `ONE`, too.
 
     Args:
       target: the GPU, for which `matrix_product.is_served` is true.
       x: `[M, K]` bfloat16.
       y: `[K, N]` bfloat16.
       targets: int32, of each row one column; others than 0..N-1 are in no tile.
-      with_logits: whether to store the differences; else None stands for them.
+      with_exponentials: whether to store the exponentials; else None stands for them.
     """
-    epilogue = _Statistics(targets, y.shape[1], with_logits)
-    name = "logits_and_statistics" if with_logits else "statistics_of_logits"
+    epilogue = _Statistics(targets, y.shape[1], with_exponentials)
+    name = "exponentials_of_logits" if with_exponentials else "statistics_of_logits"
     results = multiply(target, x, y, epilogue, name=name)
-    return (results[3] if with_logits else None), TileStatistics(*results[:3])
+    return (results[3] if with_exponentials else None), TileStatistics(*results[:3])
 
 
 class _Statistics(Epilogue):
     """Finds statistics of rows, from sums in float32 that are still in registers."""
 
-    def __init__(self, targets: Int[Array, " M"], columns: int, with_logits: bool):
+    def __init__(self, targets: Int[Array, " M"], columns: int, with_exponentials: bool):
         rows, tiles = len(targets), columns // COLUMNS
-        self.with_logits = with_logits
+        self.with_exponentials = with_exponentials
         tile_of_target = jnp.floor_divide(targets, COLUMNS).reshape(1, -1, TILE)
         has_target = (tile_of_target == jnp.arange(tiles)[:, None, None]).any(-1)
         self.operands = (targets, has_target.astype(jnp.int32))
         self.results = (jax.ShapeDtypeStruct((tiles, rows), jnp.float32),) * 3
         self.scratch_types = {}
-        if with_logits:
+        if with_exponentials:
             self.results += (jax.ShapeDtypeStruct((rows, columns), jnp.float16),)
             shape = (_WORKERS, TILE, COLUMNS)
-            logits_smem = plgpu.SMEM(shape, jnp.float16, transforms=TRANSFORMS)
-            self.scratch_types = {"logits_smem": logits_smem}
+            exponentials_smem = plgpu.SMEM(shape, jnp.float16, transforms=TRANSFORMS)
+            self.scratch_types = {"exponentials_smem": exponentials_smem}
 
     def store(
         self, memory: Memory, worker: jax.Array, row: jax.Array, column: jax.Array, sums: jax.Array
@@ -110,23 +117,25 @@ class _Statistics(Epilogue):
         for logits in parts.values():
             largest = jnp.maximum(largest, logits.max(1))
 
-        if self.with_logits:
-            logits_smem = memory.scratch["logits_smem"].at[worker]
+        if self.with_exponentials:
+            exponentials_smem = memory.scratch["exponentials_smem"].at[worker]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             plgpu.commit_smem()
         total = jnp.float32(0)
         for first, logits in parts.items():
-            # Not `exp2` of a product and a sum: where logits are huge, that would round.
+            # First the difference: where logits are huge, a product with a sum of them would round.
             difference = logits - spread_rows(largest)
-            if self.with_logits:
-                logits_smem[:, pl.ds(first, TILE)] = difference.astype(jnp.float16)
-            total += jnp.exp(difference).sum(1)
-        if self.with_logits:
+            exponential = jnp.exp2(difference * LOG2E + math.log2(ONE))
+            if self.with_exponentials:
+                signed = jnp.where(difference < 0, -exponential, exponential)
+                exponentials_smem[:, pl.ds(first, TILE)] = signed.astype(jnp.float16)
+            total += exponential.sum(1)
+        if self.with_exponentials:
             plgpu.commit_smem()
             columns = pl.ds(column, COLUMNS)
-            plgpu.copy_smem_to_gmem(logits_smem, memory.results[3].at[rows, columns])
+            plgpu.copy_smem_to_gmem(exponentials_smem, memory.results[3].at[rows, columns])
         largest_gmem[tile, rows] = largest
-        total_gmem[tile, rows] = total
+        total_gmem[tile, rows] = total / ONE
 
 
-__all__ = ["TileStatistics", "statistics_of_product"]
+__all__ = ["ONE", "TileStatistics", "statistics_of_product"]

@@ -14,17 +14,18 @@ from pallas_kernels.hopper.whole_tokens import LOWEST
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, in_chunks
 from pallas_kernels.operators.cross_entropy.logits_pass import statistics_of_parts
 from pallas_kernels.operators.cross_entropy.logits_product import (
+    ONE,
     TileStatistics,
     statistics_of_product,
 )
 from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
 from pallas_kernels.operators.cross_entropy.statistics import (
     Finder,
-    Logits,
+    Probabilities,
     Statistics,
     find_after_product,
 )
-from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_with
+from pallas_kernels.operators.cross_entropy.sum import CHUNK_SIZE, cross_entropy_sum_with
 from pallas_kernels.partitioning import partitioned
 from pallas_kernels.precision import contract
 from pallas_kernels.sharding import Layout
@@ -32,16 +33,22 @@ from pallas_kernels.sharding import Layout
 PARTS = 8
 """Parts of the vocabulary, each with statistics of its own, so that devices may divide them."""
 
+_CHUNK_SIZE = 8192
+"""Tokens that have exponentials in float16 at once, where the caller leaves it open.
+
+Each chunk reads and writes the gradient of the head's weight, in float32.
+"""
+
 _TOKENS_AT_ONCE = 2**15
 """Tokens whose losses come from one kernel. It stores statistics of tiles, no logits."""
 
 
-def _logits_of_parts(
+def _exponentials_of_parts(
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C parts vocab"],
     targets: Int[Array, "B T parts"],
 ) -> tuple[jax.Array, ...]:
-    """Returns logits of parts of the vocabulary, and their statistics.
+    """Returns exponentials of logits of parts of the vocabulary, and statistics.
 
     Args:
       hidden: tokens of a chunk, bfloat16.
@@ -49,31 +56,33 @@ def _logits_of_parts(
       targets: as in `statistics_of_parts`.
 
     Returns:
-      differences: `[B, T, parts, vocab]` float16, as in `Logits`.
-      bases: `[B, T, parts, tiles]` float32, as in `Logits`; the largest logit of a tile, or of
-        several.
+      exponentials: `[B, T, parts, vocab]` float16, as in `statistics_of_product`.
+      bases: `[B, T, parts, tiles]` float32; the logit of each tile of the vocabulary that
+        exponentials are relative to.
       statistics: the results of `statistics_of_parts`. But the first part may have what is true of
         all parts of the device together, and each other one what an empty part has.
     """
-    size = math.gcd(COLUMNS, weight.shape[2])  # a kernel's tile may reach over two parts
+    size = math.gcd(COLUMNS, weight.shape[2])  # a tile of the kernel may lie in two parts
     if not _is_served(math.prod(hidden.shape[:2]), weight):
-        logits, *statistics = _logits_in_passes(hidden, weight, targets)
+        logits, *of_parts = _logits_in_passes(hidden, weight, targets)
         by_tile = logits.reshape(*targets.shape, -1, size)
         bases = by_tile.max(-1)
-        differences = (by_tile - bases[..., None]).astype(jnp.float16)
-        return differences.reshape(logits.shape), bases, *statistics
-    differences, tiles = _product(hidden, weight, targets, with_logits=True)
-    assert differences is not None
+        difference = by_tile - bases[..., None]
+        exponentials = ONE * jnp.exp(difference)
+        negated = jnp.where(difference < 0, -exponentials, exponentials)
+        return negated.astype(jnp.float16).reshape(logits.shape), bases, *of_parts
+    signed, tiles = _product(hidden, weight, targets, with_exponentials=True)
+    assert signed is not None
     tile = jnp.argmax(tiles.largest, axis=0)  # the first of equal ones
-    by_tile = differences.reshape(len(tile), -1, COLUMNS)
+    by_tile = signed.reshape(len(tile), -1, COLUMNS)
     with_largest = jnp.take_along_axis(by_tile, tile[:, None, None], axis=1)[:, 0]
     first = tile * COLUMNS + jnp.argmax(with_largest, axis=-1)
     largest, total, of_target = _join(tiles)
-    statistics = largest, total, first.astype(jnp.float32), of_target
+    bases = jnp.repeat(tiles.largest.T, COLUMNS // size, axis=1)
     return (
-        differences.reshape(*targets.shape, -1),
-        jnp.repeat(tiles.largest.T, COLUMNS // size, axis=1).reshape(*targets.shape, -1),
-        *_as_parts(targets.shape, *statistics),
+        signed.reshape(*targets.shape, -1),
+        bases.reshape(*targets.shape, -1),
+        *_as_parts(targets.shape, largest, total, first.astype(jnp.float32), of_target),
     )
 
 
@@ -94,13 +103,16 @@ def _losses_of_parts(
     *,
     chunk_size: int,
 ) -> tuple[jax.Array, ...]:
-    """Returns the statistics of `_logits_of_parts` without `first`; logits of chunks at most."""
+    """Returns the statistics of `_exponentials_of_parts` without `first`.
+
+    It keeps logits of chunks at most.
+    """
 
     def of_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         if not _is_served(math.prod(hidden.shape[:2]), weight):
             _, largest, total, _, of_target = _logits_in_passes(hidden, weight, targets)
             return largest, total, of_target
-        _, tiles = _product(hidden, weight, targets, with_logits=False)
+        _, tiles = _product(hidden, weight, targets, with_exponentials=False)
         return _as_parts(targets.shape, *_join(tiles))
 
     rows, length = hidden.shape[:2]
@@ -120,7 +132,7 @@ def _product(
     weight: Float[Array, "C parts vocab"],
     targets: Int[Array, "B T parts"],
     *,
-    with_logits: bool,
+    with_exponentials: bool,
 ) -> tuple[jax.Array | None, TileStatistics]:
     channels = len(weight)
     return statistics_of_product(
@@ -128,7 +140,7 @@ def _product(
         hidden.reshape(-1, channels),
         weight.reshape(channels, -1),
         targets[..., 0].reshape(-1),  # the first part counts from where all of them begin
-        with_logits=with_logits,
+        with_exponentials=with_exponentials,
     )
 
 
@@ -165,9 +177,9 @@ _statistics_by_part = partitioned(
     statistics_of_parts,
     Layout(("B T parts vocab", "B T parts"), _STATISTICS, _INDEPENDENT),
 )
-_LOGITS = "B T parts vocab", "B T parts tiles"
-_logits_by_part = partitioned(
-    _logits_of_parts, Layout(_PRODUCT, (*_LOGITS, *_STATISTICS), _INDEPENDENT)
+_EXPONENTIALS = "B T parts vocab", "B T parts tiles"
+_exponentials_by_part = partitioned(
+    _exponentials_of_parts, Layout(_PRODUCT, (*_EXPONENTIALS, *_STATISTICS), _INDEPENDENT)
 )
 _losses_by_part = partitioned(_losses_of_parts, Layout(_PRODUCT, _STATISTICS[1:], _INDEPENDENT))
 
@@ -209,17 +221,25 @@ def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -
     return _join_parts(vocab // PARTS, *_statistics_by_part(by_part, _in_parts(targets, vocab)))
 
 
-def _logits_and_statistics(
+def _logits_of_tokens(
     hidden: Float[Array, "B T C"], weight: Float[Array, "C vocab"], targets: Int[Array, "B T"]
-) -> tuple[Logits, Statistics]:
-    """Returns logits and their statistics, from one kernel if there are enough of them."""
+) -> tuple[Probabilities, Statistics]:
+    """Returns probabilities and statistics, from one kernel if there are enough tokens for it."""
     vocab, by_part = weight.shape[1], _parts_of(weight)
     if not _is_served(targets.size, by_part):
         return _AFTER_PRODUCT.logits(hidden, weight, targets)
     arrays = hidden, by_part, _in_parts(targets, vocab)
-    differences, bases, *statistics = _logits_by_part(*arrays)
-    logits = Logits(*(x.reshape(*targets.shape, -1) for x in (differences, bases)))
-    return logits, _join_parts(vocab // PARTS, *statistics)
+    signed, bases, *statistics = _exponentials_by_part(*arrays)
+    signed, bases = (x.reshape(*targets.shape, -1) for x in (signed, bases))
+
+    def probabilities(largest: jax.Array, log_total: jax.Array) -> jax.Array:
+        factors = jnp.exp((bases - largest[..., None]) - log_total[..., None]) / ONE
+        # Without the barrier XLA would compute the factor of a tile for each of its logits.
+        factors = jax.lax.optimization_barrier(factors)
+        exponentials = jnp.abs(signed.astype(factors.dtype))
+        return exponentials * jnp.repeat(factors, vocab // factors.shape[-1], axis=-1)
+
+    return probabilities, _join_parts(vocab // PARTS, *statistics)
 
 
 def _statistics_of_tokens(
@@ -236,7 +256,7 @@ def _statistics_of_tokens(
 
 
 _AFTER_PRODUCT = find_after_product(_statistics)
-_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_and_statistics)
+_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_of_tokens)
 
 
 def _finder(weight: Float[Array, "C vocab"]) -> Finder:
@@ -276,15 +296,20 @@ def cross_entropy_sum_mosaic_gpu(
     targets: Int[Array, "B T"],
     token_weights: Float[Array, "B T"],
     l2wrap: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Float[Array, ""]:
     """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments.
 
     Raises:
       NotServed: for float64, and a vocabulary in no multiple of 64.
     """
+    finder = _finder(weight)
+    if chunk_size is None:
+        count = len(targets) * chunk_length_of(targets.shape, _CHUNK_SIZE)
+        in_float16 = finder is _IN_PRODUCT and _is_served(count, _parts_of(weight))
+        chunk_size = _CHUNK_SIZE if in_float16 else CHUNK_SIZE
     return cross_entropy_sum_with(
-        _finder(weight), hidden, weight, targets, token_weights, l2wrap, chunk_size
+        finder, hidden, weight, targets, token_weights, l2wrap, chunk_size
     )
 
 

@@ -54,7 +54,7 @@ def cross_entropy_reference(
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
     l2wrap: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Float[Array, "B T"]:
     """Computes `pallas_kernels.cross_entropy`, which documents the arguments."""
     del chunk_size
@@ -81,7 +81,7 @@ def cross_entropy_sum_reference(
     targets: Int[Array, "B T"],
     token_weights: Float[Array, "B T"],
     l2wrap: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Float[Array, ""]:
     """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments."""
     losses = cross_entropy_reference(hidden, weight, targets, l2wrap, chunk_size)

@@ -34,21 +34,11 @@ class Statistics(NamedTuple):
         return self.log_total + (self.largest - self.of_target)
 
 
-class Logits(NamedTuple):
-    """Logits of some tokens, as differences to one number for each tile of the vocabulary.
+type Probabilities = Callable[[jax.Array, jax.Array], jax.Array]
+"""From `largest` and `log_total` of tokens to the probabilities `[B, T, vocab]`.
 
-    Attributes:
-      differences: `[B, T, vocab]`, in the dtype of sums or a shorter one.
-      bases: `[B, T, tiles]`, in the dtype of sums; what to add to the differences in each tile.
-    """
-
-    differences: jax.Array
-    bases: jax.Array
-
-    def less(self, numbers: Float[Array, "B T"]) -> Float[Array, "B T vocab"]:
-        """Returns logits less a number for each token. Sums of huge logits would round."""
-        size = self.differences.shape[-1] // self.bases.shape[-1]
-        return self.differences + jnp.repeat(self.bases - numbers[..., None], size, axis=-1)
+They are computed from stored logits, or from what is stored instead of them.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +49,12 @@ class Finder:
       statistics: from hidden `[B, T, C]`, weight `[C, vocab]`, targets `[B, T]` and `chunk_size` to
         the `Statistics` for losses, without `first`. It keeps the logits of as many tokens at once
         as `chunk_size` allows, or none.
-      logits: from hidden, weight and targets of a chunk of tokens to the logits, and their
-        `Statistics`.
+      logits: from hidden, weight and targets of a chunk of tokens to the `Probabilities` of these
+        tokens, and their `Statistics`.
     """
 
     statistics: Callable[[jax.Array, jax.Array, jax.Array, int], Statistics]
-    logits: Callable[[jax.Array, jax.Array, jax.Array], tuple[Logits, Statistics]]
+    logits: Callable[[jax.Array, jax.Array, jax.Array], tuple[Probabilities, Statistics]]
 
 
 def find_after_product(
@@ -78,10 +68,15 @@ def find_after_product(
 
     def logits_of(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array
-    ) -> tuple[Logits, Statistics]:
+    ) -> tuple[Probabilities, Statistics]:
         logits = contract("blc,cv->blv", hidden, weight)
-        in_one_tile = Logits(logits, jnp.zeros_like(logits[..., :1]))
-        return in_one_tile, statistics_of(logits, targets)
+
+        def probabilities(largest: jax.Array, log_total: jax.Array) -> jax.Array:
+            # One after the other: rounded as one number, they would hide differences of huge
+            # logits.
+            return jnp.exp((logits - largest[..., None]) - log_total[..., None])
+
+        return probabilities, statistics_of(logits, targets)
 
     def statistics(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk_size: int
@@ -113,25 +108,22 @@ def nan_out_of_range(statistics: Statistics, targets: Int[Array, "B T"], vocab: 
 
 
 def gradients_of_logits(
-    logits: Logits, targets: Int[Array, "B T"], statistics: Statistics, l2wrap: float
+    probabilities: Probabilities, targets: Int[Array, "B T"], statistics: Statistics, l2wrap: float
 ) -> Float[Array, "B T vocab"]:
     """Returns the gradients of the losses, for logits."""
-    less_largest = logits.less(statistics.largest)
-    token = token_of(less_largest)
-    largest, log_total, first, targets = (
-        x[..., None] for x in (statistics.largest, statistics.log_total, statistics.first, targets)
-    )
-    # One after the other: rounded as one number, they would hide differences of huge logits.
-    dlogits = jnp.exp(less_largest - log_total) - (token == targets)
+    dlogits = probabilities(statistics.largest, statistics.log_total)
+    token = token_of(dlogits)
+    dlogits -= token == targets[..., None]
     if l2wrap:
-        dlogits += jnp.where(token == first, l2wrap * largest, 0)
+        pull = l2wrap * statistics.largest[..., None]
+        dlogits += jnp.where(token == statistics.first[..., None], pull, 0)
     return dlogits
 
 
 __all__ = [
     "FINDER_XLA",
     "Finder",
-    "Logits",
+    "Probabilities",
     "Statistics",
     "find_after_product",
     "gradients_of_logits",

@@ -13,11 +13,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
 from pallas_kernels.operators.cross_entropy.reference import weighted_sum
 from pallas_kernels.operators.cross_entropy.statistics import (
+    FINDER_XLA,
     Finder,
     gradients_of_logits,
     nan_out_of_range,
 )
 from pallas_kernels.precision import accumulation_dtype, contract
+
+CHUNK_SIZE = 2048
+"""Tokens that have logits in float32 at once, where the caller leaves it open."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +77,9 @@ def _forward(
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
-        logits, statistics = finder.logits(hidden, weight, targets)
+        probabilities, statistics = finder.logits(hidden, weight, targets)
         statistics = nan_out_of_range(statistics, targets, weight.shape[1])
-        dlogits = gradients_of_logits(logits, targets, statistics, l2wrap)
+        dlogits = gradients_of_logits(probabilities, targets, statistics, l2wrap)
         dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
         dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
         shared = jnp.where(shares == 0, 0, hidden * shares).astype(hidden.dtype)
@@ -120,4 +124,18 @@ The first argument says how statistics of logits are found.
 cross_entropy_sum_with.defvjp(_forward, _backward)
 
 
-__all__ = ["cross_entropy_sum_with"]
+def cross_entropy_sum_xla(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int | None,
+) -> Float[Array, ""]:
+    """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments."""
+    return cross_entropy_sum_with(
+        FINDER_XLA, hidden, weight, targets, token_weights, l2wrap, chunk_size or CHUNK_SIZE
+    )
+
+
+__all__ = ["CHUNK_SIZE", "cross_entropy_sum_with", "cross_entropy_sum_xla"]
