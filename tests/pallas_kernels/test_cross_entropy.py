@@ -192,7 +192,7 @@ def judge_finder(hidden, weight, targets, chunk_size):
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def run(finder, hidden, weight, targets, l2wrap):
-        probabilities, statistics = finder.logits(hidden, weight, targets)
+        probabilities, statistics = finder.probabilities(hidden, weight, targets)
         return gradients_of_logits(probabilities, targets, statistics, l2wrap), statistics
 
     expected = statistics_xla(contract("btc,cv->btv", hidden, weight), targets)
@@ -219,6 +219,26 @@ def test_interpreted_statistics_from_the_product(size):
     targets[0, :6] = 0, 255, 256, 511, -1, 512
     with compile_for(Target(multiprocessors=1, interpret=True)):
         judge_finder(hidden, weight, jnp.asarray(targets), chunk_size=64)
+
+
+# A kernel multiplies 256 tokens, XLA 250. Eight parts of 768 columns end within tiles of 256.
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [128, 125])
+def test_interpreted_exponentials_of_parts(tokens):
+    hidden, weight = tied_inputs(768, (2, tokens), 1)
+    targets = jnp.zeros((2, tokens, 8), jnp.int32)
+    parts = weight.reshape(64, 8, 96)
+    with compile_for(Target(multiprocessors=1, interpret=True)):
+        results = jax.jit(cross_entropy_kernels._exponentials_of_parts)(hidden, parts, targets)
+    signed, bases = (np.asarray(x, float) for x in results[:2])
+    assert results[0].dtype == jnp.float16
+    logits = np.asarray(hidden, float) @ np.asarray(weight, float)
+    by_tile, signed = (x.reshape(2, tokens, 24, 32) for x in (logits, signed))
+    difference = by_tile - bases.reshape(2, tokens, 24, 1)
+    np.testing.assert_allclose(abs(signed), ONE * np.exp(difference), rtol=6e-4, atol=4e-8)
+    np.testing.assert_array_equal(signed > 0, difference == 0)
 
 
 @pytest.mark.parametrize("vocab", [64, 65536, 128256])
@@ -336,7 +356,8 @@ def test_the_sum_on_the_gpu(vocab, shape, channels):
         expected, expected_gradients = of("xla")
         assert_close(value, np.asarray(expected, float), 1e-6, "losses")
         for name, gradient in gradients.items():
-            assert_close(gradient, np.asarray(expected_gradients[name], float), 1e-4, name)
+            # Where they are rounded to bfloat16, close numbers may come to lie one step apart.
+            assert_close(gradient, np.asarray(expected_gradients[name], float), 5e-4, name)
 
 
 @pytest.mark.gpu

@@ -63,7 +63,7 @@ def _backward(
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, largest, log_total, dlosses = chunk
-        probabilities, statistics = finder.logits(hidden, weight, targets)
+        probabilities, statistics = finder.probabilities(hidden, weight, targets)
         statistics = statistics._replace(largest=largest, log_total=log_total)
         dlogits = gradients_of_logits(probabilities, targets, statistics, l2wrap)  # for dlosses = 1
         # The gradients of a mean over many tokens are small. Multiplied here, before the rounding,

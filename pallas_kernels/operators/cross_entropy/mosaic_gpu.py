@@ -221,13 +221,13 @@ def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -
     return _join_parts(vocab // PARTS, *_statistics_by_part(by_part, _in_parts(targets, vocab)))
 
 
-def _logits_of_tokens(
+def _probabilities_of_tokens(
     hidden: Float[Array, "B T C"], weight: Float[Array, "C vocab"], targets: Int[Array, "B T"]
 ) -> tuple[Probabilities, Statistics]:
     """Returns probabilities and statistics, from one kernel if there are enough tokens for it."""
     vocab, by_part = weight.shape[1], _parts_of(weight)
     if not _is_served(targets.size, by_part):
-        return _AFTER_PRODUCT.logits(hidden, weight, targets)
+        return _AFTER_PRODUCT.probabilities(hidden, weight, targets)
     arrays = hidden, by_part, _in_parts(targets, vocab)
     signed, bases, *statistics = _exponentials_by_part(*arrays)
     signed, bases = (x.reshape(*targets.shape, -1) for x in (signed, bases))
@@ -256,7 +256,7 @@ def _statistics_of_tokens(
 
 
 _AFTER_PRODUCT = find_after_product(_statistics)
-_IN_PRODUCT = Finder(_statistics_of_tokens, _logits_of_tokens)
+_IN_PRODUCT = Finder(_statistics_of_tokens, _probabilities_of_tokens)
 
 
 def _finder(weight: Float[Array, "C vocab"]) -> Finder:

@@ -49,12 +49,12 @@ class Finder:
       statistics: from hidden `[B, T, C]`, weight `[C, vocab]`, targets `[B, T]` and `chunk_size` to
         the `Statistics` for losses, without `first`. It keeps the logits of as many tokens at once
         as `chunk_size` allows, or none.
-      logits: from hidden, weight and targets of a chunk of tokens to the `Probabilities` of these
-        tokens, and their `Statistics`.
+      probabilities: from hidden, weight and targets of a chunk of tokens to the `Probabilities` of
+        these tokens, and their `Statistics`.
     """
 
     statistics: Callable[[jax.Array, jax.Array, jax.Array, int], Statistics]
-    logits: Callable[[jax.Array, jax.Array, jax.Array], tuple[Probabilities, Statistics]]
+    probabilities: Callable[[jax.Array, jax.Array, jax.Array], tuple[Probabilities, Statistics]]
 
 
 def find_after_product(
@@ -66,7 +66,7 @@ def find_after_product(
       statistics_of: from logits `[B, L, vocab]` and targets `[B, L]`.
     """
 
-    def logits_of(
+    def probabilities_of(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array
     ) -> tuple[Probabilities, Statistics]:
         logits = contract("blc,cv->blv", hidden, weight)
@@ -82,11 +82,11 @@ def find_after_product(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk_size: int
     ) -> Statistics:
         def of_chunk(hidden: jax.Array, targets: jax.Array) -> Statistics:
-            return logits_of(hidden, weight, targets)[1]._replace(first=None)
+            return probabilities_of(hidden, weight, targets)[1]._replace(first=None)
 
         return in_chunks(of_chunk, chunk_size, hidden, targets)
 
-    return Finder(statistics, logits_of)
+    return Finder(statistics, probabilities_of)
 
 
 def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:

@@ -77,7 +77,7 @@ def _forward(
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
-        probabilities, statistics = finder.logits(hidden, weight, targets)
+        probabilities, statistics = finder.probabilities(hidden, weight, targets)
         statistics = nan_out_of_range(statistics, targets, weight.shape[1])
         dlogits = gradients_of_logits(probabilities, targets, statistics, l2wrap)
         dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
