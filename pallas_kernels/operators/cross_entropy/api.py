@@ -1,6 +1,5 @@
 """The public cross entropy operators: of each token, and their weighted sum."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
+from pallas_kernels.operators.cross_entropy.losses import cross_entropy_xla
 from pallas_kernels.operators.cross_entropy.mosaic_gpu import (
     cross_entropy_mosaic_gpu,
     cross_entropy_sum_mosaic_gpu,
@@ -21,14 +20,13 @@ from pallas_kernels.operators.cross_entropy.reference import (
     cross_entropy_reference,
     cross_entropy_sum_reference,
 )
-from pallas_kernels.operators.cross_entropy.statistics import FINDER_XLA
 from pallas_kernels.operators.cross_entropy.sum import cross_entropy_sum_xla
 from pallas_kernels.sharding import over_explicit_axes, vary_alike
 from pallas_kernels.validation import check_float, check_int, check_positive, check_same_dtype
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic_gpu": cross_entropy_mosaic_gpu,
-    "xla": functools.partial(cross_entropy_with, FINDER_XLA),
+    "xla": cross_entropy_xla,
     "reference": cross_entropy_reference,
 }
 SUM_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -44,7 +42,7 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     *,
     l2wrap: float = 0.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T"]:
     """The cross entropy of every token under a language model's head, without its full logits:
@@ -66,7 +64,8 @@ def cross_entropy(
         towards zero; the loss itself stays as it is. With 1e-4 and the mean over all tokens this
         is the `L2Wrap` of the official training code.
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
-        at trace time. "reference" ignores it.
+        at trace time. None takes 1024, or 8192 where a kernel stores 16 bits for each logit.
+        "reference" ignores it.
       implementation: "xla", which works in chunks and keeps its inputs and two numbers for each
         token for the backward; "mosaic_gpu", the same with the kernels of `cross_entropy_sum`, for
         a vocabulary in multiples of 64; "reference", the definition, with full logits; or None,
@@ -81,8 +80,7 @@ def cross_entropy(
         targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
-    _check(hidden, weight, targets, l2wrap)
-    check_positive("chunk_size", chunk_size)
+    _check(hidden, weight, targets, l2wrap, chunk_size)
 
     def run(*arrays: jax.Array) -> jax.Array:
         settings = (float(l2wrap), chunk_size)
@@ -141,9 +139,7 @@ def cross_entropy_sum(
         targets out of range where their values are known, which is not so under jit.
       TypeError: for wrong dtypes.
     """
-    sizes = _check(hidden, weight, targets, l2wrap)
-    if chunk_size is not None:
-        check_positive("chunk_size", chunk_size)
+    sizes = _check(hidden, weight, targets, l2wrap, chunk_size)
     check_float("token_weights", token_weights, "B T", sizes)
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -156,7 +152,7 @@ def cross_entropy_sum(
     return over_explicit_axes(run, SUM_LAYOUT, hidden, weight, targets, token_weights)
 
 
-def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any) -> dict[str, int]:
+def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any, chunk_size: Any) -> dict[str, int]:
     """Checks the arguments that both operators have; returns axis names to sizes."""
     sizes: dict[str, int] = {}
     check_float("hidden", hidden, "B T C", sizes)
@@ -165,6 +161,8 @@ def _check(hidden: Any, weight: Any, targets: Any, l2wrap: Any) -> dict[str, int
     _check_targets(targets, sizes)
     if not isinstance(l2wrap, (int, float)) or not (math.isfinite(l2wrap) and l2wrap >= 0):
         raise ValueError(f"l2wrap must be a number >= 0 known at trace time, got {l2wrap!r}")
+    if chunk_size is not None:
+        check_positive("chunk_size", chunk_size)
     return sizes
 
 

@@ -8,11 +8,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join, split
 from pallas_kernels.operators.cross_entropy.statistics import (
+    FINDER_XLA,
     Finder,
     gradients_of_logits,
     nan_out_of_range,
 )
 from pallas_kernels.precision import accumulation_dtype, contract
+
+CHUNK_SIZE_OF_LOSSES = 1024
+"""Tokens that have logits in float32 at once, where the caller leaves it open."""
 
 
 @jax.tree_util.register_dataclass
@@ -102,4 +106,16 @@ The first argument says how statistics of logits are found.
 cross_entropy_with.defvjp(_forward, _backward)
 
 
-__all__ = ["cross_entropy_with"]
+def cross_entropy_xla(
+    hidden: Float[Array, "B T C"],
+    weight: Float[Array, "C vocab"],
+    targets: Int[Array, "B T"],
+    l2wrap: float,
+    chunk_size: int | None,
+) -> Float[Array, "B T"]:
+    """Computes `pallas_kernels.cross_entropy`, which documents the arguments."""
+    chunk_size = chunk_size or CHUNK_SIZE_OF_LOSSES
+    return cross_entropy_with(FINDER_XLA, hidden, weight, targets, l2wrap, chunk_size)
+
+
+__all__ = ["CHUNK_SIZE_OF_LOSSES", "cross_entropy_with", "cross_entropy_xla"]

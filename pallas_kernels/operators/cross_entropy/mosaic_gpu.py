@@ -18,14 +18,17 @@ from pallas_kernels.operators.cross_entropy.logits_product import (
     TileStatistics,
     statistics_of_product,
 )
-from pallas_kernels.operators.cross_entropy.losses import cross_entropy_with
+from pallas_kernels.operators.cross_entropy.losses import (
+    CHUNK_SIZE_OF_LOSSES,
+    cross_entropy_with,
+)
 from pallas_kernels.operators.cross_entropy.statistics import (
     Finder,
     Probabilities,
     Statistics,
     find_after_product,
 )
-from pallas_kernels.operators.cross_entropy.sum import CHUNK_SIZE, cross_entropy_sum_with
+from pallas_kernels.operators.cross_entropy.sum import CHUNK_SIZE_OF_SUM, cross_entropy_sum_with
 from pallas_kernels.partitioning import partitioned
 from pallas_kernels.precision import contract
 from pallas_kernels.sharding import Layout
@@ -275,19 +278,37 @@ def _finder(weight: Float[Array, "C vocab"]) -> Finder:
     return _IN_PRODUCT if in_tiles else _AFTER_PRODUCT
 
 
+def _chunk_size(
+    finder: Finder, weight: Float[Array, "C vocab"], targets: Int[Array, "B T"], in_float32: int
+) -> int:
+    """Returns how many tokens of a chunk have logits at once.
+
+    Args:
+      finder: of `weight`.
+      weight: of the head.
+      targets: of all tokens.
+      in_float32: how many if logits are stored in float32.
+    """
+    count = len(targets) * chunk_length_of(targets.shape, _CHUNK_SIZE)
+    served = finder is _IN_PRODUCT and _is_served(count, _parts_of(weight))
+    return _CHUNK_SIZE if served else in_float32
+
+
 def cross_entropy_mosaic_gpu(
     hidden: Float[Array, "B T C"],
     weight: Float[Array, "C vocab"],
     targets: Int[Array, "B T"],
     l2wrap: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Float[Array, "B T"]:
     """Computes `pallas_kernels.cross_entropy`, which documents the arguments.
 
     Raises:
       NotServed: for float64, and a vocabulary in no multiple of 64.
     """
-    return cross_entropy_with(_finder(weight), hidden, weight, targets, l2wrap, chunk_size)
+    finder = _finder(weight)
+    chunk_size = chunk_size or _chunk_size(finder, weight, targets, CHUNK_SIZE_OF_LOSSES)
+    return cross_entropy_with(finder, hidden, weight, targets, l2wrap, chunk_size)
 
 
 def cross_entropy_sum_mosaic_gpu(
@@ -304,10 +325,7 @@ def cross_entropy_sum_mosaic_gpu(
       NotServed: for float64, and a vocabulary in no multiple of 64.
     """
     finder = _finder(weight)
-    if chunk_size is None:
-        count = len(targets) * chunk_length_of(targets.shape, _CHUNK_SIZE)
-        in_float16 = finder is _IN_PRODUCT and _is_served(count, _parts_of(weight))
-        chunk_size = _CHUNK_SIZE if in_float16 else CHUNK_SIZE
+    chunk_size = chunk_size or _chunk_size(finder, weight, targets, CHUNK_SIZE_OF_SUM)
     return cross_entropy_sum_with(
         finder, hidden, weight, targets, token_weights, l2wrap, chunk_size
     )

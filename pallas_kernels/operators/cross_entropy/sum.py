@@ -20,7 +20,7 @@ from pallas_kernels.operators.cross_entropy.statistics import (
 )
 from pallas_kernels.precision import accumulation_dtype, contract
 
-CHUNK_SIZE = 2048
+CHUNK_SIZE_OF_SUM = 2048
 """Tokens that have logits in float32 at once, where the caller leaves it open."""
 
 
@@ -134,8 +134,8 @@ def cross_entropy_sum_xla(
 ) -> Float[Array, ""]:
     """Computes `pallas_kernels.cross_entropy_sum`, which documents the arguments."""
     return cross_entropy_sum_with(
-        FINDER_XLA, hidden, weight, targets, token_weights, l2wrap, chunk_size or CHUNK_SIZE
+        FINDER_XLA, hidden, weight, targets, token_weights, l2wrap, chunk_size or CHUNK_SIZE_OF_SUM
     )
 
 
-__all__ = ["CHUNK_SIZE", "cross_entropy_sum_with", "cross_entropy_sum_xla"]
+__all__ = ["CHUNK_SIZE_OF_SUM", "cross_entropy_sum_with", "cross_entropy_sum_xla"]
