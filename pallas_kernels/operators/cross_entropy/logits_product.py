@@ -93,8 +93,14 @@ class _Statistics(Epilogue):
         tile = jax.lax.div(column, jnp.int32(COLUMNS))
         largest_gmem, total_gmem, of_target_gmem, *_ = memory.results
         targets_gmem, has_target_gmem = memory.operands
+        # Long before it is needed, because it takes a while to arrive.
+        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
         # Parts, because there are no registers for more numbers beside the sums.
         parts = {first: sums[:, first : first + TILE] for first in range(0, COLUMNS, TILE)}
+
+        largest = jnp.float32(LOWEST)
+        for logits in parts.values():
+            largest = jnp.maximum(largest, logits.max(1))
 
         def find_target() -> None:
             of_target = jnp.float32(0)
@@ -108,14 +114,9 @@ class _Statistics(Epilogue):
         def find_none() -> None:
             of_target_gmem[tile, rows] = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
 
-        # Where rows have targets all over the vocabulary, most tiles have none. First, because
-        # the logits are not needed any more after the differences.
-        has_target = has_target_gmem[tile, jax.lax.div(row, jnp.int32(TILE))] > 0
+        # Where rows have targets all over the vocabulary, most tiles have none. Before differences
+        # take the place of logits: there are no registers for both.
         jax.lax.cond(has_target, find_target, find_none)
-
-        largest = jnp.float32(LOWEST)
-        for logits in parts.values():
-            largest = jnp.maximum(largest, logits.max(1))
 
         if self.with_exponentials:
             exponentials_smem = memory.scratch["exponentials_smem"].at[worker]
