@@ -113,7 +113,9 @@ def gradients_of_logits(
     """Returns the gradients of the losses, for logits."""
     dlogits = probabilities(statistics.largest, statistics.log_total)
     token = token_of(dlogits)
-    dlogits -= token == targets[..., None]
+    # Without the barrier XLA would look for it among those of all chunks, for each logit again.
+    target = jax.lax.optimization_barrier(targets)[..., None]
+    dlogits -= token == target
     if l2wrap:
         pull = l2wrap * statistics.largest[..., None]
         dlogits += jnp.where(token == statistics.first[..., None], pull, 0)
