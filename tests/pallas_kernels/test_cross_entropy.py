@@ -241,6 +241,23 @@ def test_interpreted_exponentials_of_parts(tokens):
     np.testing.assert_array_equal(signed > 0, difference == 0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "chunk_size"),
+    [
+        ((8, 4096), 65536, 8192),
+        ((16, 512), 65536, 4096),  # never all logits at once
+        ((2, 256), 65536, 2048),
+        ((8, 4096), 64, 2048),  # logits in float32
+    ],
+)
+def test_chunks_are_longer_where_numbers_are_shorter(tokens, vocab, chunk_size):
+    weight, targets = jnp.zeros((64, vocab), jnp.bfloat16), jnp.zeros(tokens, jnp.int32)
+    with compile_for(Target()):
+        finder = cross_entropy_kernels._finder(weight)
+        chosen = cross_entropy_kernels._chunk_size(finder, weight, targets, in_float32=2048)
+    assert chosen == chunk_size
+
+
 @pytest.mark.parametrize("vocab", [64, 65536, 128256])
 def test_the_sum_compiles_for_cuda(vocab):
     shapes = {"hidden": (2, 9, 64), "weight": (64, vocab)}

@@ -64,7 +64,7 @@ def cross_entropy(
         towards zero; the loss itself stays as it is. With 1e-4 and the mean over all tokens this
         is the `L2Wrap` of the official training code.
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
-        at trace time. None takes 1024, or 8192 where a kernel stores 16 bits for each logit.
+        at trace time. None takes 1024, or up to 8192 where a kernel stores 16 bits for each logit.
         "reference" ignores it.
       implementation: "xla", which works in chunks and keeps its inputs and two numbers for each
         token for the backward; "mosaic_gpu", the same with the kernels of `cross_entropy_sum`, for
@@ -118,7 +118,7 @@ def cross_entropy_sum(
         that shall not count.
       l2wrap: as in `cross_entropy`; a token's weight multiplies this part of its gradient, too.
       chunk_size: how many tokens have logits at once, at most, but at least one of each row; known
-        at trace time. None takes 2048, or 8192 where a kernel stores 16 bits for each logit.
+        at trace time. None takes 2048, or up to 8192 where a kernel stores 16 bits for each logit.
         "reference" ignores it.
       implementation: "xla", which works in chunks and keeps the gradients for the backward, an
         array like `hidden` and one like `weight` in float32; "mosaic_gpu", the same with kernels

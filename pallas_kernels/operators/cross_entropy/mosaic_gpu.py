@@ -289,9 +289,11 @@ def _chunk_size(
       targets: of all tokens.
       in_float32: how many if logits are stored in float32.
     """
-    count = len(targets) * chunk_length_of(targets.shape, _CHUNK_SIZE)
+    # Of few tokens, half: there is no need for all logits at once.
+    in_float16 = min(_CHUNK_SIZE, max(in_float32, targets.size // 2))
+    count = len(targets) * chunk_length_of(targets.shape, in_float16)
     served = finder is _IN_PRODUCT and _is_served(count, _parts_of(weight))
-    return _CHUNK_SIZE if served else in_float32
+    return in_float16 if served else in_float32
 
 
 def cross_entropy_mosaic_gpu(
