@@ -366,13 +366,13 @@ class _Gradients:
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
         k, b = (load32(x) * since for x in (t.k, t.b))
-        rounded = narrow(k), narrow(b)
+        rounded, split = (narrow(k), narrow(b)), None
+        if self.splits_k():
+            along_b = _multiple(*rounded)
+            split = Split(along_b, narrow(k - spread_rows(along_b) * b))
         store(*zip((t.k, t.b), rounded, strict=True))
         plgpu.barrier_arrive(self.barriers.decayed)
-        if not self.splits_k():
-            return None
-        along_b = _multiple(*rounded)
-        return Split(along_b, narrow(k - spread_rows(along_b) * b))
+        return split
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
