@@ -113,40 +113,17 @@ class Tiles:
         Returns:
           The carry after the last tile.
         """
-        return jax.lax.fori_loop(0, self._turns(), lambda i, x: work(*self._place(i), x), carry)
+        split = jax.lax.axis_index("split")
+        total = self.rows * self.tiles_per_row
+        count = jax.lax.div(total - 1 - split, jnp.int32(self.splits)) + 1
 
-    def for_each_ahead[Loaded](
-        self,
-        load: Callable[[jax.Array, jax.Array], Loaded],
-        work: Callable[[jax.Array, jax.Array, Loaded], None],
-    ) -> None:
-        """Calls a function for each tile of this block; loads each before the work on the last one.
+        def step(i, carry):
+            row, tile = divide(split + i * self.splits, self.tiles_per_row)
+            tokens = tile * self.height + self._row_numbers()
+            positions = jnp.where(tokens < self.tokens, tokens, jnp.full_like(tokens, NONE))
+            return work(row, positions, carry)
 
-        Args:
-          load: from the row of the batch and the `positions` of the tile, to what `work` gets. It
-            is called twice for the last tile.
-          work: gets row, positions and what `load` has returned for them.
-        """
-        turns = self._turns()
-
-        def step(i, loaded):
-            # The last tile is loaded twice. Positions of no tile would take registers.
-            following = load(*self._place(jnp.minimum(i + 1, turns - 1)))
-            work(*self._place(i), loaded)
-            return following
-
-        jax.lax.fori_loop(0, turns, step, load(*self._place(jnp.int32(0))))
-
-    def _turns(self) -> jax.Array:
-        """Returns the number of tiles of this block."""
-        last = self.rows * self.tiles_per_row - 1 - jax.lax.axis_index("split")
-        return jax.lax.div(last, jnp.int32(self.splits)) + 1
-
-    def _place(self, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns row and positions of a tile of this block."""
-        row, tile = divide(jax.lax.axis_index("split") + turn * self.splits, self.tiles_per_row)
-        tokens = tile * self.height + self._row_numbers()
-        return row, jnp.where(tokens < self.tokens, tokens, jnp.full_like(tokens, NONE))
+        return jax.lax.fori_loop(0, count, step, carry)
 
     def _row_numbers(self) -> jax.Array:
         layout = self.layout.reduce(1)
@@ -220,45 +197,20 @@ def load(x_gmem: Any, positions: jax.Array, before_gmem: Any | None = None) -> j
     Returns:
       A float32 tile.
     """
+    check_bfloat16(x_gmem)
     if is_interpreted():
-        return widen(load_narrow(x_gmem, positions, before_gmem))
-    return _load_on_gpu(jnp.float32, x_gmem, positions, before_gmem)
-
-
-def load_narrow(x_gmem: Any, positions: jax.Array, before_gmem: Any | None = None) -> jax.Array:
-    """Loads tokens as `load` does, but as a bfloat16 tile, for `widen`.
-
-    It takes half as many registers, for a tile that is loaded ahead.
-    """
-    if not is_interpreted():
-        return _load_on_gpu(jnp.bfloat16, x_gmem, positions, before_gmem)
-    check_bfloat16(x_gmem)
-    value = _take(x_gmem, positions)
-    if before_gmem is None:
-        return value
-    return jnp.where((positions == BEFORE)[:, None], before_gmem[...][None], value)
-
-
-def _load_on_gpu(
-    dtype: Any, x_gmem: Any, positions: jax.Array, before_gmem: Any | None
-) -> jax.Array:
-    check_bfloat16(x_gmem)
+        value = _take(x_gmem, positions)
+        if before_gmem is None:
+            return value
+        before = before_gmem[...].astype(jnp.float32)[None]
+        return jnp.where((positions == BEFORE)[:, None], before, value)
     width = x_gmem.shape[-1]
     refs = (x_gmem,) if before_gmem is None else (x_gmem, before_gmem)
     inline = plgpu.inline_mgpu(
         arg_types=((plgpu.RefType(),) * len(refs), _layout(width).reduce(1)),
-        return_type=_tile_type(width, dtype),
+        return_type=_tile_type(width),
     )
-    return inline(functools.partial(_load, dtype=dtype, width=width))(refs, positions)
-
-
-def widen(tile: jax.Array) -> jax.Array:
-    """Converts a bfloat16 tile to float32."""
-    if is_interpreted():
-        return tile.astype(jnp.float32)
-    width = tile.shape[1]
-    inline = plgpu.inline_mgpu(arg_types=(_layout(width),), return_type=_tile_type(width))
-    return inline(_widen)(tile)
+    return inline(functools.partial(_load, width=width))(refs, positions)
 
 
 def load_positions(positions_gmem: Any, positions: jax.Array, width: int) -> jax.Array:
@@ -330,14 +282,14 @@ def _layout(width: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _tile_type(width: int, dtype: Any = jnp.float32) -> plgpu.ShapeDtypeStruct:
+def _tile_type(width: int) -> plgpu.ShapeDtypeStruct:
     height = _WARPS * _LANES * VECTOR // width
-    return plgpu.ShapeDtypeStruct((height, width), dtype, layout=_layout(width))
+    return plgpu.ShapeDtypeStruct((height, width), jnp.float32, layout=_layout(width))
 
 
 def _take(x_gmem: Any, positions: jax.Array) -> jax.Array:
-    taken = jnp.take(x_gmem[...], jnp.maximum(positions, 0), axis=0)
-    return jnp.where((positions < 0)[:, None], jnp.zeros_like(taken), taken)
+    taken = jnp.take(x_gmem[...], jnp.maximum(positions, 0), axis=0).astype(jnp.float32)
+    return jnp.where((positions < 0)[:, None], 0, taken)
 
 
 def _store_row(x_gmem: Any, position: jax.Array, row: jax.Array) -> None:
@@ -352,13 +304,9 @@ def _store_row(x_gmem: Any, position: jax.Array, row: jax.Array) -> None:
 
 def _tile(values: Sequence[Any], width: int) -> Any:
     """Makes a tile of the eight float32 numbers of each thread."""
-    return _tile_of_register(make_vector(values), width)
-
-
-def _tile_of_register(register: Any, width: int) -> Any:
     layout = _layout(width).to_mgpu()
     shape = layout.registers_shape((_WARPS * _LANES * VECTOR // width, width))
-    registers = np.array([register], dtype=object).reshape(shape)
+    registers = np.array([make_vector(values)], dtype=object).reshape(shape)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
@@ -386,7 +334,7 @@ def _pointer(ref: Any, position: Any | None, width: int, first: int = 0) -> Any:
     return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)
 
 
-def _load(_: Any, refs: Sequence[Any], positions: Any, dtype: Any, width: int) -> Any:
+def _load(_: Any, refs: Sequence[Any], positions: Any, width: int) -> Any:
     position = _position(positions)
     pointer = _pointer(refs[0], position, width)
     exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
@@ -394,21 +342,8 @@ def _load(_: Any, refs: Sequence[Any], positions: Any, dtype: Any, width: int) -
         is_before = arith.cmpi(arith.CmpIPredicate.eq, position, integer(BEFORE))
         pointer = arith.select(is_before, _pointer(refs[1], None, width), pointer)
         exists = arith.ori(exists, is_before)
-    loaded = load_if(exists, pointer)
-    if dtype == jnp.float32:
-        return _tile([value for word in loaded for value in widen_bits(word)], width)
-    words = llvm.mlir_undef(ir.VectorType.get((VECTOR // 2,), integer(0).type))
-    for i, word in enumerate(loaded):
-        words = llvm.insertelement(words, word, position=integer(i))
-    numbers = ir.VectorType.get((VECTOR,), ir.BF16Type.get())
-    return _tile_of_register(llvm.bitcast(numbers, words), width)
-
-
-def _widen(_: Any, tile: Any) -> Any:
-    (register,) = tile.registers.flat
-    words = llvm.bitcast(ir.VectorType.get((VECTOR // 2,), integer(0).type), register)
-    words = [llvm.extractelement(words, position=integer(i)) for i in range(VECTOR // 2)]
-    return _tile([value for word in words for value in widen_bits(word)], tile.shape[1])
+    words = load_if(exists, pointer)
+    return _tile([value for word in words for value in widen_bits(word)], width)
 
 
 def _load_positions(_: Any, ref: Any, positions: Any) -> Any:
@@ -472,11 +407,9 @@ __all__ = [
     "check_heads",
     "check_served",
     "load",
-    "load_narrow",
     "load_positions",
     "store",
     "store_sums",
     "sum_over_heads",
     "tiles_of",
-    "widen",
 ]

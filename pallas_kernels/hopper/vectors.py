@@ -73,58 +73,25 @@ def load_shared(address: Any, offset: int, condition: Any | None = None) -> list
     return [llvm.extractvalue(i32, words, [i]) for i in range(4)]
 
 
-def store_if(condition: Any, address: Any, words: Sequence[Any], cached: str = "") -> None:
+def store_if(condition: Any, address: Any, words: Sequence[Any], *, streams: bool = False) -> None:
     """Writes four integers to global memory if a condition is true.
 
     Args:
       condition: whether to write.
       address: in bytes.
       words: the integers.
-      cached: how caches treat them: "" or, for what is not read again soon, ".cs".
+      streams: whether caches should give them up first: what is read much later, by another
+        kernel, would be gone by then, and displaces what this one reads again.
     """
+    kind = ".cs" if streams else ""
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [arith.extui(integer(0).type, condition), address, *words],
         "{ .reg .pred p; setp.ne.s32 p, $0, 0; "
-        f"@p st.global{cached}.v4.b32 [$1], {{$2, $3, $4, $5}}; }}",
+        f"@p st.global{kind}.v4.b32 [$1], {{$2, $3, $4, $5}}; }}",
         "r,l,r,r,r,r",
         has_side_effects=True,
     )
 
 
-def store_shared(
-    address: Any, offset: int, words: Sequence[Any], condition: Any | None = None
-) -> None:
-    """Writes four integers to shared memory.
-
-    Args:
-      address: in bytes.
-      offset: added to the address.
-      words: the integers.
-      condition: whether to write; None stands for true.
-    """
-    store = f"st.shared.v4.b32 [$0 + {offset}], {{$1, $2, $3, $4}};"
-    if condition is None:
-        operands, text, inputs = [address, *words], store, "r,r,r,r,r"
-    else:
-        operands = [address, *words, arith.extui(integer(0).type, condition)]
-        text = f"{{ .reg .pred p; setp.ne.s32 p, $5, 0; @p {store} }}"
-        inputs = "r,r,r,r,r,r"
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        operands,
-        text,
-        f"{inputs},~{{memory}}",
-        has_side_effects=True,
-    )
-
-
-__all__ = [
-    "VECTOR",
-    "load_if",
-    "load_shared",
-    "make_vector",
-    "store_if",
-    "store_shared",
-    "values_of",
-]
+__all__ = ["VECTOR", "load_if", "load_shared", "make_vector", "store_if", "values_of"]

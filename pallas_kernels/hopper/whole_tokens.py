@@ -10,7 +10,6 @@ Sums over channels cross warps, through shared memory. So sums of several tokens
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +38,6 @@ from pallas_kernels.hopper.vectors import (
     load_shared,
     make_vector,
     store_if,
-    store_shared,
     values_of,
 )
 
@@ -181,14 +179,16 @@ class Tokens:
         )
         return inline(functools.partial(_load_parameter, self))(parameter_gmem, *conditions)
 
-    def store(self, x_gmem: Any, position: jax.Array, token: jax.Array, cached: str = "") -> None:
+    def store(
+        self, x_gmem: Any, position: jax.Array, token: jax.Array, *, streams: bool = False
+    ) -> None:
         """Rounds a token to bfloat16 and writes it, unless its position is N or more.
 
         Args:
           x_gmem: `[N, C]` bfloat16.
           position: of the token.
           token: a vector.
-          cached: as for `store_if`.
+          streams: as for `store_if`.
         """
         if is_interpreted():
 
@@ -199,23 +199,7 @@ class Tokens:
             return
         layout = _layout(self.padded)
         inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, layout))
-        inline(functools.partial(_store, self, cached))(x_gmem, position, token)
-
-    def store_shared(self, token_smem: Any, token: jax.Array) -> None:
-        """Rounds a token to bfloat16 and writes it to shared memory.
-
-        There is no barrier: `plgpu.commit_smem()` must follow before the token is copied, and what
-        read the memory before must be waited for. A warpgroup writes the rows of `own_rows` only.
-
-        Args:
-          token_smem: `[C / 64, 64]` bfloat16, in the order of the channels.
-          token: a vector.
-        """
-        if is_interpreted():
-            self._store_own_channels(token_smem, token.astype(token_smem.dtype))
-            return
-        inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _layout(self.padded)))
-        inline(functools.partial(_store_shared, self))(token_smem, token)
+        inline(functools.partial(_store, self, streams))(x_gmem, position, token)
 
     def own_rows(self, warpgroup: int, width: int) -> Any:
         """Returns which rows of a token `[C / width, width]` a warpgroup holds.
@@ -323,8 +307,6 @@ class Tokens:
 
     def _store_own_channels(self, ref: Any, vector: jax.Array) -> None:
         """Writes this warpgroup's vector to its channels, for the interpreter."""
-        row = ref.shape[1:]
-        width = math.prod(row)
         for warpgroup in range(self.warpgroups):
 
             def store(warpgroup: int = warpgroup) -> None:
@@ -332,8 +314,7 @@ class Tokens:
                     first = (i * self.warpgroups + warpgroup) * WIDTH
                     size = min(WIDTH, self.channels - first)
                     if size > 0:
-                        channels = vector[i * WIDTH : i * WIDTH + size].reshape(-1, *row)
-                        ref[first // width : (first + size) // width] = channels
+                        ref[first : first + size] = vector[i * WIDTH : i * WIDTH + size]
 
             if self.warpgroups == 1:
                 store()
@@ -409,33 +390,21 @@ def _load(tokens: Tokens, _: Any, ref: Any, position: Any) -> Any:
     )
 
 
-def _places_shared(tokens: Tokens, ref: Any) -> list[tuple[Any, int, Any | None]]:
-    """Returns for each register of a vector where it is in shared memory.
-
-    Returns:
-      An address, an offset to add to it, and whether the channels exist, None if all do.
-    """
-    # All registers share an address. The compiler may keep it, unlike those of other memory.
-    i32 = integer(0).type
+def _load_shared(tokens: Tokens, index: int, _: Any, ref: Any) -> Any:
+    # All loads of a step share an address. The compiler may keep it, unlike those of other memory.
+    i32, registers = integer(0).type, []
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
     if tokens.warpgroups == 1:
         thread = arith.andi(thread, integer(_THREADS - 1))
     address = arith.addi(address_of(ref), arith.muli(thread, integer(2 * VECTOR)))
-    places = []
     for i in range(tokens.padded // WIDTH):
         first = i * WIDTH * tokens.warpgroups
         exists = None  # without a condition if all threads have channels
         if first + WIDTH * tokens.warpgroups > tokens.channels:
             channel = arith.muli(thread, integer(VECTOR))
             exists = _less(channel, tokens.channels - first)
-        places.append((address, 2 * first, exists))
-    return places
-
-
-def _load_shared(tokens: Tokens, index: int, _: Any, ref: Any) -> Any:
-    registers = []
-    for address, offset, exists in _places_shared(tokens, ref):
-        words = load_shared(address, 2 * index * tokens.channels + offset, exists)
+        offset = 2 * (index * tokens.channels + first)
+        words = load_shared(address, offset, exists)
         registers.append(make_vector([x for word in words for x in widen_bits(word)]))
     return _vector(tokens, registers)
 
@@ -457,21 +426,12 @@ def _load_parameter(tokens: Tokens, _: Any, ref: Any, condition: Any | None = No
     return _vector(tokens, registers)
 
 
-def _narrowed(register: Any) -> list[Any]:
-    values = values_of(register)
-    return [narrow_to_bits(*values[i : i + 2]) for i in range(0, VECTOR, 2)]
-
-
-def _store(tokens: Tokens, cached: str, _: Any, ref: Any, position: Any, token: Any) -> None:
+def _store(tokens: Tokens, streams: bool, _: Any, ref: Any, position: Any, token: Any) -> None:
     places = _places(tokens, ref, position.registers.item(), 2)
     for (exists, address), register in zip(places, token.registers.flat, strict=True):
-        store_if(exists, address, _narrowed(register), cached)
-
-
-def _store_shared(tokens: Tokens, _: Any, ref: Any, token: Any) -> None:
-    places = _places_shared(tokens, ref)
-    for (address, offset, exists), register in zip(places, token.registers.flat, strict=True):
-        store_shared(address, offset, _narrowed(register), exists)
+        values = values_of(register)
+        words = [narrow_to_bits(*values[i : i + 2]) for i in range(0, VECTOR, 2)]
+        store_if(exists, address, words, streams=streams)
 
 
 def _store_sums(tokens: Tokens, _: Any, ref: Any, sums: Any) -> None:

@@ -26,8 +26,6 @@ from pallas_kernels import (
     wkv7_inputs,
 )
 from pallas_kernels.hopper.target import Target, compile_for
-from pallas_kernels.operators.norm_shift_mix import mosaic_gpu as norm_shift_mix_kernel
-from pallas_kernels.operators.token_shift import mosaic_gpu as token_shift_kernel
 from tests.helpers import count_kernels
 from tests.pallas_kernels.operator_checks import Arrays, draw, judge, kernels_for_cuda
 
@@ -172,24 +170,6 @@ def test_interpreted_equals_the_reference(name, C):
     limits = (1e-2, 1e-2) if name == "channel mix" else None
     with compile_for(Target(multiprocessors=1, interpret=True)):
         judge_kernels(CALLS[name], CALLS[name].inputs(B, T, C), limits)
-
-
-@on_cpu
-@pytest.mark.usefixtures("no_races_and_no_hanging")
-@pytest.mark.parametrize("C", [64, pytest.param(1088, marks=pytest.mark.slow)])
-def test_mixes_of_a_norm_without_room_in_shared_memory(C, monkeypatch):
-    monkeypatch.setattr(norm_shift_mix_kernel, "_MOST_STAGES", 0)
-    test_interpreted_equals_the_reference("norm and packed mix", C)
-
-
-@on_cpu
-@pytest.mark.usefixtures("no_races_and_no_hanging")
-@pytest.mark.parametrize(
-    ("name", "C"), [("packed mix", 128), pytest.param("six mixes", 256, marks=pytest.mark.slow)]
-)
-def test_tokens_loaded_ahead(name, C, monkeypatch):
-    monkeypatch.setattr(token_shift_kernel, "_LOADS_AHEAD", True)
-    test_interpreted_equals_the_reference(name, C)
 
 
 def bfloat16_shapes(call: Call, B: int, T: int, C: int) -> dict[str, jax.ShapeDtypeStruct]:

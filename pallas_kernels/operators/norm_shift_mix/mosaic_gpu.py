@@ -37,15 +37,6 @@ _MOST_AHEAD = 7
 _MOST_AHEAD_BACKWARD = 5
 """Most steps that copies are ahead of the work. Eight slots take few instructions to count."""
 
-_MOST_STAGES = 2
-"""Most tokens whose mixes lie in shared memory while they are copied from there.
-
-With 0, threads write mixes from registers. They wait where memory does not take them fast enough.
-"""
-
-_CACHED = ""
-"""How caches treat what threads write from registers, as for `store_if`."""
-
 _TOKENS_OF_CHUNK = 8
 _TOKENS_OF_CHUNK_BACKWARD = 64
 """With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
@@ -63,16 +54,12 @@ class _Plan:
       walk: the order of the tokens.
       ring: slots for tokens of shared memory.
       arrays: number of arrays that are copied to the slots.
-      stages: number of steps whose results lie in shared memory; 0 if none do.
-      results: number of results of a step that lie there.
     """
 
     tokens: Tokens
     walk: Walk
     ring: Ring
     arrays: int
-    stages: int = 0
-    results: int = 0
 
     @classmethod
     def of(
@@ -82,7 +69,6 @@ class _Plan:
         *,
         registers: int,
         arrays: int,
-        results: int = 0,
         ahead: int,
         chunk: int,
         idle: int = 0,
@@ -95,7 +81,6 @@ class _Plan:
           x: the tokens.
           registers: about as many as a thread needs.
           arrays: number of arrays that are copied to the slots.
-          results: number of results that are copied from shared memory, if there is room for them.
           ahead: most steps that copies are ahead of the work.
           chunk: as for `Walk`, and so are the others.
           idle: steps.
@@ -108,14 +93,9 @@ class _Plan:
         per_multiprocessor = most_blocks // target.multiprocessors
         slot_bytes = arrays * C * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
-        stages, stage_bytes = 0, results * C * x.dtype.itemsize
-        if results:
-            stages = max(0, min(_MOST_STAGES, (room - 2 * slot_bytes) // stage_bytes))
-        others = slot_bytes + stages * stage_bytes
-        ahead = slots_that_fit(slot_bytes, others=others, most=ahead, room=room)
+        ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=ahead, room=room)
         walk = Walk(B * T, T, most_blocks, chunk, idle, after)
-        tokens = Tokens(B * T, C, most_blocks, warpgroups)
-        return cls(tokens, walk, Ring(ahead + 1), arrays, stages, results)
+        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(ahead + 1), arrays)
 
     @property
     def grid(self) -> dict[str, int]:
@@ -145,13 +125,10 @@ class _Plan:
         Args:
           *sums: how many vectors are summed at a time, for each time in a step.
         """
-        token = (self._heads, token_tiles.HEAD)
+        slots = (self.ring.slots, self.arrays, self._heads, token_tiles.HEAD)
         copies = self.arrays if self._copies_whole_tokens else self.arrays * self.tokens.warpgroups
-        stages = {}
-        if self.stages:
-            stages["stages"] = plgpu.SMEM((self.stages, self.results, *token), jnp.bfloat16)
-        return stages | {
-            "slots": plgpu.SMEM((self.ring.slots, self.arrays, *token), jnp.bfloat16),
+        return {
+            "slots": plgpu.SMEM(slots, jnp.bfloat16),
             "loaded": self.ring.loaded_type(copies),
             "sums": [self.tokens.scratch_type(count) for count in sums],
             "summed": self.tokens.scratch_barrier_type(),
@@ -161,10 +138,9 @@ class _Plan:
         """Returns tokens as they are copied to slots, in parts that one copy can have."""
         return x.reshape(self.tokens.count, self._heads, token_tiles.HEAD)
 
-    def result(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    def flat(self, dtype: Any) -> jax.ShapeDtypeStruct:
         """Returns the type of results `[B, T, C]`, as the kernel writes them."""
-        token = (self._heads, token_tiles.HEAD) if self.stages else (self.tokens.channels,)
-        return jax.ShapeDtypeStruct((self.tokens.count, *token), dtype)
+        return jax.ShapeDtypeStruct((self.tokens.count, self.tokens.channels), dtype)
 
     def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array) -> None:
         """Fetches the first steps, into all slots but one."""
@@ -181,11 +157,7 @@ class _Plan:
           number: of this step. All threads have waited for each other in it.
           steps: number of steps.
         """
-        if self.stages:
-            # `commit_smem` in `store` has come after what the step before has read.
-            plgpu.wait_smem_to_gmem(self.stages - 1, wait_read_only=True)
-        else:
-            plgpu.commit_smem()
+        plgpu.commit_smem()
         following = number + self.ahead
         pl.when(following < steps)(lambda: fetch(following))
 
@@ -210,58 +182,12 @@ class _Plan:
             for i in range(self.arrays):
                 plgpu.copy_gmem_to_smem(sources[i].at[rows], slot.at[i, rows], barrier)
 
-        self._for_own_warpgroup(copy)
-
-    def stage(self, stored: jax.Array, stages: Any, results: Sequence[jax.Array]) -> None:
-        """Writes the results of a step to shared memory, from where `store` copies them.
-
-        `refill` has waited for the copies of an earlier step from there.
-
-        Args:
-          stored: number of steps whose results have been copied.
-          stages: `[stages, results, ...]` in shared memory.
-          results: vectors.
-        """
-        stage = self._stage(stored, stages)
-        for i, result in enumerate(results):
-            self.tokens.store_shared(stage.at[i], result)
-
-    def store(self, stored: jax.Array, stages: Any, gmem: Sequence[Any], step: Step) -> jax.Array:
-        """Starts to copy the results of a step to global memory, if the token is its own.
-
-        Args:
-          stored: as for `stage`, and so are `stages`.
-          stages: in shared memory.
-          gmem: for each result tokens in global memory, of the type `result`.
-          step: tells the place of the token.
-
-        Returns:
-          The next number of steps whose results have been copied.
-        """
-        plgpu.commit_smem()
-        stage = self._stage(stored, stages)
-
-        def copy(warpgroup: int) -> None:
-            rows = self.tokens.own_rows(warpgroup, token_tiles.HEAD)
-            for i, tokens_gmem in enumerate(gmem):
-                token_gmem = tokens_gmem.at[step.to_copy, rows]
-                last = i == len(gmem) - 1  # of a group that can be waited for
-                plgpu.copy_smem_to_gmem(stage.at[i, rows], token_gmem, commit_group=last)
-
-        pl.when(step.is_own)(lambda: self._for_own_warpgroup(copy))
-        return stored + step.is_own.astype(jnp.int32)
-
-    def _stage(self, stored: jax.Array, stages: Any) -> Any:
-        return stages.at[jax.lax.rem(stored, jnp.int32(self.stages))]
-
-    def _for_own_warpgroup(self, work: Callable[[int], None]) -> None:
-        """Calls a function for the warpgroup that runs, with its number."""
-        if self.tokens.warpgroups == 1:
-            work(0)
+        if warpgroups == 1:
+            copy(0)
             return
-        for warpgroup in range(self.tokens.warpgroups):
+        for warpgroup in range(warpgroups):
             is_this = jax.lax.axis_index("warpgroup") == warpgroup
-            pl.when(is_this)(functools.partial(work, warpgroup))
+            pl.when(is_this)(functools.partial(copy, warpgroup))
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -288,7 +214,6 @@ def norm_shift_mix_mosaic_gpu(
         x,
         registers=64 + (16 if packed else 10) * count,
         arrays=1,
-        results=count,
         ahead=_MOST_AHEAD,
         chunk=_TOKENS_OF_CHUNK,
     )
@@ -316,7 +241,7 @@ def norm_shift_mix_mosaic_gpu(
         plan.fill(lambda n: fetch(n, read(n)), steps)
 
         def mix_token(number, carry):
-            before, stored, reads = carry
+            before, reads = carry
             step, ahead = reads or read_for(number)
             plgpu.barrier_wait(ring.loaded(loaded, number))
             x = tokens.load_shared(slots.at[ring.slot(number)], 0)
@@ -330,28 +255,20 @@ def norm_shift_mix_mosaic_gpu(
             start = None if state_gmem is None else _load_state(plan, state_gmem, step)
             difference = tokens.where(step.continues, before, start) - token
 
-            def write_mixes():
-                mixed = [token + difference * mix for mix in mixes]
-                if plan.stages:
-                    plan.stage(stored, scratch["stages"], mixed)
-                else:
-                    for mix, gmem in zip(mixed, mixed_gmem, strict=True):
-                        tokens.store(gmem, step.place, mix, _CACHED)
+            @pl.when(step.is_own)
+            def _():
+                for mix, gmem in zip(mixes, mixed_gmem, strict=True):
+                    tokens.store(gmem, step.place, token + difference * mix, streams=True)
 
-            pl.when(step.is_own)(write_mixes)
-            if plan.stages:
-                stored = plan.store(stored, scratch["stages"], mixed_gmem, step)
-            return token, stored, read_early(number + 1)
+            return token, read_early(number + 1)
 
-        carry = tokens.zeros(), jnp.int32(0), read_early(jnp.int32(0))
+        carry = tokens.zeros(), read_early(jnp.int32(0))
         jax.lax.fori_loop(0, steps, mix_token, carry)
-        if plan.stages:
-            plgpu.wait_smem_to_gmem(0)
 
     kernel = target.kernel(
         body,
         name="norm_shift_mix",
-        out_type=(plan.result(x.dtype),) * count,
+        out_type=(plan.flat(x.dtype),) * count,
         grid=plan.grid,
         scratch_types=plan.scratch_types(1, 1),
         warpgroups=tokens.warpgroups,

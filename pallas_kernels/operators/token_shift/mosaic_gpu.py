@@ -17,12 +17,6 @@ from pallas_kernels.types import SegmentIds
 
 KERNEL_UNITS = {"C": TILE}
 
-_LOADS_AHEAD = False
-"""Whether the forward loads tokens before it stores those of the last tile.
-
-It takes more registers, so that fewer blocks run at once.
-"""
-
 
 class Neighbours(NamedTuple):
     """Where tokens and their neighbours lie; `NONE` where there is none. Each is `[B, T]` int32.
@@ -98,30 +92,22 @@ def token_shift_mix_mosaic_gpu(
     """
     token_tiles.check_served(x=x)
     target, count = target_in_context(), len(mixes)
-    registers = (40 if _LOADS_AHEAD else 24) + 15 * count
-    tiles = token_tiles.tiles_of(target, x, registers=registers)
+    tiles = token_tiles.tiles_of(target, x, registers=24 + 15 * count)
 
     def body(x_gmem, mixes_gmem, state_gmem, neighbours_gmem, *mixed_gmem):
         channels = tiles.channels_of_block()
         mixes = [tiles.load_parameter(mixes_gmem.at[m, channels]) for m in range(count)]
 
-        def load(row, positions):
+        def mix_tokens(row, positions, _):
             places = places_of(tiles, neighbours_gmem, row, positions)
             x_row = x_gmem.at[row, :, channels]
             before = None if state_gmem is None else state_gmem.at[row, channels]
-            token = token_tiles.load_narrow(x_row, places.token)
-            return token, token_tiles.load_narrow(x_row, places.previous, before)
-
-        def mix_tokens(row, positions, loaded):
-            token, previous = (token_tiles.widen(x) for x in loaded)
-            difference = previous - token
+            token = token_tiles.load(x_row, places.token)
+            difference = token_tiles.load(x_row, places.previous, before) - token
             for mix, gmem in zip(mixes, mixed_gmem, strict=True):
                 token_tiles.store(gmem.at[row, :, channels], positions, token + difference * mix)
 
-        if _LOADS_AHEAD:
-            tiles.for_each_ahead(load, mix_tokens)
-        else:
-            tiles.for_each(lambda row, at, _: mix_tokens(row, at, load(row, at)), None)
+        tiles.for_each(mix_tokens, None)
 
     kernel = target.kernel(
         body,
