@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import norm_shift_mix
-from pallas_kernels.operators.norm_shift_mix.walk import Step, Walk, order_of
+from pallas_kernels.hopper.token_walk import Step, Walk, order_of
 from tests.pallas_kernels.operator_checks import (
     LIMITS,
     assert_close,

@@ -1,14 +1,11 @@
 """The layer norm, token shift and mixes, and their gradients, on Hopper GPUs.
 
-Each direction is one kernel, which passes over memory once. A block reads token after token, so
-that it has the norm of the token before in registers. `walk` tells in which order. Copies into a
-ring of slots in shared memory run ahead of the work.
+Each direction is one kernel, which passes over memory once. A block reads token after token, in the
+order of `token_walk`, so that it has the norm of the token before in registers.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +15,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.grid import divide
-from pallas_kernels.hopper.ring import SHARED_MEMORY_BYTES, Ring, slots_that_fit
-from pallas_kernels.hopper.target import Target, target_in_context
-from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
+from pallas_kernels.hopper.target import target_in_context
+from pallas_kernels.hopper.token_plan import MOST_WARPGROUPS, Plan
+from pallas_kernels.hopper.token_walk import order_of
+from pallas_kernels.hopper.whole_tokens import WIDTH
 from pallas_kernels.operators.layer_norm.xla import layer_norm_backward
 from pallas_kernels.operators.norm_shift_mix.reference import (
     Mixed,
@@ -28,11 +26,9 @@ from pallas_kernels.operators.norm_shift_mix.reference import (
     norm_of_token,
     state_after,
 )
-from pallas_kernels.operators.norm_shift_mix.walk import Step, Walk, order_of
 from pallas_kernels.operators.token_shift.reference import last_position
 from pallas_kernels.types import SegmentIds
 
-_MOST_WARPGROUPS = 4
 _MOST_AHEAD = 7
 _MOST_AHEAD_BACKWARD = 5
 """Most steps that copies are ahead of the work. Eight slots take few instructions to count."""
@@ -43,151 +39,6 @@ _TOKENS_OF_CHUNK_BACKWARD = 64
 
 _MOST_REGISTERS = 255
 """Of a thread."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How a kernel passes over tokens.
-
-    Attributes:
-      tokens: vectors of the warpgroups.
-      walk: the order of the tokens.
-      ring: slots for tokens of shared memory.
-      arrays: number of arrays that are copied to the slots.
-    """
-
-    tokens: Tokens
-    walk: Walk
-    ring: Ring
-    arrays: int
-
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        x: Float[Array, "B T C"],
-        *,
-        registers: int,
-        arrays: int,
-        ahead: int,
-        chunk: int,
-        idle: int = 0,
-        after: int = 0,
-    ) -> "_Plan":
-        """Makes a plan for tokens `x`.
-
-        Args:
-          target: what the kernel is compiled for.
-          x: the tokens.
-          registers: about as many as a thread needs.
-          arrays: number of arrays that are copied to the slots.
-          ahead: most steps that copies are ahead of the work.
-          chunk: as for `Walk`, and so are the others.
-          idle: steps.
-          after: tokens.
-        """
-        B, T, C = x.shape
-        warpgroups = min(_MOST_WARPGROUPS, -(-C // WIDTH))
-        # The compiler fits a block of many warpgroups into the registers that there are.
-        most_blocks = target.blocks_at_once(min(512, registers * warpgroups))
-        per_multiprocessor = most_blocks // target.multiprocessors
-        slot_bytes = arrays * C * x.dtype.itemsize
-        room = SHARED_MEMORY_BYTES // per_multiprocessor
-        ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=ahead, room=room)
-        walk = Walk(B * T, T, most_blocks, chunk, idle, after)
-        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(ahead + 1), arrays)
-
-    @property
-    def grid(self) -> dict[str, int]:
-        """The grid of the kernel."""
-        return {"block": self.walk.blocks}
-
-    @property
-    def ahead(self) -> int:
-        """Number of steps that copies are ahead of the work."""
-        return self.ring.slots - 1
-
-    @property
-    def _heads(self) -> int:
-        return self.tokens.channels // token_tiles.HEAD
-
-    @property
-    def _copies_whole_tokens(self) -> bool:
-        """Whether each warpgroup copies some of the arrays, or its part of each token.
-
-        All warpgroups start as many copies: before each, a warpgroup's threads wait for each other.
-        """
-        return self.arrays % self.tokens.warpgroups == 0
-
-    def scratch_types(self, *sums: int) -> dict[str, Any]:
-        """Returns the types of the kernel's shared memory and barriers.
-
-        Args:
-          *sums: how many vectors are summed at a time, for each time in a step.
-        """
-        slots = (self.ring.slots, self.arrays, self._heads, token_tiles.HEAD)
-        copies = self.arrays if self._copies_whole_tokens else self.arrays * self.tokens.warpgroups
-        return {
-            "slots": plgpu.SMEM(slots, jnp.bfloat16),
-            "loaded": self.ring.loaded_type(copies),
-            "sums": [self.tokens.scratch_type(count) for count in sums],
-            "summed": self.tokens.scratch_barrier_type(),
-        }
-
-    def copyable(self, x: Float[Array, "B T C"]) -> jax.Array:
-        """Returns tokens as they are copied to slots, in parts that one copy can have."""
-        return x.reshape(self.tokens.count, self._heads, token_tiles.HEAD)
-
-    def flat(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        """Returns the type of results `[B, T, C]`, as the kernel writes them."""
-        return jax.ShapeDtypeStruct((self.tokens.count, self.tokens.channels), dtype)
-
-    def fill(self, fetch: Callable[[jax.Array], None], steps: jax.Array) -> None:
-        """Fetches the first steps, into all slots but one."""
-        first = jnp.minimum(self.ahead, steps)
-        jax.lax.fori_loop(0, first, lambda number, _: fetch(number), None)
-
-    def refill(
-        self, fetch: Callable[[jax.Array], None], number: jax.Array, steps: jax.Array
-    ) -> None:
-        """Fetches a later step into the slot of the step before, which all threads are done with.
-
-        Args:
-          fetch: starts the copies of a step.
-          number: of this step. All threads have waited for each other in it.
-          steps: number of steps.
-        """
-        plgpu.commit_smem()
-        following = number + self.ahead
-        pl.when(following < steps)(lambda: fetch(following))
-
-    def copy(self, number: jax.Array, loaded: Any, slots: Any, sources: Sequence[Any]) -> None:
-        """Starts the copies of a step; each warpgroup starts some.
-
-        Args:
-          number: of the step.
-          loaded: the ring's barriers.
-          slots: `[slots, arrays, ...]` in shared memory.
-          sources: of each array a token in global memory.
-        """
-        slot, barrier = slots.at[self.ring.slot(number)], self.ring.loaded(loaded, number)
-        warpgroups = self.tokens.warpgroups
-
-        def copy(warpgroup: int) -> None:
-            if self._copies_whole_tokens:
-                for i in range(warpgroup, self.arrays, warpgroups):
-                    plgpu.copy_gmem_to_smem(sources[i], slot.at[i], barrier)
-                return
-            rows = self.tokens.own_rows(warpgroup, token_tiles.HEAD)
-            for i in range(self.arrays):
-                plgpu.copy_gmem_to_smem(sources[i].at[rows], slot.at[i, rows], barrier)
-
-        if warpgroups == 1:
-            copy(0)
-            return
-        for warpgroup in range(warpgroups):
-            is_this = jax.lax.axis_index("warpgroup") == warpgroup
-            pl.when(is_this)(functools.partial(copy, warpgroup))
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -209,7 +60,7 @@ def norm_shift_mix_mosaic_gpu(
     token_tiles.check_served(x=x)
     count, C = len(mixes), x.shape[2]
     target, packed = target_in_context(), segment_ids is not None
-    plan = _Plan.of(
+    plan = Plan.of(
         target,
         x,
         registers=64 + (16 if packed else 10) * count,
@@ -252,7 +103,7 @@ def norm_shift_mix_mosaic_gpu(
             token = centered * jax.lax.rsqrt(square * (1 / C) + eps) * scale + bias
             if order_gmem is not None:
                 token = tokens.where(step.is_token, token)
-            start = None if state_gmem is None else _load_state(plan, state_gmem, step)
+            start = None if state_gmem is None else plan.load_state(state_gmem, step)
             difference = tokens.where(step.continues, before, start) - token
 
             @pl.when(step.is_own)
@@ -283,7 +134,7 @@ def norm_shift_mix_mosaic_gpu(
 
 def has_registers(channels: int) -> bool:
     """Returns whether the parameters of the forward fit into the registers of a block."""
-    return channels <= _MOST_WARPGROUPS * WIDTH
+    return channels <= MOST_WARPGROUPS * WIDTH
 
 
 def has_registers_for_gradients(channels: int, mixes: int) -> bool:
@@ -325,7 +176,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     dinput = cotangents[2].astype(x.dtype)
     count, C = len(mixes), x.shape[2]
     target = target_in_context()
-    plan = _Plan.of(
+    plan = Plan.of(
         target,
         x,
         registers=min(_MOST_REGISTERS, 136 + 24 * count),  # more than it needs at least
@@ -386,7 +237,7 @@ def norm_shift_mix_backward_mosaic_gpu(
             starts = counts & ~of_current.continues
             start = tokens.load_parameter(parameters_gmem.at[1], starts)
             if state_gmem is not None:
-                start = start + _load_state(plan, state_gmem, of_current)
+                start = start + plan.load_state(state_gmem, of_current)
             shifted = tokens.where(of_current.continues, before.normed * scale, start)
             difference = tokens.where(counts, shifted - current.normed * scale)
             gradient = tokens.load_shared(slot, 2)
@@ -479,12 +330,6 @@ def _parameters(
     scale: Float[Array, " C"], bias: Float[Array, " C"], mixes: Float[Array, "M C"]
 ) -> Float[Array, "M+2 C"]:
     return jnp.concatenate([x.astype(jnp.float32) for x in (scale[None], bias[None], mixes)])
-
-
-def _load_state(plan: _Plan, state_gmem: Any, step: Step) -> jax.Array:
-    """Loads the token before a row if the step reads the row's first token; else zeros."""
-    row = jax.lax.div(step.to_copy, jnp.int32(plan.walk.length))
-    return plan.tokens.load(state_gmem, jnp.where(step.is_first, row, plan.tokens.count))
 
 
 def _add_of_states(

@@ -1,10 +1,10 @@
-"""The order in which kernels of the layer norm and token shift read tokens.
+"""The order in which kernels with a token shift read tokens.
 
-A block of the grid reads chunks of tokens that follow one another. It keeps each norm until the
-next token has been mixed with it, so that it reads and normalises tokens once, and one more before
-each chunk. In the backward a token also gets a gradient from the token after it: there the block
-reads one more after each chunk, too. Chunks of all blocks lie side by side, so that what is read
-and written at about the same time lies close together.
+A block of the grid reads chunks of tokens that follow one another. It keeps each token until the
+next one has been mixed with it, so that it reads tokens once, and one more before each chunk. In
+the backward a token also gets a gradient from the token after it: there the block reads one more
+after each chunk, too. Chunks of all blocks lie side by side, so that what is read and written at
+about the same time lies close together.
 
 In packed rows padding is read last: the token before in a segment is the one that was read before.
 """
@@ -113,6 +113,11 @@ class Walk:
         chunks = -(-self.count // self.chunk)
         last = chunks - 1 - jax.lax.axis_index("block")
         return (jax.lax.div(last, jnp.int32(self.blocks)) + 1) * self._steps_of_chunk + self.idle
+
+    def state_of(self, step: Step) -> jax.Array:
+        """Returns the row whose state comes before the token of a step; N if none does."""
+        row = jax.lax.div(step.to_copy, jnp.int32(self.length))
+        return jnp.where(step.is_first, row, self.count)
 
     def step(self, number: jax.Array, steps: jax.Array, order_gmem: Any | None) -> Step:
         """Returns what is read in a step.
