@@ -51,6 +51,7 @@ class Plan:
         chunk: int,
         idle: int = 0,
         after: int = 0,
+        in_columns: bool = False,
     ) -> "Plan":
         """Makes a plan for tokens `x`.
 
@@ -63,22 +64,25 @@ class Plan:
           chunk: as for `Walk`, and so are the others.
           idle: steps.
           after: tokens.
+          in_columns: whether blocks share tokens, rather than the warpgroups of a block.
         """
         B, T, C = x.shape
-        warpgroups = min(MOST_WARPGROUPS, -(-C // WIDTH))
+        columns = -(-C // WIDTH) if in_columns else 1
+        warpgroups = 1 if in_columns else min(MOST_WARPGROUPS, -(-C // WIDTH))
         # The compiler fits a block of many warpgroups into the registers that there are.
         most_blocks = target.blocks_at_once(min(512, registers * warpgroups))
         per_multiprocessor = most_blocks // target.multiprocessors
-        slot_bytes = arrays * C * x.dtype.itemsize
+        tokens = Tokens(B * T, C, most_blocks, warpgroups, columns)
+        slot_bytes = arrays * tokens.channels_of_block * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
         ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=ahead, room=room)
-        walk = Walk(B * T, T, most_blocks, chunk, idle, after)
-        return cls(Tokens(B * T, C, most_blocks, warpgroups), walk, Ring(ahead + 1), arrays)
+        walk = Walk(B * T, T, max(1, most_blocks // columns), chunk, idle, after)
+        return cls(tokens, walk, Ring(ahead + 1), arrays)
 
     @property
     def grid(self) -> dict[str, int]:
         """The grid of the kernel."""
-        return {"block": self.walk.blocks}
+        return {"column": self.tokens.columns, "block": self.walk.blocks}
 
     @property
     def ahead(self) -> int:
@@ -103,7 +107,8 @@ class Plan:
         Args:
           *sums: how many vectors are summed at a time, for each time in a step.
         """
-        slots = (self.ring.slots, self.arrays, self._heads, token_tiles.HEAD)
+        heads = self.tokens.channels_of_block // token_tiles.HEAD
+        slots = (self.ring.slots, self.arrays, heads, token_tiles.HEAD)
         copies = self.arrays if self._copies_whole_tokens else self.arrays * self.tokens.warpgroups
         return {
             "slots": plgpu.SMEM(slots, jnp.bfloat16),
@@ -150,6 +155,9 @@ class Plan:
         """
         slot, barrier = slots.at[self.ring.slot(number)], self.ring.loaded(loaded, number)
         warpgroups = self.tokens.warpgroups
+        if self.tokens.columns > 1:
+            self._copy_column(slot, barrier, sources)
+            return
 
         def copy(warpgroup: int) -> None:
             if self._copies_whole_tokens:
@@ -166,6 +174,22 @@ class Plan:
         for warpgroup in range(warpgroups):
             is_this = jax.lax.axis_index("warpgroup") == warpgroup
             pl.when(is_this)(functools.partial(copy, warpgroup))
+
+    def _copy_column(self, slot: Any, barrier: Any, sources: Sequence[Any]) -> None:
+        column, last = jax.lax.axis_index("column"), self.tokens.columns - 1
+        full = WIDTH // token_tiles.HEAD
+        rest = self._heads - last * full
+
+        def copy(heads: int) -> None:
+            for i, source in enumerate(sources):
+                rows = pl.ds(column * full, heads)
+                plgpu.copy_gmem_to_smem(source.at[rows], slot.at[i, pl.ds(0, heads)], barrier)
+
+        if rest == full:
+            copy(full)
+        else:
+            pl.when(column < last)(lambda: copy(full))
+            pl.when(column == last)(lambda: copy(rest))
 
     def load_state(self, state_gmem: Any, step: Step) -> jax.Array:
         """Loads the token before a row if the step reads the row's first token; else zeros."""

@@ -108,11 +108,14 @@ class Walk:
     def _steps_of_chunk(self) -> int:
         return 1 + self.chunk + self.after
 
+    def turns(self) -> jax.Array:
+        """Returns the number of chunks of this block."""
+        last = -(-self.count // self.chunk) - 1 - jax.lax.axis_index("block")
+        return jax.lax.div(last, jnp.int32(self.blocks)) + 1
+
     def steps(self) -> jax.Array:
         """Returns the number of steps of this block."""
-        chunks = -(-self.count // self.chunk)
-        last = chunks - 1 - jax.lax.axis_index("block")
-        return (jax.lax.div(last, jnp.int32(self.blocks)) + 1) * self._steps_of_chunk + self.idle
+        return self.turns() * self._steps_of_chunk + self.idle
 
     def state_of(self, step: Step) -> jax.Array:
         """Returns the row whose state comes before the token of a step; N if none does."""
@@ -128,10 +131,30 @@ class Walk:
           order_gmem: of `order_of`, in global memory; None if each row is one sequence.
         """
         number, steps = number - self.idle, steps - self.idle
-        turn, in_chunk = divide(jnp.maximum(number, 0), self._steps_of_chunk)
+        exists = (number >= 0) & (number < steps)
+        return self.step_of_chunk(
+            *divide(jnp.maximum(number, 0), self._steps_of_chunk), order_gmem, exists
+        )
+
+    def step_of_chunk(
+        self,
+        turn: jax.Array,
+        in_chunk: jax.Array | int,
+        order_gmem: Any | None,
+        exists: jax.Array | bool = True,
+    ) -> Step:
+        """Returns what is read in a step of a chunk.
+
+        Args:
+          turn: number of the chunk among those of this block.
+          in_chunk: number of the step, from 0 for the token before the chunk.
+          order_gmem: as for `step`.
+          exists: False stands for no token.
+        """
+        in_chunk = jnp.int32(in_chunk)
         first = (jax.lax.axis_index("block") + turn * self.blocks) * self.chunk
         index = first + in_chunk - 1
-        exists = (number >= 0) & (number < steps) & (index >= 0) & (index < self.count)
+        exists &= (index >= 0) & (index < self.count)
         is_own = (in_chunk > 0) & (in_chunk <= self.chunk)
         index = jnp.clip(index, 0, self.count - 1)
         if order_gmem is None:

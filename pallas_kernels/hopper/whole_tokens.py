@@ -1,4 +1,4 @@
-"""Whole tokens in the registers of a block, for kernels that sum over a token's channels.
+"""Whole tokens in the registers of a block, for kernels that pass over tokens.
 
 A token is a float32 vector `[C]`, padded with zeros so that each thread of a warpgroup holds eight
 neighbouring channels of every 1024. Memory holds bfloat16. A block of the grid works on a few
@@ -6,6 +6,7 @@ tokens at a time, and its threads keep the same channels all the time. Several w
 a token: each has a vector of its own, with every other 1024 channels if there are two.
 
 Sums over channels cross warps, through shared memory. So sums of several tokens are made at once.
+Kernels without such sums can divide tokens into columns, so that blocks share a token.
 """
 
 import dataclasses
@@ -62,17 +63,30 @@ class Tokens:
       channels: C, a multiple of 8.
       most_blocks: number of blocks that the GPU runs at once.
       warpgroups: number of warpgroups of a block, which share each token.
+      columns: number of blocks that share each token, the fastest axis "column" of the grid. Each
+        has one warpgroup, and 1024 channels or, in the last column, the rest.
     """
 
     count: int
     channels: int
     most_blocks: int
     warpgroups: int = 1
+    columns: int = 1
 
     @property
     def padded(self) -> int:
         """Channels of a vector, which one warpgroup holds."""
-        return -(-self.channels // (WIDTH * self.warpgroups)) * WIDTH
+        return -(-self.channels // (WIDTH * self.parts)) * WIDTH
+
+    @property
+    def channels_of_block(self) -> int:
+        """Channels of a token that a block has; the last column may have fewer."""
+        return min(self.channels, WIDTH) if self.columns > 1 else self.channels
+
+    @property
+    def parts(self) -> int:
+        """Number of vectors of a token, one for each of the warpgroups that share it."""
+        return self.warpgroups * self.columns
 
     @property
     def at_once(self) -> int:
@@ -147,11 +161,13 @@ class Tokens:
         There is no barrier: what copied the token must be waited for before.
 
         Args:
-          tokens_smem: bfloat16, one token after the other, each in the order of its channels.
+          tokens_smem: bfloat16, one token after the other, each in the order of its channels:
+            those of the column if there are several.
           index: of the token.
         """
         if is_interpreted():
-            return self._own_channels(tokens_smem[index].reshape(-1).astype(jnp.float32))
+            token = tokens_smem[index].reshape(-1).astype(jnp.float32)
+            return self._own_channels(token) if self.columns == 1 else self.mask(token)
         inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=self._vector_type())
         return inline(functools.partial(_load_shared, self, index))(tokens_smem)
 
@@ -221,7 +237,7 @@ class Tokens:
 
     def mask(self, vector: jax.Array) -> jax.Array:
         """Sets the channels of padding to zero."""
-        if self.padded * self.warpgroups == self.channels:
+        if self.padded * self.parts == self.channels:
             return vector
         if is_interpreted():
             return jnp.where(self._own_channels(jnp.ones(self.channels)) > 0, vector, 0)
@@ -298,28 +314,31 @@ class Tokens:
 
     def _own_channels(self, channels: jax.Array) -> jax.Array:
         """Returns this warpgroup's vector of all channels, for the interpreter."""
-        padding = self.padded * self.warpgroups - self.channels
-        parts = jnp.pad(channels, (0, padding)).reshape(-1, self.warpgroups, WIDTH)
-        if self.warpgroups == 1:
+        padding = self.padded * self.parts - self.channels
+        parts = jnp.pad(channels, (0, padding)).reshape(-1, self.parts, WIDTH)
+        if self.parts == 1:
             return parts.reshape(-1)
-        index = jax.lax.axis_index("warpgroup")
-        return jax.lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False).reshape(-1)
+        own = jax.lax.dynamic_index_in_dim(parts, self._part(), axis=1, keepdims=False)
+        return own.reshape(-1)
+
+    def _part(self) -> jax.Array:
+        return jax.lax.axis_index("warpgroup" if self.columns == 1 else "column")
 
     def _store_own_channels(self, ref: Any, vector: jax.Array) -> None:
         """Writes this warpgroup's vector to its channels, for the interpreter."""
-        for warpgroup in range(self.warpgroups):
+        for part in range(self.parts):
 
-            def store(warpgroup: int = warpgroup) -> None:
+            def store(part: int = part) -> None:
                 for i in range(self.padded // WIDTH):
-                    first = (i * self.warpgroups + warpgroup) * WIDTH
+                    first = (i * self.parts + part) * WIDTH
                     size = min(WIDTH, self.channels - first)
                     if size > 0:
                         ref[first : first + size] = vector[i * WIDTH : i * WIDTH + size]
 
-            if self.warpgroups == 1:
+            if self.parts == 1:
                 store()
             else:
-                pl.when(jax.lax.axis_index("warpgroup") == warpgroup)(store)
+                pl.when(self._part() == part)(store)
 
     def _vector_type(self) -> plgpu.ShapeDtypeStruct:
         layout = _layout(self.padded)
@@ -332,14 +351,18 @@ def _layout(padded: int) -> Any:
 
 # The functions below take and return MLIR values, or the registers that a thread holds. Register i
 # of a vector holds channels `1024 warpgroups i + 8 thread` and the seven after it, where threads of
-# all warpgroups that share a token are counted.
+# all warpgroups that share a token are counted; or `1024 column + 8 thread`.
 
 
 def _channel(tokens: Tokens, i: int) -> Any:
     thread = thread_index()
     if tokens.warpgroups == 1:
         thread = arith.andi(thread, integer(_THREADS - 1))
-    return arith.addi(arith.muli(thread, integer(VECTOR)), integer(i * WIDTH * tokens.warpgroups))
+    channel = arith.muli(thread, integer(VECTOR))
+    if tokens.columns > 1:
+        column = arith.index_cast(integer(0).type, gpu.block_id(gpu.Dimension.x))
+        return arith.addi(channel, arith.muli(column, integer(WIDTH)))
+    return arith.addi(channel, integer(i * WIDTH * tokens.warpgroups))
 
 
 def _vector(tokens: Tokens, registers: Sequence[Any]) -> Any:
@@ -400,10 +423,9 @@ def _load_shared(tokens: Tokens, index: int, _: Any, ref: Any) -> Any:
     for i in range(tokens.padded // WIDTH):
         first = i * WIDTH * tokens.warpgroups
         exists = None  # without a condition if all threads have channels
-        if first + WIDTH * tokens.warpgroups > tokens.channels:
-            channel = arith.muli(thread, integer(VECTOR))
-            exists = _less(channel, tokens.channels - first)
-        offset = 2 * (index * tokens.channels + first)
+        if first + WIDTH * tokens.parts > tokens.channels:
+            exists = _less(_channel(tokens, i), tokens.channels)
+        offset = 2 * (index * tokens.channels_of_block + first)
         words = load_shared(address, offset, exists)
         registers.append(make_vector([x for word in words for x in widen_bits(word)]))
     return _vector(tokens, registers)

@@ -1,82 +1,39 @@
-"""The token shift and its gradients on Hopper GPUs, each in one pass over memory."""
+"""The token shift and its gradients on Hopper GPUs, each in one pass over memory.
+
+A block works on the same channels of tokens that follow one another, in the order of `token_walk`,
+so that it has the token before in registers. No warpgroup waits for another.
+"""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import token_tiles
+from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.target import TILE, target_in_context
-from pallas_kernels.hopper.token_tiles import BEFORE, NONE, Tiles
+from pallas_kernels.hopper.token_plan import Plan
+from pallas_kernels.hopper.token_walk import Walk, no_step, order_of
+from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 from pallas_kernels.operators.token_shift.reference import last_position, take_tokens
-from pallas_kernels.operators.token_shift.xla import following_position
-from pallas_kernels.packing import find_segments
 from pallas_kernels.types import SegmentIds
 
 KERNEL_UNITS = {"C": TILE}
 
 
-class Neighbours(NamedTuple):
-    """Where tokens and their neighbours lie; `NONE` where there is none. Each is `[B, T]` int32.
+_TOKENS_OF_CHUNK = 4
+"""A block mixes so many tokens. It loads them, and one more, before it stores any mix."""
 
-    Attributes:
-      token: the token itself, `NONE` for padding.
-      previous: the token before it in its segment, `BEFORE` for the first token of a row.
-      following: the token after it in its segment.
-    """
+_TOKENS_OF_CHUNK_BACKWARD = 64
+"""With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
 
-    token: Any
-    previous: Any
-    following: Any
+_MOST_BLOCKS = 2**16 - 1
+"""Of a column of a grid."""
 
-
-class Places(NamedTuple):
-    """`Neighbours` of the tokens of a tile."""
-
-    token: jax.Array
-    previous: jax.Array
-    following: jax.Array
-
-
-def find_neighbours(segment_ids: SegmentIds) -> Neighbours:
-    """Finds the neighbours of the tokens of packed rows."""
-    segments, valid = find_segments(segment_ids), segment_ids != 0
-    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    first = segments.start & (segments.index == 0)
-    previous = jnp.where(first, BEFORE, segments.previous)
-    return Neighbours(
-        *(
-            jnp.where(valid, x, NONE).astype(jnp.int32)
-            for x in (position, previous, following_position(segment_ids))
-        )
-    )
-
-
-def places_of(
-    tiles: Tiles, neighbours_gmem: Neighbours | None, row: jax.Array, positions: jax.Array
-) -> Places:
-    """Returns the neighbours of the tokens of a tile.
-
-    Args:
-      tiles: of the kernel.
-      neighbours_gmem: references; None if each row is one sequence.
-      row: row of the batch.
-      positions: of the tile.
-    """
-    if neighbours_gmem is not None:
-        return Places(
-            *(
-                token_tiles.load_positions(x.at[row], positions, tiles.width)
-                for x in neighbours_gmem
-            )
-        )
-    none, before = (jnp.full_like(positions, x) for x in (NONE, BEFORE))
-    previous = jnp.where(positions > 0, positions - 1, jnp.where(positions == 0, before, none))
-    last = tiles.tokens - 1
-    following = jnp.where((positions >= 0) & (positions < last), positions + 1, none)
-    return Places(positions, previous, following)
+_MOST_AHEAD = 5
+"""Most steps that copies of the backward are ahead of the work."""
 
 
 def token_shift_mix_mosaic_gpu(
@@ -91,34 +48,40 @@ def token_shift_mix_mosaic_gpu(
       NotServed: for other dtypes than bfloat16, and channels in no multiple of 64.
     """
     token_tiles.check_served(x=x)
-    target, count = target_in_context(), len(mixes)
-    tiles = token_tiles.tiles_of(target, x, registers=24 + 15 * count)
+    count, (B, T, C) = len(mixes), x.shape
+    # Many small blocks, which start in the order of the tokens: what they write at about the same
+    # time lies close together.
+    blocks = min(_MOST_BLOCKS, -(-B * T // _TOKENS_OF_CHUNK))
+    walk = Walk(B * T, T, blocks, _TOKENS_OF_CHUNK)
+    tokens = Tokens(B * T, C, blocks, columns=-(-C // WIDTH))
 
-    def body(x_gmem, mixes_gmem, state_gmem, neighbours_gmem, *mixed_gmem):
-        channels = tiles.channels_of_block()
-        mixes = [tiles.load_parameter(mixes_gmem.at[m, channels]) for m in range(count)]
+    def body(x_gmem, mixes_gmem, state_gmem, order_gmem, *mixed_gmem):
+        def mix_chunk(turn, _):
+            steps = [walk.step_of_chunk(turn, n, order_gmem) for n in range(1 + walk.chunk)]
+            places = [jnp.where(step.is_token, step.place, tokens.count) for step in steps]
+            read = [tokens.load(x_gmem, place) for place in places]
+            differences = []
+            for before, token, step in zip(read[:-1], read[1:], steps[1:], strict=True):
+                start = None if state_gmem is None else tokens.load(state_gmem, walk.state_of(step))
+                differences.append(tokens.where(step.continues, before, start) - token)
+            places = [jnp.where(step.is_own, step.place, tokens.count) for step in steps[1:]]
+            for m, gmem in enumerate(mixed_gmem):
+                mix = tokens.load_parameter(mixes_gmem.at[m])
+                for place, token, difference in zip(places, read[1:], differences, strict=True):
+                    tokens.store(gmem, place, token + difference * mix, streams=True)
 
-        def mix_tokens(row, positions, _):
-            places = places_of(tiles, neighbours_gmem, row, positions)
-            x_row = x_gmem.at[row, :, channels]
-            before = None if state_gmem is None else state_gmem.at[row, channels]
-            token = token_tiles.load(x_row, places.token)
-            difference = token_tiles.load(x_row, places.previous, before) - token
-            for mix, gmem in zip(mixes, mixed_gmem, strict=True):
-                token_tiles.store(gmem.at[row, :, channels], positions, token + difference * mix)
+        jax.lax.fori_loop(0, walk.turns(), mix_chunk, None)
 
-        tiles.for_each(mix_tokens, None)
-
-    kernel = target.kernel(
+    kernel = target_in_context().kernel(
         body,
         name="token_shift_mix",
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),) * count,
-        grid=tiles.grid,
+        out_type=(jax.ShapeDtypeStruct((B * T, C), x.dtype),) * count,
+        grid={"column": tokens.columns, "block": walk.blocks},
         scratch_types=(),
     )
-    neighbours = None if segment_ids is None else find_neighbours(segment_ids)
-    mixed = kernel(x, mixes.astype(jnp.float32), state, neighbours)
-    return tuple(mixed), _new_state(x, state, segment_ids)
+    order = None if segment_ids is None else order_of(segment_ids)
+    mixed = kernel(x.reshape(B * T, C), mixes.astype(jnp.float32), state, order)
+    return tuple(mix.reshape(x.shape) for mix in mixed), _new_state(x, state, segment_ids)
 
 
 def _new_state(
@@ -147,47 +110,97 @@ def token_shift_mix_backward_mosaic_gpu(
     token_tiles.check_served(x=x)
     dnew_state = cotangents[1]
     dmixed = tuple(gradient.astype(x.dtype) for gradient in cotangents[0])
-    target, count = target_in_context(), len(mixes)
-    tiles = token_tiles.tiles_of(target, x, registers=40 + 25 * count)
+    count, C = len(mixes), x.shape[2]
+    target = target_in_context()
+    plan = Plan.of(
+        target,
+        x,
+        registers=min(255, 40 + 29 * count),
+        arrays=1 + count,
+        ahead=_MOST_AHEAD,
+        chunk=_TOKENS_OF_CHUNK_BACKWARD,
+        after=1,
+        in_columns=True,
+    )
+    tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 
-    def body(x_gmem, mixes_gmem, state_gmem, neighbours_gmem, dmixed_gmem, dx_gmem, dmixes_gmem):
-        channels = tiles.channels_of_block()
-        mixes = [tiles.load_parameter(mixes_gmem.at[m, channels]) for m in range(count)]
+    def body(
+        x_gmem, dmixed_gmem, mixes_gmem, state_gmem, order_gmem, dx_gmem, dmixes_gmem, **scratch
+    ):
+        slots, loaded = scratch["slots"], scratch["loaded"]
+        mixes = [tokens.load_parameter(mixes_gmem.at[m]) for m in range(count)]
+        steps = walk.steps()
 
-        def add_tokens(row, positions, dmixes):
-            places = places_of(tiles, neighbours_gmem, row, positions)
-            x_row = x_gmem.at[row, :, channels]
-            before = None if state_gmem is None else state_gmem.at[row, channels]
-            gmem = [x.at[row, :, channels] for x in dmixed_gmem]
-            gradients = [token_tiles.load(x, places.token) for x in gmem]
-            of_following = [token_tiles.load(x, places.following) for x in gmem]
-            token = token_tiles.load(x_row, places.token)
-            difference = token_tiles.load(x_row, places.previous, before) - token
-            dx = tiles.zeros()
-            for mix, gradient, following in zip(mixes, gradients, of_following, strict=True):
-                dx += gradient + mix * (following - gradient)
-            token_tiles.store(dx_gmem.at[row, :, channels], positions, dx)
-            return tuple(
-                total + gradient * difference
-                for total, gradient in zip(dmixes, gradients, strict=True)
-            )
+        def read(number):
+            return walk.step(number, steps, order_gmem)
 
-        dmixes = tiles.for_each(add_tokens, (tiles.zeros(),) * count)
-        split = jax.lax.axis_index("split")
+        def fetch(number, step):
+            plan.copy(number, loaded, slots, [x.at[step.to_copy] for x in (x_gmem, *dmixed_gmem)])
+
+        def read_for(number):
+            return read(number), read(number + plan.ahead)
+
+        def read_early(number):  # what memory tells; the rest takes few instructions
+            return None if order_gmem is None else read_for(number)
+
+        plan.fill(lambda n: fetch(n, read(n)), steps)
+
+        def add_token(number, carry):
+            of_before, before, rest, dmixes, reads = carry
+            step, ahead = reads or read_for(number)
+            plgpu.barrier_wait(ring.loaded(loaded, number))
+            plan.refill(lambda n: fetch(n, ahead), number, steps)
+            slot = slots.at[ring.slot(number)]
+
+            def load(index):
+                loaded = tokens.load_shared(slot, index)
+                # Whatever stands in padding.
+                return loaded if order_gmem is None else tokens.where(step.is_token, loaded)
+
+            token = load(0)
+            start = None if state_gmem is None else plan.load_state(state_gmem, step)
+            difference = tokens.where(step.continues, before, start) - token
+            difference = tokens.where(step.is_own, difference)
+            gradient = load(1)
+            of_token, of_shifted = gradient, gradient * mixes[0]
+            new_dmixes = [dmixes[0] + gradient * difference]
+            for m in range(1, count):  # one after another, for want of registers
+                gradient = load(1 + m)
+                of_token, of_shifted = of_token + gradient, of_shifted + gradient * mixes[m]
+                new_dmixes.append(dmixes[m] + gradient * difference)
+            dx = rest + tokens.where(step.continues, of_shifted)
+            row, in_row = divide(of_before.to_copy, walk.length)
+            in_row = jnp.where(of_before.is_own, in_row, tokens.count)
+            tokens.store(dx_gmem.at[row], in_row, dx)
+            return step, token, of_token - of_shifted, new_dmixes, read_early(number + 1)
+
+        zeros = tokens.zeros()
+        carry = no_step(), zeros, zeros, [zeros] * count, read_early(jnp.int32(0))
+        dmixes = jax.lax.fori_loop(0, steps, add_token, carry)[3]
+        block = jax.lax.axis_index("block")
         for m, total in enumerate(dmixes):
-            token_tiles.store_sums(dmixes_gmem.at[split, m, :, channels], total)
+            tokens.store_sums(dmixes_gmem.at[block, m], total)
 
     kernel = target.kernel(
         body,
         name="token_shift_mix_backward",
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), tiles.partial_sums(count)),
-        grid=tiles.grid,
-        scratch_types=(),
+        out_type=(
+            # Not flat: the compiler would copy what it reshapes, to add to single tokens of it.
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((walk.blocks, count, C), jnp.float32),
+        ),
+        grid=plan.grid,
+        scratch_types=plan.scratch_types(),
     )
-    neighbours = None if segment_ids is None else find_neighbours(segment_ids)
-    dx, dmixes = kernel(x, mixes.astype(jnp.float32), state, neighbours, dmixed)
+    dx, dmixes = kernel(
+        plan.copyable(x),
+        [plan.copyable(gradient) for gradient in dmixed],
+        mixes.astype(jnp.float32),
+        state,
+        None if segment_ids is None else order_of(segment_ids),
+    )
     dx, dstate = _add_of_states(dx, mixes, state, segment_ids, dmixed, dnew_state)
-    return dx, dmixes.sum((0, 2)), dstate, None
+    return dx, dmixes.sum(0), dstate, None
 
 
 def _add_of_states(
