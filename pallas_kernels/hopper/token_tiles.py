@@ -4,8 +4,8 @@ A tile has up to 256 channels. It is in the registers of one warpgroup, in float
 neighbouring channels in each thread; memory holds bfloat16. So each thread loads 16 bytes at a
 time. With 256 channels each warp has one token; with 128 or 64 channels it has two or four tokens.
 
-Which tokens a tile holds is a vector of positions, one for each row of the tile. So a kernel can
-load the token before each token, whatever lies between the two. `NONE` stands for a token of zeros.
+Which tokens a tile holds is a vector of positions, one for each row of the tile. `NONE` stands for a
+token of zeros.
 
 Each block of the grid works on some channels of many tiles. Its threads keep the same channels all
 the time. They can hold parameters in registers, and sum gradients of parameters there.
@@ -34,9 +34,6 @@ from pallas_kernels.hopper.vectors import VECTOR, load_if, make_vector, store_if
 
 NONE = -1
 """Position of a token of zeros. Results for it are not written."""
-
-BEFORE = -2
-"""Position of the token before a row, which lies in an array of its own."""
 
 HEAD = 64
 """Channels of a head."""
@@ -186,50 +183,25 @@ def tiles_of(target: Target, x: jax.Array, *, registers: int) -> Tiles:
     return Tiles(rows, tokens, channels, target.blocks_at_once(registers))
 
 
-def load(x_gmem: Any, positions: jax.Array, before_gmem: Any | None = None) -> jax.Array:
+def load(x_gmem: Any, positions: jax.Array) -> jax.Array:
     """Loads the tokens at some positions.
 
     Args:
       x_gmem: `[T, channels]` bfloat16 in global memory, the channels of a tile.
       positions: int32, as `Tiles.for_each` gives them. A position below 0 gives zeros.
-      before_gmem: `[channels]` bfloat16, the token at `BEFORE`; None for zeros.
 
     Returns:
       A float32 tile.
     """
     check_bfloat16(x_gmem)
     if is_interpreted():
-        value = _take(x_gmem, positions)
-        if before_gmem is None:
-            return value
-        before = before_gmem[...].astype(jnp.float32)[None]
-        return jnp.where((positions == BEFORE)[:, None], before, value)
+        taken = jnp.take(x_gmem[...], jnp.maximum(positions, 0), axis=0).astype(jnp.float32)
+        return jnp.where((positions < 0)[:, None], 0, taken)
     width = x_gmem.shape[-1]
-    refs = (x_gmem,) if before_gmem is None else (x_gmem, before_gmem)
     inline = plgpu.inline_mgpu(
-        arg_types=((plgpu.RefType(),) * len(refs), _layout(width).reduce(1)),
-        return_type=_tile_type(width),
+        arg_types=(plgpu.RefType(), _layout(width).reduce(1)), return_type=_tile_type(width)
     )
-    return inline(functools.partial(_load, width=width))(refs, positions)
-
-
-def load_positions(positions_gmem: Any, positions: jax.Array, width: int) -> jax.Array:
-    """Loads other positions for the tokens of a tile.
-
-    Args:
-      positions_gmem: `[T]` int32 in global memory.
-      positions: of the tile. A position below 0 gives `NONE`.
-      width: channels of the tile.
-    """
-    if is_interpreted():
-        taken = jnp.take(positions_gmem[...], jnp.maximum(positions, 0))
-        return jnp.where(positions < 0, NONE, taken)
-    layout = _layout(width).reduce(1)
-    inline = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), layout),
-        return_type=plgpu.ShapeDtypeStruct(positions.shape, jnp.int32, layout=layout),
-    )
-    return inline(_load_positions)(positions_gmem, positions)
+    return inline(functools.partial(_load, width=width))(x_gmem, positions)
 
 
 def store(x_gmem: Any, positions: jax.Array, tile: jax.Array) -> None:
@@ -287,11 +259,6 @@ def _tile_type(width: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((height, width), jnp.float32, layout=_layout(width))
 
 
-def _take(x_gmem: Any, positions: jax.Array) -> jax.Array:
-    taken = jnp.take(x_gmem[...], jnp.maximum(positions, 0), axis=0).astype(jnp.float32)
-    return jnp.where((positions < 0)[:, None], 0, taken)
-
-
 def _store_row(x_gmem: Any, position: jax.Array, row: jax.Array) -> None:
     @pl.when(position >= 0)
     def _():
@@ -334,34 +301,11 @@ def _pointer(ref: Any, position: Any | None, width: int, first: int = 0) -> Any:
     return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)
 
 
-def _load(_: Any, refs: Sequence[Any], positions: Any, width: int) -> Any:
+def _load(_: Any, ref: Any, positions: Any, width: int) -> Any:
     position = _position(positions)
-    pointer = _pointer(refs[0], position, width)
     exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
-    if len(refs) > 1:
-        is_before = arith.cmpi(arith.CmpIPredicate.eq, position, integer(BEFORE))
-        pointer = arith.select(is_before, _pointer(refs[1], None, width), pointer)
-        exists = arith.ori(exists, is_before)
-    words = load_if(exists, pointer)
+    words = load_if(exists, _pointer(ref, position, width))
     return _tile([value for word in words for value in widen_bits(word)], width)
-
-
-def _load_positions(_: Any, ref: Any, positions: Any) -> Any:
-    i32, i64 = integer(0).type, ir.IntegerType.get_signless(64)
-    position = _position(positions)
-    exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
-    offset = arith.muli(arith.extsi(i64, position), mgpu.c(4, i64))
-    pointer = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)
-    loaded = llvm.inline_asm(
-        i32,
-        [arith.extui(i32, exists), pointer, integer(NONE)],
-        "{ .reg .pred p; setp.ne.s32 p, $1, 0; mov.b32 $0, $3; @p ld.global.nc.b32 $0, [$2]; }",
-        "=&r,r,l,r",
-    )
-    vector = llvm.mlir_undef(ir.VectorType.get((1,), i32))
-    vector = llvm.insertelement(vector, loaded, position=integer(0))
-    registers = np.array([vector], dtype=object).reshape(positions.registers.shape)
-    return mgpu.FragmentedArray(_registers=registers, _layout=positions.layout, _is_signed=True)
 
 
 def _load_parameter(_: Any, ref: Any, width: int) -> Any:
@@ -399,7 +343,6 @@ def _sum_over_heads(_: Any, tile: Any) -> Any:
 
 
 __all__ = [
-    "BEFORE",
     "HEAD",
     "NONE",
     "Tiles",
@@ -407,7 +350,6 @@ __all__ = [
     "check_heads",
     "check_served",
     "load",
-    "load_positions",
     "store",
     "store_sums",
     "sum_over_heads",

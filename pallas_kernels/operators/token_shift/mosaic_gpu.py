@@ -115,7 +115,7 @@ def token_shift_mix_backward_mosaic_gpu(
     plan = Plan.of(
         target,
         x,
-        registers=min(255, 40 + 29 * count),
+        registers=56 + 26 * count,
         arrays=1 + count,
         ahead=_MOST_AHEAD,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,
