@@ -4,7 +4,7 @@ A tile has up to 256 channels. It is in the registers of one warpgroup, in float
 neighbouring channels in each thread; memory holds bfloat16. So each thread loads 16 bytes at a
 time. With 256 channels each warp has one token; with 128 or 64 channels it has two or four tokens.
 
-Which tokens a tile holds is a vector of positions, one for each row of the tile. `NONE` stands for a
+Which tokens a tile holds is a vector of positions, one for each of its rows. `NONE` stands for a
 token of zeros.
 
 Each block of the grid works on some channels of many tiles. Its threads keep the same channels all
