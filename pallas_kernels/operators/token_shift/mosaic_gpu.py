@@ -56,18 +56,17 @@ def token_shift_mix_mosaic_gpu(
     tokens = Tokens(B * T, C, blocks, columns=-(-C // WIDTH))
 
     def body(x_gmem, mixes_gmem, state_gmem, order_gmem, *mixed_gmem):
+        mixes = [tokens.load_parameter(mixes_gmem.at[m]) for m in range(count)]
+
         def mix_chunk(turn, _):
             steps = [walk.step_of_chunk(turn, n, order_gmem) for n in range(1 + walk.chunk)]
             places = [jnp.where(step.is_token, step.place, tokens.count) for step in steps]
             read = [tokens.load(x_gmem, place) for place in places]
-            differences = []
             for before, token, step in zip(read[:-1], read[1:], steps[1:], strict=True):
                 start = None if state_gmem is None else tokens.load(state_gmem, walk.state_of(step))
-                differences.append(tokens.where(step.continues, before, start) - token)
-            places = [jnp.where(step.is_own, step.place, tokens.count) for step in steps[1:]]
-            for m, gmem in enumerate(mixed_gmem):
-                mix = tokens.load_parameter(mixes_gmem.at[m])
-                for place, token, difference in zip(places, read[1:], differences, strict=True):
+                difference = tokens.where(step.continues, before, start) - token
+                place = jnp.where(step.is_own, step.place, tokens.count)
+                for mix, gmem in zip(mixes, mixed_gmem, strict=True):
                     tokens.store(gmem, place, token + difference * mix, streams=True)
 
         jax.lax.fori_loop(0, walk.turns(), mix_chunk, None)
