@@ -21,6 +21,10 @@ from pallas_kernels.hopper.token_walk import Step, Walk
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 
 MOST_WARPGROUPS = 4
+"""Of a block."""
+
+MOST_REGISTERS = 255
+"""Of a thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,4 +200,4 @@ class Plan:
         return self.tokens.load(state_gmem, self.walk.state_of(step))
 
 
-__all__ = ["MOST_WARPGROUPS", "Plan"]
+__all__ = ["MOST_REGISTERS", "MOST_WARPGROUPS", "Plan"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.target import target_in_context
-from pallas_kernels.hopper.token_plan import MOST_WARPGROUPS, Plan
+from pallas_kernels.hopper.token_plan import MOST_REGISTERS, MOST_WARPGROUPS, Plan
 from pallas_kernels.hopper.token_walk import order_of
 from pallas_kernels.hopper.whole_tokens import WIDTH
 from pallas_kernels.operators.layer_norm.xla import layer_norm_backward
@@ -36,9 +36,6 @@ _MOST_AHEAD_BACKWARD = 5
 _TOKENS_OF_CHUNK = 8
 _TOKENS_OF_CHUNK_BACKWARD = 64
 """With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
-
-_MOST_REGISTERS = 255
-"""Of a thread."""
 
 
 def norm_shift_mix_mosaic_gpu(
@@ -140,7 +137,7 @@ def has_registers(channels: int) -> bool:
 def has_registers_for_gradients(channels: int, mixes: int) -> bool:
     """Returns whether the sums of the backward fit into the registers of a block."""
     warpgroups = -(-channels // WIDTH)
-    return warpgroups * min(_MOST_REGISTERS, 96 + 24 * mixes) <= 2 * _MOST_REGISTERS
+    return warpgroups * min(MOST_REGISTERS, 96 + 24 * mixes) <= 2 * MOST_REGISTERS
 
 
 def norm_shift_mix_backward_mosaic_gpu(
@@ -179,7 +176,7 @@ def norm_shift_mix_backward_mosaic_gpu(
     plan = Plan.of(
         target,
         x,
-        registers=min(_MOST_REGISTERS, 136 + 24 * count),  # more than it needs at least
+        registers=min(MOST_REGISTERS, 136 + 24 * count),  # more than it needs at least
         arrays=2 + count,
         ahead=_MOST_AHEAD_BACKWARD,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.target import TILE, target_in_context
-from pallas_kernels.hopper.token_plan import Plan
+from pallas_kernels.hopper.token_plan import MOST_REGISTERS, Plan
 from pallas_kernels.hopper.token_walk import Walk, no_step, order_of
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 from pallas_kernels.operators.token_shift.reference import last_position, take_tokens
@@ -32,8 +32,8 @@ _TOKENS_OF_CHUNK_BACKWARD = 64
 _MOST_BLOCKS = 2**16 - 1
 """Of a column of a grid."""
 
-_MOST_AHEAD = 5
-"""Most steps that copies of the backward are ahead of the work."""
+_MOST_AHEAD = 7
+"""Most steps that copies are ahead of the work. Eight slots take few instructions to count."""
 
 
 def token_shift_mix_mosaic_gpu(
@@ -114,7 +114,7 @@ def token_shift_mix_backward_mosaic_gpu(
     plan = Plan.of(
         target,
         x,
-        registers=56 + 26 * count,
+        registers=min(MOST_REGISTERS, 56 + 26 * count),
         arrays=1 + count,
         ahead=_MOST_AHEAD,
         chunk=_TOKENS_OF_CHUNK_BACKWARD,
