@@ -80,7 +80,7 @@ class Walk:
     Attributes:
       count: N, tokens of all rows.
       length: T, tokens of a row.
-      most_blocks: number of blocks that the GPU runs at once.
+      most_blocks: number of blocks, for example as many as the GPU runs at once.
       most_tokens: of a chunk, about.
       idle: number of steps before the first token.
       after: number of tokens that are read after each chunk.
