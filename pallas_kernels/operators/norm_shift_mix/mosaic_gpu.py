@@ -26,7 +26,7 @@ from pallas_kernels.operators.norm_shift_mix.reference import (
     norm_of_token,
     state_after,
 )
-from pallas_kernels.operators.token_shift.reference import last_position
+from pallas_kernels.operators.token_shift.reference import add_to_last_token
 from pallas_kernels.types import SegmentIds
 
 _MOST_AHEAD = 7
@@ -347,16 +347,7 @@ def _add_of_states(
         cotangents=_of_tokens(dnew_state, segment_ids)[:, None],
         eps=eps,
     )
-    if segment_ids is None:
-        last = dx[:, -1:] + dtoken.astype(dx.dtype)
-        # Unlike a scatter, this writes one token of each row and leaves the others where they are.
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, last, dx.shape[1] - 1, axis=1)
-    else:
-        position = last_position(segment_ids)
-        position = jnp.where(position < 0, dx.shape[1], position)  # out of range: dropped
-        rows = jnp.arange(len(dx))
-        dx = dx.at[rows, position].add(dtoken[:, 0].astype(dx.dtype), mode="drop")
-    return dx, (dscale, dbias)
+    return add_to_last_token(dx, dtoken[:, 0], segment_ids), (dscale, dbias)
 
 
 def _of_tokens(

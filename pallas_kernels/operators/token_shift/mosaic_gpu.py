@@ -17,7 +17,11 @@ from pallas_kernels.hopper.target import TILE, target_in_context
 from pallas_kernels.hopper.token_plan import MOST_REGISTERS, Plan
 from pallas_kernels.hopper.token_walk import Walk, no_step, order_of
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
-from pallas_kernels.operators.token_shift.reference import last_position, take_tokens
+from pallas_kernels.operators.token_shift.reference import (
+    add_to_last_token,
+    last_position,
+    take_tokens,
+)
 from pallas_kernels.types import SegmentIds
 
 KERNEL_UNITS = {"C": TILE}
@@ -211,19 +215,13 @@ def _add_of_states(
     dnew_state: Float[Array, "B C"],
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C"] | None]:
     """Adds what the new state contributes to dx, and returns the gradient of the state, too."""
-    rows, tokens = jnp.arange(len(dx)), dx.shape[1]
-    first, empty = jnp.zeros_like(rows), None
-    if segment_ids is None:
-        last_token = dx[:, -1:] + dnew_state[:, None].astype(dx.dtype)
-        # Unlike a scatter, this writes one token of each row and leaves the others where they are.
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, last_token, tokens - 1, axis=1)
-    else:
-        valid = segment_ids != 0
-        first, empty = jnp.argmax(valid, axis=1), ~valid.any(1)
-        last = jnp.where(empty, tokens, last_position(segment_ids))  # out of range: dropped
-        dx = dx.at[rows, last].add(dnew_state.astype(dx.dtype), mode="drop")
+    dx = add_to_last_token(dx, dnew_state, segment_ids)
     if state is None:
         return dx, None
+    rows, first, empty = jnp.arange(len(dx)), jnp.zeros(len(dx), jnp.int32), None
+    if segment_ids is not None:
+        valid = segment_ids != 0
+        first, empty = jnp.argmax(valid, axis=1), ~valid.any(1)
     dstate = jnp.zeros(state.shape, jnp.float32)
     for gradient, mix in zip(dmixed, mixes.astype(jnp.float32), strict=True):
         dstate += gradient[rows, first] * mix[None]

@@ -1,5 +1,6 @@
 """Token shift by its definition: `mixed_m = x + (shift(x) - x) * mixes[m]`."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +28,28 @@ def last_position(segment_ids: SegmentIds) -> Int[Array, " B"]:
     """Returns the position of each row's last token that is not padding, or -1."""
     position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     return jnp.where(segment_ids != 0, position, -1).max(axis=1)
+
+
+def add_to_last_token(
+    x: Float[Array, "B T C"], addend: Float[Array, "B C"], segment_ids: SegmentIds | None
+) -> Float[Array, "B T C"]:
+    """Adds to each row's last token that is not padding, if there is one.
+
+    Args:
+      x: result of a kernel.
+      addend: what to add.
+      segment_ids: of the tokens.
+    """
+    addend = addend.astype(x.dtype)
+    # Within a loop, XLA of JAX 0.11 may take the update for a part of the kernel, and fail.
+    x = jax.lax.optimization_barrier(x)
+    if segment_ids is None:
+        # Unlike a scatter, this writes one token of each row and leaves the others where they are.
+        last = x[:, -1:] + addend[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(x, last, x.shape[1] - 1, axis=1)
+    position = last_position(segment_ids)
+    position = jnp.where(position < 0, x.shape[1], position)  # out of range: dropped
+    return x.at[jnp.arange(len(x)), position].add(addend, mode="drop")
 
 
 def shift(
@@ -62,6 +85,7 @@ def token_shift_mix_reference(
 
 __all__ = [
     "LAYOUT",
+    "add_to_last_token",
     "last_position",
     "mask_padding",
     "shift",
