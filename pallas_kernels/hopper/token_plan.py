@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.ring import SHARED_MEMORY_BYTES, Ring, slots_that_fit
 from pallas_kernels.hopper.target import Target
-from pallas_kernels.hopper.token_walk import Step, Walk
+from pallas_kernels.hopper.token_walk import Step, Walk, blocks_in_order
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 
 MOST_WARPGROUPS = 4
@@ -55,6 +55,7 @@ class Plan:
         chunk: int,
         idle: int = 0,
         after: int = 0,
+        in_order: bool = False,
         in_columns: bool = False,
     ) -> "Plan":
         """Makes a plan for tokens `x`.
@@ -68,6 +69,8 @@ class Plan:
           chunk: as for `Walk`, and so are the others.
           idle: steps.
           after: tokens.
+          in_order: whether each block has one chunk, as `blocks_in_order` has it. Else there are as
+            many blocks as run at once.
           in_columns: whether blocks share tokens, rather than the warpgroups of a block.
         """
         B, T, C = x.shape
@@ -80,7 +83,9 @@ class Plan:
         slot_bytes = arrays * tokens.channels_of_block * x.dtype.itemsize
         room = SHARED_MEMORY_BYTES // per_multiprocessor
         ahead = slots_that_fit(slot_bytes, others=slot_bytes, most=ahead, room=room)
-        walk = Walk(B * T, T, max(1, most_blocks // columns), chunk, idle, after)
+        at_once = max(1, most_blocks // columns)
+        blocks = blocks_in_order(B * T, chunk) if in_order else at_once
+        walk = Walk(B * T, T, blocks, chunk, idle, after)
         return cls(tokens, walk, Ring(ahead + 1), arrays)
 
     @property

@@ -22,6 +22,9 @@ from pallas_kernels.types import SegmentIds
 PADDING, STARTS, FIRST, CONTINUES = range(4)
 """Kinds of tokens: padding; before the token there are zeros, the row's state, or a token."""
 
+_MOST_BLOCKS = 2**16 - 1
+"""Of a column of a grid."""
+
 _KINDS = 4
 _OWN = 4
 _PLACES = 8
@@ -71,6 +74,19 @@ class Step(NamedTuple):
 def no_step() -> Step:
     """Returns a step without a token."""
     return Step(jnp.int32(_NO_TOKEN))
+
+
+def blocks_in_order(count: int, most_tokens: int) -> int:
+    """Returns the number of blocks that have one chunk each.
+
+    They start in the order of the tokens, so that what they write at about the same time lies close
+    together.
+
+    Args:
+      count: number of tokens.
+      most_tokens: of a chunk.
+    """
+    return min(_MOST_BLOCKS, -(-count // most_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,4 +197,4 @@ def order_of(segment_ids: SegmentIds) -> jax.Array:
     return jnp.zeros_like(codes).at[index.reshape(-1)].set(codes, unique_indices=True)
 
 
-__all__ = ["CONTINUES", "Step", "Walk", "no_step", "order_of"]
+__all__ = ["CONTINUES", "Step", "Walk", "blocks_in_order", "no_step", "order_of"]

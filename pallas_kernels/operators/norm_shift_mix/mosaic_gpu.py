@@ -64,6 +64,7 @@ def norm_shift_mix_mosaic_gpu(
         arrays=1,
         ahead=_MOST_AHEAD,
         chunk=_TOKENS_OF_CHUNK,
+        in_order=True,
     )
     tokens, walk, ring = plan.tokens, plan.walk, plan.ring
 

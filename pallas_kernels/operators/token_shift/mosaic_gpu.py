@@ -15,7 +15,7 @@ from pallas_kernels.hopper import token_tiles
 from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.target import TILE, target_in_context
 from pallas_kernels.hopper.token_plan import MOST_REGISTERS, Plan
-from pallas_kernels.hopper.token_walk import Walk, no_step, order_of
+from pallas_kernels.hopper.token_walk import Walk, blocks_in_order, no_step, order_of
 from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 from pallas_kernels.operators.token_shift.reference import (
     add_to_last_token,
@@ -26,18 +26,14 @@ from pallas_kernels.types import SegmentIds
 
 KERNEL_UNITS = {"C": TILE}
 
-
 _TOKENS_OF_CHUNK = 4
 """A block mixes so many tokens. It loads them, and one more, before it stores any mix."""
 
 _TOKENS_OF_CHUNK_BACKWARD = 64
 """With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
 
-_MOST_BLOCKS = 2**16 - 1
-"""Of a column of a grid."""
-
-_MOST_AHEAD = 7
-"""Most steps that copies are ahead of the work. Eight slots take few instructions to count."""
+_MOST_AHEAD = 3
+"""Most steps that copies are ahead of the work. Four slots take few instructions to count."""
 
 
 def token_shift_mix_mosaic_gpu(
@@ -53,9 +49,7 @@ def token_shift_mix_mosaic_gpu(
     """
     token_tiles.check_served(x=x)
     count, (B, T, C) = len(mixes), x.shape
-    # Many small blocks, which start in the order of the tokens: what they write at about the same
-    # time lies close together.
-    blocks = min(_MOST_BLOCKS, -(-B * T // _TOKENS_OF_CHUNK))
+    blocks = blocks_in_order(B * T, _TOKENS_OF_CHUNK)
     walk = Walk(B * T, T, blocks, _TOKENS_OF_CHUNK)
     tokens = Tokens(B * T, C, blocks, columns=-(-C // WIDTH))
 
