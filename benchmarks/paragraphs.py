@@ -101,7 +101,7 @@ def losses() -> str:
     recurrent = _row("wkv7-recurrent", B=1, T=1)
     cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
     one, two = (row["tokens_per_s"] for row in _before_and("fsdp"))
-    compiled = _row("train-step-h200", layers=24, width=1024)["compile_s"]
+    compiled = _row("train-step-h100", layers=24, width=1024)["compile_s"]
     ratio = kernel["forward_backward_ms"] / floor["forward_backward_ms"]
     slower = xla["forward_backward_ms"] / middle["forward_backward_ms"]
     items = (
@@ -109,7 +109,7 @@ def losses() -> str:
         f"an H200 takes {slower:.0f} times as long for WKV7 (8 x 4096 tokens, 32 heads, forward and "
         "backward). FLA's Triton kernels run on such GPUs, too.",
         "**Hard tokens in 16 bits.** Where keys are nearly parallel and little is forgotten, the kernels' "
-        f"outputs are off by {100 * parallel_keys['error_o']:.0f} %; where tokens take turns, the gradient "
+        f"outputs are off by {100 * parallel_keys['error_o']:.1f} %; where tokens take turns, the gradient "
         f'of b by {100 * in_turn["error_db"]:.0f} %. `precision="high"` avoids that, through XLA.',
         f"**WKV7 is {ratio:.1f} times above the floor of memory traffic** "
         f"({kernel['forward_backward_ms']:.1f} instead of {floor['forward_backward_ms']:.1f} ms at 8, 4096, 64 "
@@ -122,7 +122,7 @@ def losses() -> str:
         f"**On a CPU, outputs alone** are faster by the plain scan ({cpu['reference']:.1f} ms) than in chunks "
         f"({cpu['xla, bounded']:.1f} ms, 2,048 tokens, 4 heads); chunks pay with gradients.",
         f"**More than two GPUs are not measured.** Two H200s with FSDP are {two / one:.2f} times as fast as one.",
-        f"**Compiling takes time**: {compiled} s for a training step of 24 unrolled layers.",
+        f"**Compiling takes time**: {compiled:.0f} s for a training step of 24 unrolled layers.",
         "**Not there**: quantised weights, RWKV-7a and 7b, and kernels for rows of more than 128 keys per head.",
     )
     return "\n".join(wrap(item, "- ", "  ") for item in items)
@@ -210,7 +210,7 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
                 "decode-h200",
                 "wkv7-recurrent",
                 "parallel-h200x2",
-                "train-step-h200",
+                "train-step-h100",
             ),
         ),
         losses,

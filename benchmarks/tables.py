@@ -45,7 +45,6 @@ TRAINING = {
     "ms": "{ms_per_step:.1f}",
     "GiB planned": "{planned_gib:.1f}",
     "GiB measured": "{peak_gib:.1f}",
-    "compile s": "{compile_s:.0f}",
 }
 
 TABLES = {
@@ -209,7 +208,12 @@ TABLES = {
     ),
     "train-step-h100": Table(
         ("train-step-h100",),
-        {"vocabulary": "{vocab_size:,}", "`remat`": "{remat}", **TRAINING},
+        {
+            "vocabulary": "{vocab_size:,}",
+            "`remat`": "{remat}",
+            **TRAINING,
+            "compile s": "{compile_s:.0f}",
+        },
     ),
     "peers-train-step-h200": Table(
         ("peers-train-step-h200",),
@@ -223,6 +227,10 @@ TABLES = {
     "train-step-changes-h200": Table(
         ("train-step-changes-h200",),
         {"change": "{change}", "ms per step": "{ms_per_step:.1f}"},
+    ),
+    "train-step-fused-h200": Table(
+        ("train-step-fused-h200",),
+        {"run": "{run}", "change": "{change}", "ms per step": "{ms_per_step:.1f}"},
     ),
     "train-step-profile-h200": Table(
         ("train-step-profile-h200",),
