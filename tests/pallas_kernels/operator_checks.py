@@ -24,6 +24,19 @@ LIMITS = {
 PARAMETER_GRADIENT_LIMIT = 2e-6
 """For float32 parameters of 16-bit activations: sums in 16 bits have errors of 1e-3 and more."""
 
+SEGMENT_IDS = np.array(
+    [
+        [1, 1, 1, 2, 2, 3, 3, 3, 3],  # no padding
+        [0, 0, 1, 1, 0, 1, 2, 2, 0],  # padding first, within a segment, last
+        [0, 0, 0, 0, 0, 0, 0, 0, 0],  # nothing but padding
+        [1, 2, 1, 2, 0, 2, 3, 4, 5],  # segments of one token; ids that come back
+        [7, 7, 7, 7, 7, 7, 7, 7, 7],  # one segment
+        [0, 0, 0, 0, 5, 0, 0, 0, 0],  # one token
+    ],
+    np.int32,
+)
+"""Packed rows, `[6, 9]`."""
+
 
 def kernels_for_cuda(function: Callable, *arguments: Any) -> int:
     """Returns how many kernels a program for CUDA calls, as `count_kernels` counts."""

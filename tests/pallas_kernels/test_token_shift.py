@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels import token_shift_mix
 from tests.pallas_kernels.operator_checks import (
     LIMITS,
+    SEGMENT_IDS,
     assert_close,
     check_shard_map,
     check_transformations,
@@ -21,17 +22,6 @@ from tests.pallas_kernels.operator_checks import (
 pytestmark = pytest.mark.usefixtures("module_quick_to_compile")
 
 IMPLEMENTATIONS = ("xla", "reference")
-SEGMENT_IDS = np.array(
-    [
-        [1, 1, 1, 2, 2, 3, 3, 3, 3],  # no padding
-        [0, 0, 1, 1, 0, 1, 2, 2, 0],  # padding first, within a segment, last
-        [0, 0, 0, 0, 0, 0, 0, 0, 0],  # nothing but padding
-        [1, 2, 1, 2, 0, 2, 3, 4, 5],  # segments of one token; ids that come back
-        [7, 7, 7, 7, 7, 7, 7, 7, 7],  # one segment
-        [0, 0, 0, 0, 5, 0, 0, 0, 0],  # one token
-    ],
-    np.int32,
-)
 ROWS, LENGTH = SEGMENT_IDS.shape
 CHANNELS = 6
 PARAMETERS = ("mixes",)
