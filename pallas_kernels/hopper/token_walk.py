@@ -77,7 +77,7 @@ def no_step() -> Step:
 
 
 def blocks_in_order(count: int, most_tokens: int) -> int:
-    """Returns the number of blocks that have one chunk each.
+    """Returns the number of blocks that have one chunk each, or as many as a grid may have.
 
     They start in the order of the tokens, so that what they write at about the same time lies close
     together.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import norm_shift_mix
-from pallas_kernels.hopper.token_walk import Step, Walk, order_of
+from pallas_kernels.hopper.token_walk import Step, Walk, blocks_in_order, order_of
 from tests.pallas_kernels.operator_checks import (
     LIMITS,
     SEGMENT_IDS,
@@ -170,6 +170,14 @@ def test_blocks_read_all_tokens_in_order(monkeypatch):
     ids = SEGMENT_IDS.reshape(-1)
     for step in map(Step, jnp.asarray(order)):
         assert bool(step.is_token) == (ids[int(step.place)] != 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks", "chunk"), [(7, 1, 7), (4096, 512, 8), (2**20, 2**16 - 1, 9)]
+)
+def test_blocks_in_order_have_room_in_a_grid(count, blocks, chunk):
+    walk = Walk(count, count, blocks_in_order(count, 8), 8)
+    assert (walk.blocks, walk.chunk) == (blocks, chunk)
 
 
 def check_neighbours(before: int, place: int) -> None:
