@@ -1,7 +1,8 @@
 """Measures training on several devices, each time beside one device, in one call.
 
     python benchmarks/parallel.py --case data --case fsdp        # on all GPUs of this host
-    python benchmarks/parallel.py --case context --case tensor
+    python benchmarks/parallel.py --case context --row 524288    # a million tokens on 2 GPUs
+    python benchmarks/parallel.py --case tensor
     JAX_NUM_CPU_DEVICES=2 python benchmarks/parallel.py --small  # to try it on a CPU
 
 Cases, each on 1 device and on all N of them, unless a device cannot hold it:
@@ -11,8 +12,10 @@ Cases, each on 1 device and on all N of them, unless a device cannot hold it:
                  program; one collective under way at a time, XLA's default, where training steps
                  have two; NCCL with at most 8 channels, each of which takes a multiprocessor
     fsdp2048     24 x 2048, 16 x 4096 tokens for each device, with fsdp=N only
-    context      24 x 1024: one row of 65,536 tokens for each device, with context=N, beside rows of
-                 4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU
+    context      24 x 1024: one row, 65,536 tokens for each device, with context=N, beside rows of
+                 4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU.
+                 Then the loss of the last 4,096 tokens with the parameters of the last step, beside
+                 that on 1 device, which reads the row in pieces and carries the state
     tensor       32 x 4096, tensor=N, 1 row of 4096: forward and backward, beside 1 device with one
                  N-th of the layers (the whole model does not fit), whose speed is divided by N
 
@@ -41,8 +44,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from results import Row, write_results
 
-from goose_jax import RWKV7, RWKV7Config
-from goose_jax.data import Batch, next_token_batch
+from goose_jax import RWKV7, RWKV7Config, init_state
+from goose_jax.data import NOT_COUNTED, Batch, next_token_batch
 from goose_jax.parallel import (
     batch_spec,
     describe_mesh,
@@ -58,6 +61,7 @@ from goose_jax.training import (
     full_loss,
     init_train_state,
     make_train_step,
+    sum_of_losses,
 )
 
 type Case = Literal["data", "fsdp", "overlap", "fsdp2048", "context", "tensor"]
@@ -81,6 +85,8 @@ class Settings:
       steps: steps of a round.
       row: tokens of the row in the case context, for each device.
       remat: what the backward computes again in the cases data, fsdp and overlap.
+      unroll_layers: whether the cases data and fsdp have the layers one after another in the
+        program, not in a loop.
       compilations: programs that are compiled at the same time.
       small: tiny sizes, to try the script.
       json: file to write the rows to, in the format of `results.py`.
@@ -91,6 +97,7 @@ class Settings:
     steps: int = 4
     row: int = 65536
     remat: str = "dots"
+    unroll_layers: bool = False
     compilations: int = 4
     small: bool = False
     json: pathlib.Path | None = None
@@ -215,8 +222,8 @@ def compile_all(settings: Settings, programs: Sequence[Program]) -> dict[Program
     return compiled
 
 
-def measure(settings: Settings, program: Program, compiled: Lowered) -> Row:
-    """Prints the speed of a program, and returns its row."""
+def measure(settings: Settings, program: Program, compiled: Lowered) -> tuple[Row, Any]:
+    """Prints the speed of a program. Returns its row, and what its last step returned as state."""
     config, mesh = program.config(settings.small), program.device_mesh()
     batch = place_batch(program.batch(config.vocab_size), mesh)
     holder = [compiled.start()]
@@ -262,7 +269,48 @@ def measure(settings: Settings, program: Program, compiled: Lowered) -> Row:
         row["exposed_percent"] = round(100 * exposed / per_step, 2)
         line += f"; collectives {row['collectives_ms']} ms, {row['exposed_percent']} % exposed"
     print(line, flush=True)
-    return row
+    return row, holder[0]
+
+
+def losses_of_last_tokens(
+    settings: Settings, program: Program, params: Any, last: int
+) -> tuple[float, float, float]:
+    """Returns the mean loss of the last tokens of a row, read in three ways.
+
+    Returns:
+      the loss on the mesh of the program; on one device that reads the row in pieces and carries
+      the state; on one device that reads the last tokens alone.
+    """
+    config, mesh = program.config(settings.small), program.device_mesh()
+    model = nnx.eval_shape(lambda: RWKV7(config, rngs=nnx.Rngs(0)))
+    loss, graphdef = full_loss(model), nnx.graphdef(model)
+    batch = program.batch(config.vocab_size)
+    counted = np.where(
+        np.arange(program.length) < program.length - last, NOT_COUNTED, batch.targets
+    )
+
+    def of_mesh(params: Any, frozen: Any, batch: Batch) -> Any:
+        return sum_over_mesh(loss(params, frozen, batch)) / last
+
+    divided = place_batch(dataclasses.replace(batch, targets=counted), mesh)
+    together = jax.jit(on_mesh(of_mesh, mesh, gradient=False))(params, {}, divided)
+
+    alone = jax.device_put(params, jax.devices()[0])
+
+    @jax.jit
+    def read(params: Any, state: Any, tokens: Any) -> Any:
+        return nnx.merge(graphdef, params).hidden(tokens, state)[1]
+
+    @jax.jit
+    def of_last(params: Any, state: Any, batch: Batch) -> Any:
+        return sum_of_losses(nnx.merge(graphdef, params), batch, state=state) / last
+
+    start = state = init_state(config, 1)
+    read_before, piece = batch.inputs[:, :-last], min(settings.row, program.length // 2)
+    for first in range(0, program.length - last, piece):
+        state = read(alone, state, read_before[:, first : first + piece])
+    end = Batch(batch.inputs[:, -last:], batch.targets[:, -last:])
+    return float(together), float(of_last(alone, state, end)), float(of_last(alone, start, end))
 
 
 def time_in_collectives(run: Callable[[], Any]) -> tuple[float, float]:
@@ -298,7 +346,7 @@ def _length(spans: list[tuple[float, float]]) -> float:
 def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, Program | None]]:
     """Returns the programs of a case, each with the one on one device that it is compared with."""
     length = 128 if settings.small else 4096
-    alone = Program(24, 1024, 8, length, settings.remat)
+    alone = Program(24, 1024, 8, length, settings.remat, unroll=settings.unroll_layers)
     together = dataclasses.replace(alone, rows=8 * n)
     match case:
         case "data" | "fsdp":
@@ -348,7 +396,19 @@ def main(settings: Settings) -> None:
         print(f"\n{case}")
         for program in (alone, together):
             if program is not None and program not in rows:
-                rows[program] = measure(settings, program, compiled[program])
+                rows[program], state = measure(settings, program, compiled.pop(program))
+                if case == "context" and program is together:
+                    last = program.length // (4 * n) if settings.small else 4096
+                    losses = losses_of_last_tokens(settings, program, state.params, last)
+                    names = ("together", "in_pieces", "alone")
+                    rows[program] |= {
+                        f"loss_{name}": round(x, 6) for name, x in zip(names, losses, strict=True)
+                    }
+                    print(
+                        "loss of the last {:,} tokens: {:.6f}, {:.6f} in pieces on one device, "
+                        "{:.6f} without the tokens before".format(last, *losses)
+                    )
+                del state
                 gc.collect()
         if alone is not None:
             print(compare(case, rows[together], rows[alone]), flush=True)
