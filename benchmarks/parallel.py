@@ -5,13 +5,13 @@
     python benchmarks/parallel.py --case tensor
     JAX_NUM_CPU_DEVICES=2 python benchmarks/parallel.py --small  # to try it on a CPU
 
-Cases, each on 1 device and on all N of them, unless a device cannot hold it:
+Cases, each on 1 device and on all N of them:
 
     data, fsdp   24 x 1024, 8 x 4096 tokens for each device: tokens/s and the ratio to 1 device
     overlap      the same with fsdp=N in five ways: the layers in a loop or one after another in the
                  program; one collective under way at a time, XLA's default, where training steps
                  have two; NCCL with at most 8 channels, each of which takes a multiprocessor
-    fsdp2048     24 x 2048, 16 x 4096 tokens for each device, with fsdp=N only
+    fsdp2048     24 x 2048, 16 x 4096 tokens for each device, remat="projections"
     context      24 x 1024: one row, 65,536 tokens for each device, with context=N, beside rows of
                  4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU.
                  Then the loss of the last 4,096 tokens with the parameters of the last step, beside
@@ -343,7 +343,7 @@ def _length(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, Program | None]]:
+def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, Program]]:
     """Returns the programs of a case, each with the one on one device that it is compared with."""
     length = 128 if settings.small else 4096
     alone = Program(24, 1024, 8, length, settings.remat, unroll=settings.unroll_layers)
@@ -361,7 +361,8 @@ def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, P
                 for unroll, options in ways
             ]
         case "fsdp2048":
-            return [(Program(24, 2048, 16 * n, length, "full", f"fsdp={n}"), None)]
+            wide = Program(24, 2048, 16, length, "projections")
+            return [(dataclasses.replace(wide, rows=16 * n, mesh=f"fsdp={n}"), wide)]
         case "context":
             row = 2 * length if settings.small else settings.row
             short = Program(24, 1024, row // length, length, "full")
@@ -389,13 +390,13 @@ def main(settings: Settings) -> None:
     print(f"{n} x {jax.devices()[0].device_kind}")
     cases = settings.case or get_args(Case.__value__)
     pairs = [(case, *pair) for case in cases for pair in programs_of(settings, case, n)]
-    needed = [program for _, *pair in pairs for program in reversed(pair) if program is not None]
+    needed = [program for _, *pair in pairs for program in reversed(pair)]
     compiled = compile_all(settings, list(dict.fromkeys(needed)))
     rows: dict[Program, Row] = {}
     for case, together, alone in pairs:
         print(f"\n{case}")
         for program in (alone, together):
-            if program is not None and program not in rows:
+            if program not in rows:
                 rows[program], state = measure(settings, program, compiled.pop(program))
                 if case == "context" and program is together:
                     last = program.length // (4 * n) if settings.small else 4096
@@ -410,8 +411,7 @@ def main(settings: Settings) -> None:
                     )
                 del state
                 gc.collect()
-        if alone is not None:
-            print(compare(case, rows[together], rows[alone]), flush=True)
+        print(compare(case, rows[together], rows[alone]), flush=True)
     write_results(settings.json, list(rows.values()))
 
 
