@@ -11,9 +11,14 @@ products, tells how far each curve is from the true one.
 
 Gradients: those of the trained model in bfloat16, beside float32 through XLA with exact products,
 on text, on three tokens in turn, and on one repeated token. The error of a parameter is relative,
-in root mean square.
+in root mean square. On text it is the geometric mean over some batches: that of a single batch
+hangs on which numbers happen to be rounded up. XLA with another `remat`, which computes the same
+in another program, tells how much of a ratio is chance.
+
+All programs are compiled before the first one runs.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
@@ -30,9 +35,17 @@ from results import Row, write_results
 from goose_jax import RWKV7, RWKV7Config
 from goose_jax.data import Batch, next_token_batch
 from goose_jax.nn import abstract_model
-from goose_jax.training import OptimizerConfig, full_loss, init_train_state, make_train_step
+from goose_jax.training import (
+    OptimizerConfig,
+    TrainState,
+    full_loss,
+    init_train_state,
+    make_train_step,
+)
 
 BYTES = 256
+EXACT = "float32"
+"""The way of the true curve and gradients: through XLA, with exact products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Settings:
       batch_size: sequences per step.
       length: tokens per sequence.
       steps: steps of each training.
+      gradients: batches of text that gradients are compared on.
       implementations: of the operators: the one to judge, and the one to judge it by.
       json: file to write the rows to, in the format of `results.py`.
     """
@@ -54,124 +68,165 @@ class Settings:
     batch_size: int = 8
     length: int = 128
     steps: int = 20
+    gradients: int = 4
     implementations: tuple[str, str] = ("mosaic_gpu", "xla")
     json: pathlib.Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to compute the model.
+
+    Attributes:
+      config: of the model.
+      precision: of matrix products, a name of JAX; None for that of the operands.
+    """
+
+    config: RWKV7Config
+    precision: str | None = None
+
+    def compile_step(self, recipe: OptimizerConfig, batch: Batch) -> Any:
+        """Returns the compiled training step."""
+        step = make_train_step(abstract_model(self.config), recipe)
+        with jax.default_matmul_precision(self.precision):
+            return step.lower(jax.eval_shape(lambda: self.start(recipe)), batch).compile()
+
+    def compile_gradient(self, recipe: OptimizerConfig, batch: Batch) -> Any:
+        """Returns the compiled gradient of the mean loss."""
+        loss = full_loss(abstract_model(self.config))
+
+        def mean(params: Any, batch: Batch) -> jax.Array:
+            return loss(params, {}, batch) / batch.inputs.size
+
+        params = jax.eval_shape(lambda: self.start(recipe)).params
+        with jax.default_matmul_precision(self.precision):
+            return jax.jit(jax.grad(mean)).lower(params, batch).compile()
+
+    def start(self, recipe: OptimizerConfig) -> TrainState:
+        """Returns the state before the first step, the same one for all ways."""
+        return init_train_state(RWKV7(self.config, rngs=nnx.Rngs(0)), recipe)
+
+
 def main(settings: Settings) -> None:
+    ours, theirs = settings.implementations
+    other = f'{theirs}, remat="none"'
     config = RWKV7Config(
         vocab_size=BYTES, hidden_size=settings.hidden_size, num_layers=settings.num_layers
     )
+    by_theirs = dataclasses.replace(config, implementation=theirs)
+    ways = {
+        EXACT: Way(dataclasses.replace(by_theirs, compute_dtype="float32"), "highest"),
+        other: Way(dataclasses.replace(by_theirs, remat="none")),
+        ours: Way(dataclasses.replace(config, implementation=ours)),
+        theirs: Way(by_theirs),
+    }
+    recipe = OptimizerConfig(total_steps=settings.steps, warmup_steps=min(10, settings.steps // 2))
     batches = text_batches(settings)
-    ours, theirs = settings.implementations
-    float32 = {"implementation": theirs, "compute_dtype": "float32"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pending = {
+            name: [pool.submit(f, recipe, batches[0]) for f in (w.compile_step, w.compile_gradient)]
+            for name, w in ways.items()
+        }
+        compiled = {name: [part.result() for part in parts] for name, parts in pending.items()}
     runs, params = {}, None
-    for name, changes, precision, times in (
-        (f"{theirs}, float32", float32, "highest", 1),
-        (f'{theirs}, remat="none"', {"implementation": theirs, "remat": "none"}, None, 1),
-        (ours, {"implementation": ours}, None, 2),
-        (theirs, {"implementation": theirs}, None, 2),
-    ):
-        changed = dataclasses.replace(config, **changes)
-        curves, params = train(changed, batches, precision, times)
-        for run, curve in enumerate(curves, 1):
-            runs[f"{name} {run}" if times > 1 else name] = curve
+    for name, way in ways.items():
+        times = 2 if name in (ours, theirs) else 1
+        for run in range(1, times + 1):
+            curve, params = train(compiled[name][0], way.start(recipe), batches[: settings.steps])
             print(f"{name}: loss {curve[0]:.4f} to {curve[-1]:.4f}", flush=True)
+            runs[f"{name} {run}" if times > 1 else name] = curve
     rows = [
         {
-            "curves": f"{one}, {other}",
-            "mean_difference": float(np.abs(runs[one] - runs[other]).mean()),
-            "largest_difference": float(np.abs(runs[one] - runs[other]).max()),
+            "curves": f"{one}, {another}",
+            "mean_difference": float(np.abs(runs[one] - runs[another]).mean()),
+            "largest_difference": float(np.abs(runs[one] - runs[another]).max()),
         }
-        for one, other in itertools.combinations(runs, 2)
+        for one, another in itertools.combinations(runs, 2)
     ]
     for row in rows:
         print(f"{row['curves']}: {row['mean_difference']:.5f}, {row['largest_difference']:.5f}")
-    rows += compare_gradients(config, params, settings, batches[0])
+    shape = (settings.batch_size, settings.length + 1)
+    turns = np.array([65, 108, 32])[np.arange(shape[1]) % 3]
+    tokens = {
+        "text": batches[settings.steps :],
+        "three tokens in turn": [next_token_batch(np.broadcast_to(turns, shape))],
+        "one repeated token": [next_token_batch(np.full(shape, 101))],
+    }
+    gradients = {name: parts[1] for name, parts in compiled.items()}
+    for kind, batches_of_kind in tokens.items():
+        rows += compare_gradients(kind, batches_of_kind, params, gradients, (ours, theirs, other))
     write_results(settings.json, rows)
 
 
 def text_batches(settings: Settings) -> list[Batch]:
-    """Returns the batches of all steps: windows of the standard library's files, at random."""
+    """Returns the batches of all steps and gradients: windows of files of the standard library."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(x for x in folder.glob("*.py") if x.is_file())
     text = np.frombuffer(b"".join(x.read_bytes() for x in files), np.uint8).astype(np.int32)
     random = np.random.default_rng(0)
-    size = (settings.steps, settings.batch_size, 1)
+    size = (settings.steps + settings.gradients, settings.batch_size, 1)
     starts = random.integers(0, len(text) - settings.length - 1, size)
     return [next_token_batch(text[x + np.arange(settings.length + 1)]) for x in starts]
 
 
-def train(
-    config: RWKV7Config, batches: list[Batch], precision: str | None, times: int
-) -> tuple[list[np.ndarray], Any]:
-    """Returns the losses of some trainings, and the parameters after the last one.
-
-    Args:
-      config: of the model.
-      batches: of all steps.
-      precision: of matrix products, a name of JAX.
-      times: number of trainings, which all begin with the same parameters.
-    """
-    steps = len(batches)
-    recipe = OptimizerConfig(total_steps=steps, warmup_steps=min(10, steps // 2))
-    model = RWKV7(config, rngs=nnx.Rngs(0))
-    step, curves = make_train_step(model, recipe), []
-    for _ in range(times):
-        state, losses = init_train_state(model, recipe), []
-        with jax.default_matmul_precision(precision):
-            for batch in batches:
-                state, metrics = step(state, batch)
-                losses.append(metrics.loss)
-        curves.append(np.array([float(x) for x in losses]))
-    return curves, state.params
+def train(step: Any, state: TrainState, batches: list[Batch]) -> tuple[np.ndarray, Any]:
+    """Returns the losses of a training, and the parameters after it."""
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(metrics.loss)
+    return np.array([float(x) for x in losses]), state.params
 
 
 def compare_gradients(
-    config: RWKV7Config, params: Any, settings: Settings, text: Batch
+    kind: str,
+    batches: list[Batch],
+    params: Any,
+    gradients: dict[str, Any],
+    judged: tuple[str, str, str],
 ) -> list[Row]:
-    """Prints and returns, for each kind of tokens, the five parameters that fare worst."""
-    ours, theirs = settings.implementations
+    """Prints and returns the five parameters whose gradients fare worst.
 
-    def gradient(precision: str | None, **choices: Any) -> Any:
-        loss = full_loss(abstract_model(dataclasses.replace(config, **choices)))
-
-        @jax.jit
-        def function(params: Any, batch: Batch) -> Any:
-            with jax.default_matmul_precision(precision):
-                return jax.grad(lambda params: loss(params, {}, batch) / batch.inputs.size)(params)
-
-        return function
-
-    exact = gradient("highest", compute_dtype="float32", implementation="xla")
-    judged = {name: gradient(None, implementation=name) for name in (ours, theirs)}
-    shape = (settings.batch_size, settings.length + 1)
-    tokens = {
-        "text": None,
-        "three tokens in turn": np.array([65, 108, 32])[np.arange(shape[1]) % 3],
-        "one repeated token": np.full(shape[1], 101),
-    }
+    Args:
+      kind: what the tokens are.
+      batches: to compare on.
+      params: of the trained model.
+      gradients: the compiled gradient of each way.
+      judged: the ways to judge, to judge it by, and to compare the latter with.
+    """
+    logs: dict[str, dict[str, list[float]]] = {name: {} for name in judged}
+    for batch in batches:
+        expected = gradients[EXACT](params, batch)
+        for name in judged:
+            for parameter, error in relative_errors(
+                gradients[name](params, batch), expected
+            ).items():
+                logs[name].setdefault(parameter, []).append(np.log(error))
+    ours, theirs, other = (
+        {parameter: float(np.exp(np.mean(x))) for parameter, x in logs[name].items()}
+        for name in judged
+    )
+    ratios = {name: ours[name] / theirs[name] for name in ours}
+    median = float(np.median(list(ratios.values())))
     rows = []
-    for kind, of_row in tokens.items():
-        batch = text if of_row is None else next_token_batch(np.broadcast_to(of_row, shape))
-        expected = exact(params, batch)
-        errors = {name: relative_errors(f(params, batch), expected) for name, f in judged.items()}
-        ratios = {name: errors[ours][name] / errors[theirs][name] for name in errors[ours]}
-        median = float(np.median(list(ratios.values())))
-        for name in sorted(ratios, key=lambda name: -ratios[name])[:5]:
-            row = {
-                "tokens": kind,
-                "parameter": name,
-                "error": errors[ours][name],
-                "error_to_judge_by": errors[theirs][name],
-                "ratio": ratios[name],
-                "median_ratio": median,
-            }
-            rows.append(row)
-            print(
-                f"{kind}: {name} {row['error']:.2e} / {row['error_to_judge_by']:.2e} = "
-                f"{row['ratio']:.2f}, median {median:.2f}"
-            )
+    for name in sorted(ratios, key=lambda name: -ratios[name])[:5]:
+        row = {
+            "tokens": kind,
+            "parameter": name,
+            "batches": len(batches),
+            "error": ours[name],
+            "error_to_judge_by": theirs[name],
+            "ratio": ratios[name],
+            "median_ratio": median,
+            "ratio_of_chance": other[name] / theirs[name],
+        }
+        rows.append(row)
+        print(
+            f"{kind}: {name} {row['error']:.2e} / {row['error_to_judge_by']:.2e} = "
+            f"{row['ratio']:.2f}, median {median:.2f}, by chance {row['ratio_of_chance']:.2f}"
+        )
+    largest = max(other[name] / theirs[name] for name in other)
+    print(f"{kind}: the largest ratio by chance is {largest:.2f}", flush=True)
     return rows
 
 
