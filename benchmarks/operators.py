@@ -7,9 +7,11 @@ A row is one direction of one operator through one implementation. The floor is 
 copy would move the operator's inputs and results once, plus its matrix products at the rate of a
 large one. The backward is a program of its own that starts from the inputs. Times are medians of
 rounds, in which the implementations take turns; errors are relative RMS errors of the worst result
-against the definition in float64, at a small size.
+against the definition in float64, at a small size. All programs are compiled before the first one
+is timed.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -161,6 +163,22 @@ def programs_of(
     return [(jax.jit(forward), arguments), (jax.jit(backward), [gradients, *arguments])]
 
 
+def compile_programs(operator: Operator, implementation: str, dtype: str) -> list[Any]:
+    """Returns forward and backward, compiled. Nothing is computed."""
+    programs = []
+
+    def make_all_arguments():
+        runs = programs_of(operator, implementation, dtype)
+        programs.extend(program for program, _ in runs)
+        return [arguments for _, arguments in runs]
+
+    all_arguments = jax.eval_shape(make_all_arguments)
+    return [
+        program.lower(*arguments).compile()
+        for program, arguments in zip(programs, all_arguments, strict=True)
+    ]
+
+
 def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any]) -> float:
     """Returns the milliseconds of traffic at a copy's rate, plus those of the products."""
     results = jax.eval_shape(program, *arguments)
@@ -213,17 +231,29 @@ def main(settings: Settings) -> None:
     print("| operator | direction | implementation | ms | floor ms | share of the floor | error |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows: list[Row] = []
-    for name in settings.operators or operators:
+    names = settings.operators or tuple(operators)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pending = {
+            (name, x): (
+                pool.submit(compile_programs, operators[name], x, dtype),
+                pool.submit(error, small[name], x, dtype),
+            )
+            for name in names
+            for x in implementations
+        }
+        compiled = {key: [part.result() for part in parts] for key, parts in pending.items()}
+    for name in names:
         runs = {x: programs_of(operators[name], x, dtype) for x in implementations}
-        errors = {x: error(small[name], x, dtype) for x in implementations}
+        errors = {x: compiled[name, x][1] for x in implementations}
         times: dict[Any, list[float]] = {}
         for _ in range(settings.rounds + 1):
             for implementation, directions in runs.items():
-                for i, run in enumerate(directions):
-                    spent = milliseconds(*run, settings.calls)
+                for i, (_, arguments) in enumerate(directions):
+                    program = compiled[name, implementation][0][i]
+                    spent = milliseconds(program, arguments, settings.calls)
                     times.setdefault((i, implementation), []).append(spent)
         for (i, implementation), all_times in sorted(times.items()):
-            median = float(np.median(all_times[1:]))  # the first round compiles
+            median = float(np.median(all_times[1:]))  # the first round warms up
             least = floor(operators[name], *runs[implementation][i])
             print(
                 f"| {name} | {('forward', 'backward')[i]} | {implementation} | {median:.3f} "
