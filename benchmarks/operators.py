@@ -163,20 +163,13 @@ def programs_of(
     return [(jax.jit(forward), arguments), (jax.jit(backward), [gradients, *arguments])]
 
 
-def compile_programs(operator: Operator, implementation: str, dtype: str) -> list[Any]:
-    """Returns forward and backward, compiled. Nothing is computed."""
-    programs = []
-
-    def make_all_arguments():
-        runs = programs_of(operator, implementation, dtype)
-        programs.extend(program for program, _ in runs)
-        return [arguments for _, arguments in runs]
-
-    all_arguments = jax.eval_shape(make_all_arguments)
-    return [
-        program.lower(*arguments).compile()
-        for program, arguments in zip(programs, all_arguments, strict=True)
-    ]
+def compile_programs(
+    operator: Operator, implementation: str, dtype: str
+) -> list[Callable[..., Any]]:
+    """Returns forward and backward after their first calls, which compile them."""
+    runs = programs_of(operator, implementation, dtype)
+    jax.block_until_ready([program(*arguments) for program, arguments in runs])
+    return [program for program, _ in runs]
 
 
 def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any]) -> float:
