@@ -12,6 +12,7 @@ from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.registers import (
     halves_of,
     narrow,
+    narrow_pairs,
     store,
     widen,
     with_diagonal,
@@ -59,7 +60,8 @@ def invert(
     The result is rounded to 16 bits so that rounding acts like a product with `I + E`, where E
     holds the errors: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have
     in common. Errors of entries that are rounded one by one would not be taken away, and would add
-    up where tokens repeat.
+    up where tokens repeat. In bfloat16, what is left of them changes sums of two neighbours in a
+    row as little as one rounding can: what X is multiplied by is alike for neighbours that repeat.
 
     Args:
       A_high: `[64, 64]` bfloat16 in registers, strictly lower triangular: the high half of A.
@@ -83,7 +85,7 @@ def invert(
     def rounded(dtype):
         rounding = narrow(widen(narrow(X_exact, dtype), dtype) - X_exact)
         (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-        return narrow(X_shaped, dtype)
+        return narrow_pairs(X_shaped) if dtype == jnp.bfloat16 else narrow(X_shaped, dtype)
 
     if in_float16:
         store((first, rounded(jnp.bfloat16)))
