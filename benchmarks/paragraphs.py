@@ -29,10 +29,14 @@ def _row(file: str, **wanted: Any) -> Row:
     return row
 
 
-def _before_and(axis: str) -> list[Row]:
-    """Returns what one device does, and what two do that divide the work over an axis."""
+def _before_and(words: str, before: str = "") -> list[Row]:
+    """Returns the first pair of rows of one and of two devices whose cases have these words."""
     rows = read_results("parallel-h200x2").rows
-    divided = next(i for i, row in enumerate(rows) if axis in row["case"])
+    divided = next(
+        i
+        for i, row in enumerate(rows)
+        if row["devices"] > 1 and words in row["case"] and before in rows[i - 1]["case"]
+    )
     return rows[divided - 1 : divided + 1]
 
 
@@ -184,12 +188,34 @@ def parts_of_a_token() -> str:
 def two_devices() -> str:
     """Compares the speed of two devices with that of one."""
     (one, two), (short, long) = _before_and("fsdp"), _before_and("context")
+    wide_one, wide_two = _before_and("fsdp", "24 x 2048")
+    short_million, million = _before_and("1,048,576")
+    part, whole = _before_and("tensor")
+
+    def share(many: Row, few: Row) -> float:
+        return many["tokens_per_s_per_device"] / few["tokens_per_s_per_device"]
+
     return wrap(
-        f"Two devices with FSDP are {two['tokens_per_s'] / one['tokens_per_s']:.2f} times as fast as one device. "
-        f"With the long row, each device has "
-        f"{long['tokens_per_s_per_device'] / short['tokens_per_s_per_device']:.2f} of the speed that it has with "
-        "short rows."
+        f"Two devices with FSDP are {two['tokens_per_s'] / one['tokens_per_s']:.2f} times as fast as one device, "
+        f"with the wide model {wide_two['tokens_per_s'] / wide_one['tokens_per_s']:.2f} times. "
+        f"With the long row, each device has {share(long, short):.2f} of the speed that it has with short rows, "
+        f"with a row of a million tokens {share(million, short_million):.2f}. "
+        f"One device would take twice as long for all layers as for half of them; two devices of `tensor` are "
+        f"{2 * whole['tokens_per_s'] / part['tokens_per_s']:.2f} times as fast."
     )
+
+
+def end_of_a_long_row() -> str:
+    """Compares the loss at the end of long rows with that of one device."""
+    sentences = []
+    for length in ("131,072", "1,048,576"):
+        _, row = _before_and(length)
+        sentences.append(
+            f"Of the row of {length} tokens, the mean loss of the last 4,096 is {row['loss_together']:.5f} on "
+            f"two devices, and {row['loss_in_pieces']:.5f} on one that reads the row in pieces and carries the "
+            f"state; without the tokens before it is {row['loss_alone']:.5f}."
+        )
+    return wrap(" ".join(sentences))
 
 
 BLOCKS: dict[str, Table | Tried | Paragraph] = {
@@ -200,6 +226,7 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     "decode-profile": Paragraph(("decode-profile",), parts_of_a_token, named=True),
     "quick-start": Paragraph(("quick-start-cpu",), quick_start, named=True),
     "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),
+    "parallel-long-rows": Paragraph(("parallel-h200x2",), end_of_a_long_row),
     "readme-caption": Paragraph(("train-step-h200", "peers-train-step-h200"), caption),
     "readme-errors": Paragraph(("wkv7-h200", "wkv7-beside-fla-h200", "wkv7-hard-tokens"), errors),
     "readme-losses": Paragraph(

@@ -8,9 +8,10 @@
 Cases, each on 1 device and on all N of them:
 
     data, fsdp   24 x 1024, 8 x 4096 tokens for each device: tokens/s and the ratio to 1 device
-    overlap      the same with fsdp=N in five ways: the layers in a loop or one after another in the
-                 program; one collective under way at a time, XLA's default, where training steps
-                 have two; NCCL with at most 8 channels, each of which takes a multiprocessor
+    overlap      the same with fsdp=N in seven ways: the layers in a loop or one after another in
+                 the program; one collective under way at a time, XLA's default, where training
+                 steps have two; nothing beside collectives; NCCL with at most 8 channels, each of
+                 which takes a multiprocessor
     fsdp2048     24 x 2048, 16 x 4096 tokens for each device, remat="projections"
     context      24 x 1024: one row, 65,536 tokens for each device, with context=N, beside rows of
                  4,096 tokens on 1 device, as many tokens for each device: tokens/s for each GPU.
@@ -66,10 +67,13 @@ from goose_jax.training import (
 
 type Case = Literal["data", "fsdp", "overlap", "fsdp2048", "context", "tensor"]
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     # by name: options of XLA that a program is compiled with besides those of training steps
     "": {},
     "one collective at a time": {"xla_gpu_experimental_parallel_collective_overlap_limit": 1},
+    "nothing beside collectives": {
+        "xla_gpu_disable_async_collectives": "ALLGATHER,REDUCESCATTER,ALLREDUCE"
+    },
     "8 channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
 }
 RECIPE = OptimizerConfig(total_steps=1000)
@@ -352,7 +356,8 @@ def programs_of(settings: Settings, case: Case, n: int) -> list[tuple[Program, P
         case "data" | "fsdp":
             return [(together.on(f"{case}={n}"), alone)]
         case "overlap":
-            ways = [(False, options) for options in OPTIONS] + [(True, ""), (True, "8 channels")]
+            ways = [(False, options) for options in OPTIONS]
+            ways += [(True, ""), (True, "nothing beside collectives"), (True, "8 channels")]
             return [
                 (
                     together.on(f"fsdp={n}", unroll=unroll, options=options),
