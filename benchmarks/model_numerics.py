@@ -11,9 +11,9 @@ products, tells how far each curve is from the true one.
 
 Gradients: those of the trained model in bfloat16, beside float32 through XLA with exact products,
 on text, on three tokens in turn, and on one repeated token. The error of a parameter is relative,
-in root mean square. On text it is the geometric mean over some batches: that of a single batch
-hangs on which numbers happen to be rounded up. XLA with another `remat`, which computes the same
-in another program, tells how much of a ratio is chance.
+in root mean square. On text it is the geometric mean over some batches: that of one batch depends
+on single roundings. XLA with another `remat`, which computes the same in another program, tells how
+much of a ratio is chance.
 
 All programs are compiled before the first one runs.
 """

@@ -196,6 +196,15 @@ TABLES = {
         },
     ),
     "train-step-h200": Table(("train-step-h200",), TRAINING),
+    "train-step-cpu": Table(
+        ("train-step-cpu",),
+        {
+            "code": "{code}",
+            "tokens/s": "{tokens_per_s:,}",
+            "ms per step": "{ms_per_step:.1f}",
+            "GiB planned": "{planned_gib}",
+        },
+    ),
     "trainer-h200": Table(
         ("trainer-h200",),
         {"program": "`{program}`", "tokens/s": "{tokens_per_s:,}"},

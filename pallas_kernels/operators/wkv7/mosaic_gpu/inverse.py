@@ -60,8 +60,8 @@ def invert(
     The result is rounded to 16 bits so that rounding acts like a product with `I + E`, where E
     holds the errors: `X <- round(X + (round(X) - X) X)`. X takes away what neighbouring tokens have
     in common. Errors of entries that are rounded one by one would not be taken away, and would add
-    up where tokens repeat. In bfloat16, what is left of them changes sums of two neighbours in a
-    row as little as one rounding can: what X is multiplied by is alike for neighbours that repeat.
+    up where tokens repeat. The last rounding to bfloat16 keeps sums of two neighbours in a row as
+    well as one rounding can, since the two are multiplied by nearly the same where tokens repeat.
 
     Args:
       A_high: `[64, 64]` bfloat16 in registers, strictly lower triangular: the high half of A.
