@@ -225,7 +225,7 @@ def main(settings: Settings) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows: list[Row] = []
     names = settings.operators or tuple(operators)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # arguments of 8 calls fit into memory
         pending = {
             (name, x): (
                 pool.submit(compile_programs, operators[name], x, dtype),

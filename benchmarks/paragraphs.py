@@ -200,7 +200,8 @@ def two_devices() -> str:
         f"with the wide model {wide_two['tokens_per_s'] / wide_one['tokens_per_s']:.2f} times. "
         f"With the long row, each device has {share(long, short):.2f} of the speed that it has with short rows, "
         f"with a row of a million tokens {share(million, short_million):.2f}. "
-        f"One device would take twice as long for all layers as for half of them; two devices of `tensor` are "
+        f"One device takes {part['ms_per_step']:.0f} ms for half of the layers of the widest model, two devices of "
+        f"`tensor` {whole['ms_per_step']:.0f} ms for all of them: by layers, two are "
         f"{2 * whole['tokens_per_s'] / part['tokens_per_s']:.2f} times as fast."
     )
 

@@ -18,7 +18,7 @@ Cases, each on 1 device and on all N of them:
                  Then the loss of the last 4,096 tokens with the parameters of the last step, beside
                  that on 1 device, which reads the row in pieces and carries the state
     tensor       32 x 4096, tensor=N, 1 row of 4096: forward and backward, beside 1 device with one
-                 N-th of the layers (the whole model does not fit), whose speed is divided by N
+                 N-th of the layers (the whole model may not fit), whose speed is divided by N
 
 First all programs of the cases are compiled, several at a time; a program that two cases need is
 compiled and measured once. With `JAX_COMPILATION_CACHE_DIR` set, a second call finds them there.
@@ -227,7 +227,7 @@ def compile_all(settings: Settings, programs: Sequence[Program]) -> dict[Program
 
 
 def measure(settings: Settings, program: Program, compiled: Lowered) -> tuple[Row, Any]:
-    """Prints the speed of a program. Returns its row, and what its last step returned as state."""
+    """Prints the speed of a program. Returns its row, and the state after its last step."""
     config, mesh = program.config(settings.small), program.device_mesh()
     batch = place_batch(program.batch(config.vocab_size), mesh)
     holder = [compiled.start()]
