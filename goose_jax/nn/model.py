@@ -287,8 +287,7 @@ class RWKV7(nnx.Module):
             check_segment_ids(segment_ids, sizes)
 
     def _embed(self, tokens: TokenIds) -> Tokens:
-        embedded = look_up(gather_parameters(self.embedding[...], within="embedding"), tokens)
-        embedded = embedded.astype(self.config.compute_dtype)
+        embedded = look_up(self.embedding[...], tokens, self.config.compute_dtype)
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def _cast_matrices(self, params: dict[str, Any]) -> dict[str, Any]:

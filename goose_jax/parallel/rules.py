@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from goose_jax.parallel.mesh import axis_sizes
 
 _INTO_HEADS = P("fsdp", "tensor")  # [C, heads]: the columns belong to heads
-_OUT_OF_HEADS = P("tensor", "fsdp")  # [heads, C]: the rows belong to heads
+_OUT_OF_HEADS = P(("tensor", "fsdp"), None)  # [heads, C] or [F, C]: "tensor" divides the rows
 _DOWN = P("fsdp", None)  # [C, rank]
 _UP = P("fsdp", "tensor")  # [rank, heads]
 _OF_CHANNELS = P("tensor")  # [C], one number for each channel of a head
@@ -40,20 +40,19 @@ PARTITION_RULES: Mapping[str, P] = {
     "time_mix.head_norm_scale": _OF_HEADS,
     "time_mix.head_norm_bias": _OF_HEADS,
     "channel_mix.key": P("fsdp", "tensor"),  # [C, F]
-    "channel_mix.value": P("tensor", "fsdp"),  # [F, C]
-    # Adapters of the matrices above: down is [inputs, rank], up is [rank, outputs].
+    "channel_mix.value": _OUT_OF_HEADS,  # [F, C]
+    # Adapters of the matrices above: down is [inputs, rank], up is [rank, outputs]. Their product
+    # is divided as the matrix is.
     "time_mix.receptance.down": P("fsdp", None),
     "time_mix.receptance.up": P(None, "tensor"),
     "time_mix.key.down": P("fsdp", None),
     "time_mix.key.up": P(None, "tensor"),
     "time_mix.value.down": P("fsdp", None),
     "time_mix.value.up": P(None, "tensor"),
-    "time_mix.output.down": P("tensor", None),
-    "time_mix.output.up": P(None, "fsdp"),
+    "time_mix.output.down": _OUT_OF_HEADS,
     "channel_mix.key.down": P("fsdp", None),
     "channel_mix.key.up": P(None, "tensor"),
-    "channel_mix.value.down": P("tensor", None),
-    "channel_mix.value.up": P(None, "fsdp"),
+    "channel_mix.value.down": _OUT_OF_HEADS,
     # The state that texts begin with, in state tuning: [H, K, V].
     "wkv": P("tensor", None, None),
 }
@@ -61,6 +60,10 @@ PARTITION_RULES: Mapping[str, P] = {
 
 Axes before those, such as the axis of the layers, stay whole. Parameters that are not in the table
 are stored on every device: norms and token-shift mixes, which are small.
+
+"fsdp" divides the rows of matrices: parts of other devices are gathered one after another in
+memory then, and nothing has to be transposed. It divides the columns of the embedding, whose rows
+may be of any number; `look_up` exchanges what was looked up, not the embedding.
 """
 
 
@@ -80,10 +83,14 @@ def partition_spec(path: Any, shape: tuple[int, ...], mesh: Any) -> P:
     dimensions = shape[len(shape) - len(rule) :]
     if len(rule) > len(shape):
         raise ValueError(f"{_name(path)} must have at least {len(rule)} axes, got {shape=}")
-    kept = [
-        axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
-        for axis, size in zip(rule, dimensions, strict=True)
-    ]
+    kept = []
+    for entry, size in zip(rule, dimensions, strict=True):
+        axes, parts = [], 1
+        for axis in _axes_of(entry):
+            if sizes[axis] > 1 and size % (parts * sizes[axis]) == 0:
+                axes.append(axis)
+                parts *= sizes[axis]
+        kept.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
     return P(*[None] * (len(shape) - len(rule)), *kept)
 
 
@@ -123,6 +130,26 @@ def rule_of(path: Any) -> P:
     return P()
 
 
+def dimensions_of(path: Any) -> dict[str, int]:
+    """Returns which of the last dimensions of a parameter each axis divides, by the table.
+
+    The dimensions are counted from the end: -1 is the last one.
+    """
+    rule = rule_of(path)
+    return {
+        axis: dimension - len(rule)
+        for dimension, entry in enumerate(rule)
+        for axis in _axes_of(entry)
+    }
+
+
+def _axes_of(entry: Any) -> tuple[str, ...]:
+    """Returns the axes in an entry of a partition, from the outer to the inner one."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
 def _name(path: Any) -> str:
     if isinstance(path, str):
         return path
@@ -134,8 +161,8 @@ def _name(path: Any) -> str:
 __all__ = [
     "PARTITION_RULES",
     "batch_spec",
+    "dimensions_of",
     "partition_spec",
-    "rule_of",
     "tree_shardings",
     "tree_specs",
 ]

@@ -132,7 +132,7 @@ def collectives_in_loops(program: str) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}])
 def test_a_step_of_several_microbatches_sums_gradients_over_devices_once(sizes):
     """Except over fsdp: of each microbatch, a device keeps only its part of the gradient's sum."""
-    config = dataclasses.replace(CONFIG, num_layers=2, vocab_size=32, remat="none")
+    config = dataclasses.replace(CONFIG, num_layers=2, vocab_size=38, remat="none")
     mesh, recipe = make_mesh(**sizes), OptimizerConfig(total_steps=20)
     model = abstract_model(config)
     state = jax.eval_shape(
@@ -144,7 +144,10 @@ def test_a_step_of_several_microbatches_sums_gradients_over_devices_once(sizes):
     program = make_train_step(model, recipe, mesh=mesh).lower(state, batch).compile().as_text()
     inside, outside = collectives_in_loops(program)
     assert "all-reduce" in outside
-    assert set(inside) == ({"all-gather", "reduce-scatter"} if "fsdp" in sizes else set())
+    divided = {"all-gather", "reduce-scatter", "all-to-all"}  # the last one is of the embeddings
+    assert set(inside) == (divided if "fsdp" in sizes else set())
+    # The table of the embeddings is never gathered.
+    assert "[38,64]" not in "".join(re.findall(r"=(.*) all-gather(?:-start)?\(", program))
 
 
 @pytest.mark.slow
@@ -214,6 +217,15 @@ def test_a_vocabulary_that_an_axis_does_not_divide_stays_whole():
     mesh = abstract_mesh(tensor=2, fsdp=2)
     assert partition_spec("embedding", (257, 64), mesh) == P(None, "fsdp")
     assert partition_spec("embedding", (258, 64), mesh) == P("tensor", "fsdp")
+
+
+def test_two_axes_divide_the_rows_of_a_matrix_if_their_product_does():
+    mesh = abstract_mesh(tensor=2, fsdp=3)
+    name = "blocks.channel_mix.value"
+    assert partition_spec(name, (4, 12, 8), mesh) == P(None, ("tensor", "fsdp"), None)
+    assert partition_spec(name, (4, 8, 8), mesh) == P(None, "tensor", None)
+    assert partition_spec(name, (4, 9, 8), mesh) == P(None, "fsdp", None)
+    assert partition_spec(name, (4, 5, 8), mesh) == P(None, None, None)
 
 
 def test_a_mesh_is_read_from_a_text():
