@@ -29,15 +29,18 @@ def _row(file: str, **wanted: Any) -> Row:
     return row
 
 
-def _before_and(words: str, before: str = "") -> list[Row]:
-    """Returns the first pair of rows of one and of two devices whose cases have these words."""
-    rows = read_results("parallel-h200x2").rows
-    divided = next(
-        i
-        for i, row in enumerate(rows)
-        if row["devices"] > 1 and words in row["case"] and before in rows[i - 1]["case"]
-    )
-    return rows[divided - 1 : divided + 1]
+def _one_and_many(words: str, of_one: str = "") -> list[Row]:
+    """Returns the row of one device, and the first row of several that has these words.
+
+    The row of one device is the last one before it, and has the words `of_one`.
+    """
+    one: Row = {}
+    for row in read_results("parallel-h200x2").rows:
+        if row["devices"] == 1:
+            one = row
+        elif words in row["case"] and of_one in one["case"]:
+            return [one, row]
+    raise ValueError(f"no row of several devices has {words!r} after one with {of_one!r}")
 
 
 LARGE = {"B": 8, "T": 4096, "H": 64, "K": 64}
@@ -104,7 +107,7 @@ def losses() -> str:
     )
     recurrent = _row("wkv7-recurrent", B=1, T=1)
     cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
-    one, two = (row["tokens_per_s"] for row in _before_and("fsdp"))
+    one, two = (row["tokens_per_s"] for row in _one_and_many("fsdp"))
     compiled = _row("train-step-h100", layers=24, width=1024)["compile_s"]
     ratio = kernel["forward_backward_ms"] / floor["forward_backward_ms"]
     slower = xla["forward_backward_ms"] / middle["forward_backward_ms"]
@@ -187,17 +190,21 @@ def parts_of_a_token() -> str:
 
 def two_devices() -> str:
     """Compares the speed of two devices with that of one."""
-    (one, two), (short, long) = _before_and("fsdp"), _before_and("context")
-    wide_one, wide_two = _before_and("fsdp", "24 x 2048")
-    short_million, million = _before_and("1,048,576")
-    part, whole = _before_and("tensor")
+    short, long = _one_and_many("context")
+    short_million, million = _one_and_many("1,048,576")
+    part, whole = _one_and_many("tensor")
+
+    def ratio(words: str, of_one: str) -> str:
+        one, many = _one_and_many(words, of_one)
+        return f"{many['tokens_per_s'] / one['tokens_per_s']:.2f}"
 
     def share(many: Row, few: Row) -> float:
         return many["tokens_per_s_per_device"] / few["tokens_per_s_per_device"]
 
     return wrap(
-        f"Two devices with FSDP are {two['tokens_per_s'] / one['tokens_per_s']:.2f} times as fast as one device, "
-        f"with the wide model {wide_two['tokens_per_s'] / wide_one['tokens_per_s']:.2f} times. "
+        f"Two devices of `data` are {ratio('data', 'another')} times as fast as one device with layers one after "
+        f"another, {ratio('data', 'loop')} times with layers in a loop; two of `fsdp` are {ratio('fsdp', 'another')} "
+        f"and {ratio('fsdp', 'loop')} times as fast, with the wide model {ratio('fsdp', '24 x 2048')} times. "
         f"With the long row, each device has {share(long, short):.2f} of the speed that it has with short rows, "
         f"with a row of a million tokens {share(million, short_million):.2f}. "
         f"One device takes {part['ms_per_step']:.0f} ms for half of the layers of the widest model, two devices of "
@@ -210,7 +217,7 @@ def end_of_a_long_row() -> str:
     """Compares the loss at the end of long rows with that of one device."""
     sentences = []
     for length in ("131,072", "1,048,576"):
-        _, row = _before_and(length)
+        _, row = _one_and_many(length)
         sentences.append(
             f"Of the row of {length} tokens, the mean loss of the last 4,096 is {row['loss_together']:.5f} on "
             f"two devices, and {row['loss_in_pieces']:.5f} on one that reads the row in pieces and carries the "

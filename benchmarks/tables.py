@@ -372,5 +372,6 @@ TABLES = {
 }
 
 LISTS = {
-    name: Tried((name,)) for name in ("tried-wkv7", "tried-xla", "tried-operators", "tried-decode")
+    name: Tried((name,))
+    for name in ("tried-wkv7", "tried-xla", "tried-operators", "tried-decode", "tried-parallel")
 }
