@@ -108,19 +108,24 @@ def narrow(x: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
     return inline(functools.partial(_narrow, dtype=dtype))(x)
 
 
-def narrow_pairs(x: jax.Array) -> jax.Array:
+def narrow_pairs(x: jax.Array, *, keep_zeros: bool) -> jax.Array:
     """Rounds a tile from float32 to bfloat16 so that sums of two neighbours in a row err less.
 
     The second one of two columns is rounded first, and its error is added to the first one before
-    that is rounded. Zeros stay zeros.
+    that is rounded.
+
+    Args:
+      x: the tile.
+      keep_zeros: whether zeros stay zeros beside other numbers.
     """
     if is_interpreted():
         first, second = x[:, 0::2], x[:, 1::2]
         rest = second - widen(narrow(second))
-        first = jnp.where(first == 0, first, first + rest)
+        first = jnp.where((first == 0) & keep_zeros, first, first + rest)
         return narrow(jnp.stack([first, second], axis=-1).reshape(x.shape))
     result = in_registers(jnp.bfloat16, x.shape[1])
-    return plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)(_narrow_pairs)(x)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=result)
+    return inline(functools.partial(_narrow_pairs, keep_zeros=keep_zeros))(x)
 
 
 def halves_of(x: jax.Array, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array]:
@@ -396,15 +401,17 @@ def _narrow(_: Any, x: Any, dtype: Any) -> Any:
     return like(x, bits, ir.BF16Type.get())
 
 
-def _narrow_pairs(_: Any, x: Any) -> Any:
+def _narrow_pairs(_: Any, x: Any, keep_zeros: bool) -> Any:
     bits = []
     for pair in x.registers.flat:
         first, second = numbers_in(pair)
         rounded = widen_bits(narrow_to_bits(first, second))[1]
         rest = _difference(second, rounded)
-        is_zero = arith.cmpf(arith.CmpFPredicate.OEQ, first, utils.c(0.0, first.type))
-        first = arith.select(is_zero, first, arith.addf(first, rest))
-        bits.append(narrow_to_bits(first, second))
+        sum_of_both = arith.addf(first, rest)
+        if keep_zeros:
+            is_zero = arith.cmpf(arith.CmpFPredicate.OEQ, first, utils.c(0.0, first.type))
+            sum_of_both = arith.select(is_zero, first, sum_of_both)
+        bits.append(narrow_to_bits(sum_of_both, second))
     return like(x, bits, ir.BF16Type.get())
 
 

@@ -1,5 +1,7 @@
 """Parts that kernels for Hopper GPUs are built from, interpreted and on such a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,13 +86,18 @@ def test_conversions_round_to_nearest(interpret):
 
 
 @on_each_device
-def test_pairs_are_rounded_together(interpret):
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_pairs_are_rounded_together(interpret, keep_zeros):
     x = np.random.default_rng(0).normal(size=(TILE, TILE)).astype(np.float32)
     x[:, ::8] = 0
-    (actual,) = apply(lambda x: [narrow_pairs(x)], jnp.asarray(x), 1, interpret)
+    round_pairs = functools.partial(narrow_pairs, keep_zeros=keep_zeros)
+    (actual,) = apply(lambda x: [round_pairs(x)], jnp.asarray(x), 1, interpret)
     first, second = x[:, ::2], x[:, 1::2]
     rounded = np.asarray(second.astype(jnp.bfloat16), np.float32)
-    expected = np.where(first == 0, 0, first + (second - rounded)).astype(jnp.bfloat16)
+    expected = first + (second - rounded)
+    if keep_zeros:
+        expected[first == 0] = 0
+    expected = expected.astype(jnp.bfloat16)
     np.testing.assert_array_equal(actual[:, ::2], np.asarray(expected, np.float64))
     np.testing.assert_array_equal(actual[:, 1::2], rounded)
     # The error of a sum is that of one rounding, not of two.

@@ -359,13 +359,16 @@ class ForwardWalk:
 
     def _fits_float16(self, slot: jax.Array) -> jax.Array:
         """Returns whether a chunk is to be prepared in float16."""
-        t = self.chunk_in(anew(slot))
-        forgets_little = are_between((load(t.x_low[0]), 0.0, _MOST_LOG_DECAY))
+
+        def log_decays(strip):
+            log_decay = self.chunk_in(anew(slot)).x_low[0]
+            return load(Strip(log_decay, jnp.int32(strip))), 0.0, _MOST_LOG_DECAY
 
         def in_range():
             t = self.chunk_in(anew(slot))
             tiles = {"k": t.y[0], "v": t.Y, "a": t.x_high[0], "b": t.z[0]}
             bounds = [(load(tile), _LEAST, _MOST[name]) for name, tile in tiles.items()]
+            bounds.append(log_decays(1))
             for r in self.r_in(anew(slot)):
                 by_scale = 1 / max(abs(self.scale), _LEAST)
                 bounds.append((load(r), _LEAST * by_scale, _MOST["r"] * by_scale))
@@ -374,6 +377,8 @@ class ForwardWalk:
                 return within
             return within & self._rows_fit(load(t.X), jnp.bfloat16)
 
+        # Half of the channels show it where a chunk forgets much.
+        forgets_little = are_between(log_decays(0))
         return jax.lax.cond(forgets_little, in_range, lambda: jnp.bool_(False))
 
     def _rows_fit(self, X: jax.Array, dtype: Any) -> jax.Array:
@@ -457,8 +462,8 @@ class ForwardWalk:
         pairs = ((a, b), (a_low, b), (a, b_low))
         (A,) = products([(x, transposed(y)) for x, y in pairs], dtype=dtype)
         A_high, A_low = masks.lower(*halves_of(A), strictly=True)
-        in_float16 = dtype == jnp.float16
-        return invert(A_high, A_low, b_low, second, t.X, in_float16=in_float16)
+        packed, in_float16 = self.gmem.bounds is not None, dtype == jnp.float16
+        return invert(A_high, A_low, b_low, second, t.X, packed=packed, in_float16=in_float16)
 
     def carry(self) -> None:
         """Carries the state through all walks of this block."""

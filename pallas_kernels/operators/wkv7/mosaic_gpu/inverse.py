@@ -48,6 +48,7 @@ def invert(
     second: Any,
     X_smem: Any,
     *,
+    packed: bool,
     in_float16: bool = False,
 ) -> jax.Array:
     """Writes X, `(I - A)^-1`, to X_smem, and returns it, 16 bits in registers.
@@ -69,6 +70,8 @@ def invert(
       first: a tile of shared memory for intermediate results.
       second: a tile of shared memory for A_high.
       X_smem: a tile of shared memory for the result, and for intermediate ones before.
+      packed: whether segments may begin within the chunk. Tokens of other segments have zeros in X,
+        which then stay zeros.
       in_float16: whether X_smem gets float16, and `first` bfloat16; else X_smem gets bfloat16.
     """
     D, N = invert_diagonal(A_high)
@@ -85,7 +88,9 @@ def invert(
     def rounded(dtype):
         rounding = narrow(widen(narrow(X_exact, dtype), dtype) - X_exact)
         (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
-        return narrow_pairs(X_shaped) if dtype == jnp.bfloat16 else narrow(X_shaped, dtype)
+        if dtype == jnp.bfloat16:
+            return narrow_pairs(X_shaped, keep_zeros=packed)
+        return narrow(X_shaped, dtype)
 
     if in_float16:
         store((first, rounded(jnp.bfloat16)))
@@ -171,7 +176,8 @@ def inverses(
             masks = load_masks(bounds_gmem, row, chunk)
             A_high, A_low = masks.lower(*halves_of(A), strictly=True)
             X_smem = t.b[0]
-            invert(A_high, A_low, t.log_decay[0], t.a[0], X_smem)
+            packed = bounds_gmem is not None
+            invert(A_high, A_low, t.log_decay[0], t.a[0], X_smem, packed=packed)
             plgpu.copy_smem_to_gmem(X_smem, X_gmem.at[row, head, chunk])
             if ring.slots == 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
