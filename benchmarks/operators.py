@@ -58,8 +58,8 @@ class Operator:
     made: int | None = None
 
 
-def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
-    """Returns the operators by name, for B, T and C."""
+def make_operators(shape: tuple[int, int, int], vocab: int = VOCAB) -> dict[str, Operator]:
+    """Returns the operators by name, for B, T and C, and a vocabulary of so many tokens."""
     B, T, C = shape
     x, heads, of_heads = (B, T, C), (B, T, C // HEAD, HEAD), (C // HEAD, HEAD)
 
@@ -70,7 +70,7 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
     def channel_mix(x, key, value, mix, **kwargs):
         return pallas_kernels.channel_mix(x, mix, key, value, **kwargs)
 
-    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % VOCAB
+    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % vocab
 
     def cross_entropy(hidden, weight, **kwargs):
         return pallas_kernels.cross_entropy(hidden, weight, targets, **kwargs)
@@ -102,10 +102,10 @@ def make_operators(shape: tuple[int, int, int]) -> dict[str, Operator]:
         ),
         # Their backwards have the product of the forward, too, and the second one has it twice.
         "cross entropy": Operator(
-            cross_entropy_sum, (x, (C, VOCAB)), ((B, T),), 2 * B * T * C * VOCAB, backward_share=3
+            cross_entropy_sum, (x, (C, vocab)), ((B, T),), 2 * B * T * C * vocab, backward_share=3
         ),
         "cross entropy of tokens": Operator(
-            cross_entropy, (x, (C, VOCAB)), (), 2 * B * T * C * VOCAB, backward_share=4
+            cross_entropy, (x, (C, vocab)), (), 2 * B * T * C * vocab, backward_share=4
         ),
     }
 
