@@ -5,10 +5,11 @@
 
 A row is one direction of one operator through one implementation. The floor is the time in which a
 copy would move the operator's inputs and results once, plus its matrix products at the rate of a
-large one. The backward is a program of its own that starts from the inputs. Times are medians of
-rounds, in which the implementations take turns; errors are relative RMS errors of the worst result
-against the definition in float64, at a small size. All programs are compiled before the first one
-is timed.
+large one. The backward is a program of its own that starts from the inputs. That of the channel mix
+holds a product of the forward then, so it is also timed from what the forward keeps, as it is in a
+training step. Times are medians of rounds, in which the implementations take turns; errors are
+relative RMS errors of the worst result against the definition in float64, at a small size. All
+programs are compiled before the first one is timed.
 """
 
 import concurrent.futures
@@ -48,6 +49,7 @@ class Operator:
       backward_share: how many times as many the backward has.
       made: number of results that the forward makes; the others are some of these, or arguments.
         None if it makes all.
+      keeps: whether the forward keeps values that the backward would have to compute again.
     """
 
     function: Callable[..., Any]
@@ -56,6 +58,7 @@ class Operator:
     flops: int = 0
     backward_share: int = 2
     made: int | None = None
+    keeps: bool = False
 
 
 def make_operators(shape: tuple[int, int, int], vocab: int = VOCAB) -> dict[str, Operator]:
@@ -90,7 +93,11 @@ def make_operators(shape: tuple[int, int, int], vocab: int = VOCAB) -> dict[str,
             pallas_kernels.output_correction, (heads,) * 5, (of_heads,) * 3
         ),
         "channel mix": Operator(
-            channel_mix, (x, (C, 4 * C), (4 * C, C)), ((C,),), flops=16 * B * T * C * C
+            channel_mix,
+            (x, (C, 4 * C), (4 * C, C)),
+            ((C,),),
+            flops=16 * B * T * C * C,
+            keeps=True,
         ),
         "inputs of wkv7": Operator(
             lambda *x, **kwargs: pallas_kernels.wkv7_inputs(
@@ -163,13 +170,26 @@ def programs_of(
     return [(jax.jit(forward), arguments), (jax.jit(backward), [gradients, *arguments])]
 
 
-def compile_programs(
+DIRECTIONS = ("forward", "backward", "backward, from what the forward keeps")
+
+
+def timed_programs(
     operator: Operator, implementation: str, dtype: str
-) -> list[Callable[..., Any]]:
-    """Returns forward and backward after their first calls, which compile them."""
+) -> list[tuple[Callable[..., Any], list[Any]]]:
+    """Returns a program for each of `DIRECTIONS`, compiled, and its arguments."""
     runs = programs_of(operator, implementation, dtype)
+    if operator.keeps:
+        _, (gradients, *arguments) = runs[1]
+        function = functools.partial(operator.function, implementation=implementation)
+        kept = jax.jit(lambda *arguments: jax.vjp(function, *arguments)[1])(*arguments)
+        structure = jax.tree.structure(jax.eval_shape(function, *arguments))
+
+        def backward_of_kept(gradients, kept):
+            return kept(jax.tree.unflatten(structure, gradients))
+
+        runs.append((jax.jit(backward_of_kept), [gradients, kept]))
     jax.block_until_ready([program(*arguments) for program, arguments in runs])
-    return [program for program, _ in runs]
+    return runs
 
 
 def floor(operator: Operator, program: Callable[..., Any], arguments: list[Any]) -> float:
@@ -225,10 +245,10 @@ def main(settings: Settings) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows: list[Row] = []
     names = settings.operators or tuple(operators)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # arguments of 8 calls fit into memory
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # results of 8 calls fit into memory
         pending = {
             (name, x): (
-                pool.submit(compile_programs, operators[name], x, dtype),
+                pool.submit(timed_programs, operators[name], x, dtype),
                 pool.submit(error, small[name], x, dtype),
             )
             for name in names
@@ -236,27 +256,25 @@ def main(settings: Settings) -> None:
         }
         compiled = {key: [part.result() for part in parts] for key, parts in pending.items()}
     for name in names:
-        runs = {x: programs_of(operators[name], x, dtype) for x in implementations}
-        errors = {x: compiled[name, x][1] for x in implementations}
+        runs, errors = ({x: compiled[name, x][i] for x in implementations} for i in range(2))
         times: dict[Any, list[float]] = {}
         for _ in range(settings.rounds + 1):
             for implementation, directions in runs.items():
-                for i, (_, arguments) in enumerate(directions):
-                    program = compiled[name, implementation][0][i]
+                for i, (program, arguments) in enumerate(directions):
                     spent = milliseconds(program, arguments, settings.calls)
                     times.setdefault((i, implementation), []).append(spent)
         for (i, implementation), all_times in sorted(times.items()):
             median = float(np.median(all_times[1:]))  # the first round warms up
             least = floor(operators[name], *runs[implementation][i])
             print(
-                f"| {name} | {('forward', 'backward')[i]} | {implementation} | {median:.3f} "
+                f"| {name} | {DIRECTIONS[i]} | {implementation} | {median:.3f} "
                 f"| {least:.3f} | {least / median:.0%} | {errors[implementation]:.1e} |",
                 flush=True,
             )
             rows.append(
                 {
                     "operator": name,
-                    "direction": ("forward", "backward")[i],
+                    "direction": DIRECTIONS[i],
                     "implementation": implementation,
                     "ms": round(median, 4),
                     "floor_ms": round(least, 4),
