@@ -214,13 +214,13 @@ def look_up(
 ) -> Float[Array, "B T C"]:
     """Returns the embedding of each token; NaN for an id out of range.
 
-    On a mesh the columns may be divided over "fsdp": then each device looks up its columns for the
-    tokens of all these devices, and they exchange what they found. This moves the embeddings of
-    tokens, never the whole table. The rows may be divided over "tensor": each device looks up the
-    tokens that it has.
+    On a mesh the columns may be divided over "fsdp". Then each device looks up the tokens of all
+    these devices in its columns, and the devices exchange what they found: the embeddings of tokens
+    move, the table does not. The rows may be divided over "tensor". Then each device looks up the
+    tokens whose rows it has.
 
     Args:
-      embedding: this device's part of the table.
+      embedding: the table, or this device's part of it.
       tokens: ids of the tokens of this device.
       dtype: dtype of the result.
     """

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from goose_jax.parallel.mesh import axis_sizes
 
 _INTO_HEADS = P("fsdp", "tensor")  # [C, heads]: the columns belong to heads
-_OUT_OF_HEADS = P(("tensor", "fsdp"), None)  # [heads, C] or [F, C]: "tensor" divides the rows
+_OUT_OF_HEADS = P(("tensor", "fsdp"), None)  # [heads, C] or [F, C]: the rows belong to heads
 _DOWN = P("fsdp", None)  # [C, rank]
 _UP = P("fsdp", "tensor")  # [rank, heads]
 _OF_CHANNELS = P("tensor")  # [C], one number for each channel of a head
@@ -61,9 +61,9 @@ PARTITION_RULES: Mapping[str, P] = {
 Axes before those, such as the axis of the layers, stay whole. Parameters that are not in the table
 are stored on every device: norms and token-shift mixes, which are small.
 
-"fsdp" divides the rows of matrices: parts of other devices are gathered one after another in
-memory then, and nothing has to be transposed. It divides the columns of the embedding, whose rows
-may be of any number; `look_up` exchanges what was looked up, not the embedding.
+"fsdp" divides the rows of matrices. The parts of all devices then follow each other in memory, so
+that gathering them transposes nothing. Of the embedding it divides the columns, because the number
+of rows, the vocabulary, may be odd. `in_model.look_up` does without gathering the embedding.
 """
 
 
