@@ -228,24 +228,28 @@ def look_up(
     divided = mesh is not None and mesh.shape["fsdp"] > 1 and "fsdp" in _varying(embedding)
     embedding = gather_parameters(embedding, within="embedding", over=())
     if not divided:
-        return _rows(embedding, tokens).astype(dtype)
+        return _rows(embedding, tokens, dtype)
     of_all = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-    found = _rows(embedding, of_all).astype(dtype)
+    found = _rows(embedding, of_all, dtype)
     return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
 
-def _rows(embedding: Float[Array, "vocab C"], tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+def _rows(
+    embedding: Float[Array, "vocab C"], tokens: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "B T C"]:
     """Returns rows of a table, which may be divided over "tensor"; NaN for an id out of range."""
     if "tensor" not in _varying(embedding):
         # An id out of range gives NaN, not the embedding of another token.
-        return embedding.at[tokens].get(
+        found = embedding.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
+        return found.astype(dtype)
     count = embedding.shape[0]
     local = tokens - jax.lax.axis_index("tensor") * count
     found = embedding.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     valid = (tokens >= 0) & (tokens < count * jax.lax.axis_size("tensor"))
-    return jnp.where(valid[..., None], jax.lax.psum(found, "tensor"), jnp.nan)
+    # One of the devices has the row, and the others have zeros: the sum is exact.
+    return jnp.where(valid[..., None], jax.lax.psum(found.astype(dtype), "tensor"), jnp.nan)
 
 
 _OF_BATCHES = ("data", "fsdp", "context")
