@@ -122,10 +122,9 @@ def forward_and_backward(function, inputs, do):
 class Program:
     """A compiled call on inputs that are in the device's memory."""
 
-    def __init__(self, what, implementation: str, arguments: tuple):
+    def __init__(self, function, arguments: tuple):
         start = time.perf_counter()
-        function = jax.jit(functools.partial(what, IMPLEMENTATIONS[implementation]))
-        self._compiled = function.lower(*arguments).compile()
+        self._compiled = jax.jit(function).lower(*arguments).compile()
         self._arguments = arguments
         self.compile_seconds = time.perf_counter() - start
 
@@ -150,7 +149,10 @@ def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, An
     """Returns the programs of each implementation: forward, and forward with backward."""
     arguments = (inputs, do)
     programs: dict[str, tuple[Any, Any]] = {
-        name: tuple(Program(what, name, arguments) for what in (forward, forward_and_backward))
+        name: tuple(
+            Program(functools.partial(what, IMPLEMENTATIONS[name]), arguments)
+            for what in (forward, forward_and_backward)
+        )
         for name in names
         if name != FLA
     }

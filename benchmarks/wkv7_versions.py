@@ -1,10 +1,10 @@
 """Compares the speed of WKV7's kernels in several versions of this package, in one run.
 
-    PYTHONPATH=/tmp/before python benchmarks/wkv7_versions.py programs --export before
+    PYTHONPATH=../before python benchmarks/wkv7_versions.py programs --export before
     python benchmarks/wkv7_versions.py programs --export after     # both on any machine
     python benchmarks/wkv7_versions.py programs --baseline before  # on the GPU
 
-`/tmp/before` is another checkout. What is exported are programs of JAX, with the kernels in them:
+`../before` is another checkout. What is exported are programs of JAX, with the kernels in them:
 the forward, and the forward with the backward, for each shape. That needs the package flatbuffers.
 The JAX that exports must not be newer than the one that times.
 
@@ -16,7 +16,6 @@ has rested is faster. The ratio to the baseline is the median of those of the ro
 import concurrent.futures
 import functools
 import pathlib
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from results import Row, write_results
-from wkv7 import SHAPES_ON_GPU, Shape, forward, forward_and_backward, make_inputs
+from wkv7 import SHAPES_ON_GPU, Program, Shape, forward, forward_and_backward, make_inputs
 
 from pallas_kernels import MIN_LOG_DECAY, wkv7
 
@@ -92,26 +91,15 @@ def export_programs(settings: Settings, version: str) -> None:
             print(file, flush=True)
 
 
-class Program:
-    """A compiled program on inputs that are in the device's memory."""
+def load_program(file: pathlib.Path, arguments: tuple[Any, ...]) -> Program:
+    """Compiles an exported program for these arguments."""
+    return Program(jax.export.deserialize(bytearray(file.read_bytes())).call, arguments)
 
-    def __init__(self, file: pathlib.Path, arguments: tuple[Any, ...]):
-        exported = jax.export.deserialize(bytearray(file.read_bytes()))
-        self._compiled = jax.jit(exported.call).lower(*arguments).compile()
-        self._arguments = arguments
 
-    def milliseconds(self, seconds: float) -> float:
-        """Calls the program for about so long, and returns the mean time of a call."""
-        jax.block_until_ready(self._compiled(*self._arguments))
-        one = self._time(10)
-        return 1e3 * self._time(max(10, round(seconds / one)))
-
-    def _time(self, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            results = self._compiled(*self._arguments)
-        jax.block_until_ready(results)
-        return (time.perf_counter() - start) / calls
+def milliseconds(program: Program, seconds: float) -> float:
+    """Calls a program for about so long, and returns the mean time of a call."""
+    program.seconds(1)
+    return 1e3 * program.seconds(max(10, round(seconds / program.seconds(10))))
 
 
 def compile_all(settings: Settings, versions: list[str]) -> dict[tuple[Shape, str], list[Program]]:
@@ -122,7 +110,9 @@ def compile_all(settings: Settings, versions: list[str]) -> dict[tuple[Shape, st
             arguments = make_inputs(shape, "bfloat16")
             for what in WHAT:
                 files = [file_of(settings, version, shape, what) for version in versions]
-                pending[shape, what] = [pool.submit(Program, file, arguments) for file in files]
+                pending[shape, what] = [
+                    pool.submit(load_program, file, arguments) for file in files
+                ]
         return {case: [program.result() for program in pending[case]] for case in pending}
 
 
@@ -135,10 +125,10 @@ def compare(settings: Settings, programs: list[Program]) -> tuple[np.ndarray, np
     """
     times = np.zeros((settings.rounds, len(programs)))
     for program in programs:
-        program.milliseconds(settings.seconds)
+        milliseconds(program, settings.seconds)
     for i in range(settings.rounds):
         for j in np.roll(np.arange(len(programs)), i):
-            times[i, j] = programs[j].milliseconds(settings.seconds)
+            times[i, j] = milliseconds(programs[j], settings.seconds)
     return np.median(times, axis=0), np.quantile(times / times[:, :1], (0.25, 0.5, 0.75), axis=0)
 
 
