@@ -148,7 +148,8 @@ class RWKV7Config:
         and the results of `wkv7`, of `output_correction` and of matrix products except low-rank
         ones; "projections" keeps the residual stream and the results of matrix products of the time
         mix, except low-rank ones; "full" keeps only the input of each block; "none" keeps all
-        values that the operators need.
+        values that the operators need. States between pieces of rows that a mesh divides are small,
+        and are always kept.
       unroll_layers: whether each layer is compiled by itself. False runs one compiled layer in a
         loop: it compiles faster, but training copies what each layer keeps.
       implementation: implementation of the operators, "mosaic_gpu", "xla" or "reference"; None

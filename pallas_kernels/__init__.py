@@ -11,7 +11,7 @@ The names of this package are public, and so are all of these modules:
 All other modules are private.
 """
 
-from pallas_kernels.differentiation import KEPT
+from pallas_kernels.differentiation import KEPT, KEPT_STATES
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.operators.channel_mix import channel_mix, feed_forward
 from pallas_kernels.operators.cross_entropy import cross_entropy, cross_entropy_sum
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KEPT",
+    "KEPT_STATES",
     "MIN_LOG_DECAY",
     "WKV7_IMPLEMENTATIONS",
     "LayerWeights",

@@ -28,6 +28,11 @@ KEPT = "pallas_kernels.kept"
 A policy like `jax.checkpoint_policies.save_only_these_names(KEPT)` lets `jax.checkpoint` keep them.
 """
 
+KEPT_STATES = "pallas_kernels.kept_states"
+"""Name of states that take long to compute and are small: those between the pieces of rows that
+`wkv7` divides over the devices of a `context_axis`. Any policy may keep them.
+"""
+
 type Forward[R] = Callable[..., R]
 type Backward = Callable[..., tuple[Any, ...]]
 
@@ -155,4 +160,4 @@ def _is_float(x: jax.Array) -> bool:
 _run.defvjp(_run_forward, _run_backward)
 
 
-__all__ = ["KEPT", "differentiate", "run_from_inputs"]
+__all__ = ["KEPT", "KEPT_STATES", "differentiate", "run_from_inputs"]

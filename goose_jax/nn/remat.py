@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from goose_jax.config import RWKV7Config
-from pallas_kernels import KEPT
+from pallas_kernels import KEPT, KEPT_STATES
 
 PROJECTED = "goose_jax.projected"
 """Name of results of projections, and of the residual stream between the halves of a layer.
@@ -18,9 +18,9 @@ They are small for the time that it takes to compute them.
 def rematerialised[**P, R](run_layer: Callable[P, R], config: RWKV7Config) -> Callable[P, R]:
     """Returns a layer whose backward computes again what `config.remat` does not keep."""
     kept = {
-        "dots": (PROJECTED, KEPT),
-        "projections": (PROJECTED,),
-        "full": (),
+        "dots": (PROJECTED, KEPT, KEPT_STATES),
+        "projections": (PROJECTED, KEPT_STATES),
+        "full": (KEPT_STATES,),
     }
     if config.remat == "none":
         return run_layer

@@ -150,6 +150,22 @@ def test_a_step_of_several_microbatches_sums_gradients_over_devices_once(sizes):
     assert "[38,64]" not in "".join(re.findall(r"=(.*) all-gather(?:-start)?\(", program))
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_states_between_pieces_of_rows_are_not_computed_again(remat):
+    def gathered(remat):
+        config = dataclasses.replace(CONFIG, num_layers=1, remat=remat)
+        model, recipe = abstract_model(config), OptimizerConfig(total_steps=20)
+        state = jax.eval_shape(
+            lambda params: init_tuning_state(params, recipe),
+            nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        )
+        step = make_train_step(model, recipe, mesh=make_mesh(data=1, context=2))
+        batch = next_token_batch(np.zeros((1, 129), np.int32))
+        return str(step.trace(state, batch).jaxpr).count("all_gather[")
+
+    assert gathered(remat) == gathered("none") > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "state"])
 def test_five_steps_of_fine_tuning_on_a_mesh_are_those_of_one_device(runs, kind):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import channel_mix, token_shift_mix, wkv7
+from pallas_kernels import KEPT_STATES, channel_mix, token_shift_mix, wkv7
 from pallas_kernels.operators.wkv7 import context
 from tests.helpers import in_mesh_of, relative_rms
 from tests.pallas_kernels.mesh_cases import moved
@@ -166,6 +166,25 @@ def test_states_of_segments_need_whole_rows():
 def test_few_long_rows_are_divided_further(rows, length, pieces):
     with in_mesh_of("NVIDIA H100 80GB HBM3", 132):
         assert context.number_of_pieces(rows, length) == pieces
+
+
+@pytest.mark.parametrize(("kept", "gathered"), [((), 3), ((KEPT_STATES,), 2)])
+def test_states_between_pieces_can_be_kept(kept, gathered):
+    """Devices gather maps in the forward, in the backward, and where it repeats the forward."""
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,))
+    pieces = PartitionSpec(None, "context")
+    tokens = jax.ShapeDtypeStruct((1, 128, 1, 8), jnp.float32)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    def squared(*inputs):
+        o, _ = wkv7(*inputs, min_log_decay=-0.7, context_axis="context")
+        return (o**2).sum()
+
+    gradient = jax.shard_map(
+        jax.grad(squared, argnums=tuple(range(6))), mesh=mesh, in_specs=pieces, out_specs=pieces
+    )
+    program = str(jax.make_jaxpr(gradient)(*[tokens] * 6))
+    assert program.count("all_gather[") == gathered
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.context import ContextAxis, find_entries, from_device, is_device, own
 from pallas_kernels.devices import device_in_context
-from pallas_kernels.differentiation import KEPT
+from pallas_kernels.differentiation import KEPT_STATES
 from pallas_kernels.operators.wkv7.call import Implementation, Results, WKVCall, WKVInputs
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.sharding import vary_alike
@@ -209,13 +209,13 @@ def _run_pieces(
     ) -> tuple[Pair, Residuals]:
         maps = _maps_of_pieces(run, inputs, call.with_arrays(None, segment_ids))
         P, N = map(of.states, maps)
-        P = checkpoint_name(jnp.where(enters, P, 0), KEPT)
+        P = checkpoint_name(jnp.where(enters, P, 0), KEPT_STATES)
         _, states = _chain(P, N, initial, axis)
 
         def outputs(inputs: WKVInputs, states: jax.Array) -> Pair:
             return run(inputs, call.with_arrays(states, segment_ids))
 
-        states = of.of_states(jnp.where(enters, states, 0))
+        states = checkpoint_name(of.of_states(jnp.where(enters, states, 0)), KEPT_STATES)
         (o, after), pull_back = jax.vjp(outputs, inputs, states)
         return (o, of.states(after)[-1]), Residuals(pull_back, P, enters)
 
