@@ -57,7 +57,7 @@ def test_products_of_permutations_are_tracked(run):
     results = run(
         "state-tracking",
         task=state_tracking.PermutationProducts(64, 6, degree=4, factors="swaps"),
-        recipe=recipe(300, 8e-3),
+        recipe=recipe(450, 8e-3),
         hidden_size=32,
         num_layers=2,
         head_size=16,
