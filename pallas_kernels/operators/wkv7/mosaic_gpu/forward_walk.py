@@ -346,8 +346,6 @@ class ForwardWalk:
     def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         slot = anew(self.ring.slot(step))
         plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
-        if self.X_gmem is not None:  # from the step before, so that its tile may be written
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         in_bfloat16, in_float16 = (
             functools.partial(prepare, warpgroup, step, slot)
             for prepare in (self._prepare_bfloat16, self._prepare_float16)
@@ -413,6 +411,8 @@ class ForwardWalk:
             pl.when(~fits)(lambda: self._return_to_bfloat16(warpgroup, slot))
         plgpu.barrier_arrive(self.barriers.decayed.at[slot])
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
+        if self.X_gmem is not None:  # so that the next step may write the tile
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _save_inverse(self, warpgroup: jax.Array, step: jax.Array) -> None:
         """Starts the copy of a bfloat16 X beside the one in float16."""

@@ -123,10 +123,11 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
             )
         A_rk, A_rb = masks.lower(A_rk, A_rb)
         plgpu.barrier_wait(walk.barriers.carried.at[slot])
+        carried_format = walk.format_of(slot, carried=True) if walk.chooses else BFLOAT16
         reads = [masks.entered(x) for x in r]
         of_state = [(x, transposed(s)) for x, s in zip(reads, t.S_high, strict=True)]
         if results_gmem.entries is not None:
-            _save(walk, results_gmem, slot, place, chunk)
+            _save(walk, results_gmem, slot, carried_format, place, chunk)
 
         def all_in(dtype):
             return products([(A_rk, t.Y), (A_rb, t.U), *of_state], dtype=dtype)[0]
@@ -142,9 +143,7 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
         if not walk.chooses:
             o = in_bfloat16()
         else:
-            o = jax.lax.switch(
-                walk.format_of(slot, carried=True), (in_bfloat16, in_float16, all_but_state)
-            )
+            o = jax.lax.switch(carried_format, (in_bfloat16, in_float16, all_but_state))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()  # so that the slot has been read before it is written
         walk.refill(step)
@@ -158,9 +157,14 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
 
 
 def _save(
-    walk: ForwardWalk, results_gmem: Results, slot: jax.Array, place: Place, chunk: jax.Array
+    walk: ForwardWalk,
+    results_gmem: Results,
+    slot: jax.Array,
+    carried_format: jax.Array | int,
+    place: Place,
+    chunk: jax.Array,
 ) -> None:
-    """Starts the copies of what the backward needs of a chunk."""
+    """Starts the copies of what the backward needs of a chunk, given its format."""
     row, head, value_block = place
     t = walk.chunk_in(slot)
     U_gmem = values_tile(results_gmem.U, row, head, chunk, value_block)
@@ -178,16 +182,13 @@ def _save(
         store(*((to, narrow(load32(x, jnp.float16))) for to, x in ((k, t.U), (b, S))))
         copy(k, [b])
 
-    if not walk.chooses:
-        copy(t.U, t.S_high)
-    else:
-        in_float16 = walk.format_of(slot, carried=True) == FLOAT16
-        pl.when(in_float16)(converted)
-        pl.when(~in_float16)(lambda: copy(t.U, t.S_high))
-
     def copy_inverse():
         plgpu.copy_smem_to_gmem(t.X, results_gmem.X.at[row, head, chunk])
 
+    if not walk.chooses:
+        copy(t.U, t.S_high)
+    else:
+        pl.when(carried_format == FLOAT16)(converted)
+        pl.when(carried_format != FLOAT16)(lambda: copy(t.U, t.S_high))
     if results_gmem.X is not None:  # PREPARE copies what it has inverted in float16
-        in_bfloat16 = walk.format_of(slot, carried=False) == BFLOAT16
-        pl.when(in_bfloat16)(copy_inverse)
+        pl.when(carried_format == BFLOAT16)(copy_inverse)
