@@ -5,7 +5,8 @@
 
 Times are medians of rounds, after a warm-up. In each round the implementations take turns; each
 makes some asynchronous calls and then waits once. The backward gets random gradients of the
-outputs. Memory is what XLA plans besides inputs and results. Errors are relative RMS errors
+outputs. All programs are compiled first and at the same time, so that each takes longer than it
+would alone. Memory is what XLA plans besides inputs and results. Errors are relative RMS errors
 against the scan in float64, for the first shape, reduced to a size that the scan can manage. A
 second table has the errors on tokens whose results are small differences of large numbers.
 
@@ -14,11 +15,13 @@ measured on the same inputs, unless `--implementations` leaves it out. It tries 
 kernels for minutes before its first result.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,6 +49,10 @@ HARD_SHAPE = (1, 2500, 4)
 FLA = "FLA"
 
 type Shape = tuple[int, int, int, int]
+type Arguments = tuple[list[jax.Array], jax.Array]
+"""Inputs of WKV7, and gradients of the outputs."""
+type Programs = dict[str, tuple[Any, Any]]
+"""By implementation: forward, and forward with backward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Settings:
     json: pathlib.Path | None = None
 
 
-def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+def make_inputs(shape: Shape, dtype: str) -> Arguments:
     """Returns random inputs as RWKV-7 makes them, and a random gradient of the outputs."""
     keys = jax.random.split(jax.random.key(0), 7)
     r, k, v, kk, rate, decay, do = (jax.random.normal(key, shape) for key in keys)
@@ -84,7 +91,7 @@ def make_inputs(shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
     return [x.astype(dtype) for x in inputs], do.astype(dtype)
 
 
-def hard_inputs(kind: str, shape: Shape, dtype: str) -> tuple[list[jax.Array], jax.Array]:
+def hard_inputs(kind: str, shape: Shape, dtype: str) -> Arguments:
     """Returns inputs whose state forgets nearly nothing, and a random gradient of the outputs.
 
     Args:
@@ -145,22 +152,30 @@ class Program:
         return self._compiled.memory_analysis().temp_size_in_bytes
 
 
-def make_programs(names: tuple[str, ...], inputs, do) -> dict[str, tuple[Any, Any]]:
-    """Returns the programs of each implementation: forward, and forward with backward."""
-    arguments = (inputs, do)
-    programs: dict[str, tuple[Any, Any]] = {
-        name: tuple(
-            Program(functools.partial(what, IMPLEMENTATIONS[name]), arguments)
-            for what in (forward, forward_and_backward)
-        )
-        for name in names
-        if name != FLA
-    }
+def make_programs(names: tuple[str, ...], cases: Sequence[Arguments]) -> list[Programs]:
+    """Returns programs for each case, which are compiled at the same time."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pending = [
+            {
+                name: [
+                    pool.submit(Program, functools.partial(what, IMPLEMENTATIONS[name]), arguments)
+                    for what in (forward, forward_and_backward)
+                ]
+                for name in names
+                if name != FLA
+            }
+            for arguments in cases
+        ]
+    made: list[Programs] = [
+        {name: (first.result(), second.result()) for name, (first, second) in programs.items()}
+        for programs in pending
+    ]
     if FLA in names:
         from wkv7_of_fla import make_fla_programs
 
-        programs[FLA] = make_fla_programs(inputs, do, MIN_LOG_DECAY)
-    return programs
+        for programs, (inputs, do) in zip(made, cases, strict=True):
+            programs[FLA] = make_fla_programs(inputs, do, MIN_LOG_DECAY)
+    return made
 
 
 def median_times(programs: dict, settings: Settings) -> dict[str, tuple[float, float]]:
@@ -188,18 +203,26 @@ def relative_rms(x, reference) -> float:
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 
-def measure_errors(names: tuple[str, ...], inputs, do) -> dict[str, list[float]]:
-    """Returns the errors of the output and of the gradients of the inputs, by implementation."""
+def measure_errors(
+    names: tuple[str, ...], cases: Sequence[Arguments]
+) -> list[dict[str, list[float]]]:
+    """Returns for each case the errors of the output and of the gradients of the inputs.
+
+    Args:
+      names: of implementations.
+      cases: arguments, all of one shape.
+    """
+    exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))
     with jax.enable_x64():
-        exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))(
-            *jax.tree.map(lambda x: x.astype(jnp.float64), (inputs, do))
-        )
-        exact = jax.device_get(exact)
-    programs = make_programs(names, inputs, do)
-    return {
-        name: [relative_rms(*pair) for pair in zip(both.results(), exact, strict=True)]
-        for name, (_, both) in programs.items()
-    }
+        in_float64 = [jax.tree.map(lambda x: x.astype(jnp.float64), case) for case in cases]
+        references = [jax.device_get(exact(*case)) for case in in_float64]
+    return [
+        {
+            name: [relative_rms(*pair) for pair in zip(both.results(), reference, strict=True)]
+            for name, (_, both) in programs.items()
+        }
+        for programs, reference in zip(make_programs(names, cases), references, strict=True)
+    ]
 
 
 def main(settings: Settings) -> None:
@@ -219,7 +242,7 @@ def main(settings: Settings) -> None:
         shapes = tuple((B, T, H, K) for B, _, H, K in shapes for T in settings.lengths)
     B, T, H, K = shapes[0]
     small = (min(B, 2), min(T, 2048), min(H, 4), K)
-    errors = measure_errors(names, *make_inputs(small, dtype))
+    (errors,) = measure_errors(names, [make_inputs(small, dtype)])
 
     print(f"{dtype}, {jax.devices()[0].device_kind}; errors at B, T, H, K = {small}")
     print(
@@ -228,8 +251,8 @@ def main(settings: Settings) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows: list[Row] = []
-    made = {shape: make_programs(names, *make_inputs(shape, dtype)) for shape in shapes}
-    for shape, programs in made.items():
+    made = make_programs(names, [make_inputs(shape, dtype) for shape in shapes])
+    for shape, programs in zip(shapes, made, strict=True):
         for name, (forward_ms, both_ms) in median_times(programs, settings).items():
             both = programs[name][1]
             print(
@@ -263,8 +286,9 @@ def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> list[
     print("| tokens | implementation | o | dr | dlog_decay | dk | dv | da | db |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     names = tuple(dict.fromkeys((*names, "high precision")))
-    for kind in HARD:
-        for name, errors in measure_errors(names, *hard_inputs(kind, shape, dtype)).items():
+    all_errors = measure_errors(names, [hard_inputs(kind, shape, dtype) for kind in HARD])
+    for kind, of_kind in zip(HARD, all_errors, strict=True):
+        for name, errors in of_kind.items():
             row = " | ".join(f"{x:.1e}" for x in errors)
             print(f"| {kind} | {name} | {row} |", flush=True)
             results = zip(("o", "dr", "dlog_decay", "dk", "dv", "da", "db"), errors, strict=True)
