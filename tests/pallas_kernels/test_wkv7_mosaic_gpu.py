@@ -1,6 +1,7 @@
 """WKV7 on Mosaic GPU: interpreted and compiled for CUDA on any machine, at size on a Hopper GPU."""
 
 import functools
+from unittest.mock import Mock
 
 import chex
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels import wkv7, wkv7_recurrent
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs
-from pallas_kernels.operators.wkv7.mosaic_gpu import pieces
+from pallas_kernels.operators.wkv7.mosaic_gpu import differentiable, pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
 from tests.helpers import relative_rms
@@ -163,6 +164,66 @@ def test_interpreted_with_more_walks_than_multiprocessors():
     case = bfloat16_case((1, 70, 3, 64, 64))
     results = run(functools.partial(interpreted, multiprocessors=2), case, jnp.bfloat16)
     assert_matches(results, case, OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+
+def gradient_of_one_result(function, used, arguments, num_segments, weight):
+    """The gradient of the outputs, 0, or of the final states, 1."""
+
+    def result(arrays):
+        return function(**arguments | arrays, num_segments=num_segments)[used]
+
+    return jax.vjp(result, {name: arguments[name] for name in NAMES})[1](weight)[0]
+
+
+@pytest.mark.slow
+@on_cpu
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("num_segments", [None, 2])
+def test_interpreted_gradient_of_one_result(used, num_segments):
+    lengths = None if num_segments is None else (((1, 30), (2, 40)),)
+    case = bfloat16_case((1, 70, 1, 64, 64), lengths=lengths, num_segments=num_segments)
+    arguments = arrays_of(case)
+    if num_segments is not None:
+        arguments["segment_ids"] = jnp.asarray(make_inputs(case)["segment_ids"])
+
+    def with_zeros(arguments, weights):
+        def results(arrays):
+            return interpreted(**arguments | arrays, num_segments=num_segments)
+
+        return jax.vjp(results, {name: arguments[name] for name in NAMES})[1](weights)[0]
+
+    shapes = jax.eval_shape(lambda: interpreted(**arguments, num_segments=num_segments))
+    weights = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    weight = jax.random.normal(jax.random.key(0), weights[used].shape).astype(weights[used].dtype)
+    weights[used] = weight
+    chex.assert_trees_all_equal(
+        jax.jit(gradient_of_one_result, static_argnums=(0, 1, 3))(
+            interpreted, used, arguments, num_segments, weight
+        ),
+        jax.jit(with_zeros)(arguments, tuple(weights)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("used", "kind", "reads_zeros"),
+    [(0, "plain", False), (0, "packed", False), (1, "plain", True), (0, "per segment", True)],
+)
+def test_unused_final_states_need_no_zeros(used, kind, reads_zeros, monkeypatch):
+    gradients = Mock(wraps=differentiable._partitioned_gradients)
+    monkeypatch.setattr(differentiable, "_partitioned_gradients", gradients)
+    arguments, num_segments = shapes(kind, 64, 64, jnp.bfloat16), 3 if "per" in kind else None
+    result = jax.eval_shape(
+        lambda arguments: in_chunks(**arguments, num_segments=num_segments)[used], arguments
+    )
+    jax.eval_shape(
+        lambda arguments, weight: gradient_of_one_result(
+            in_chunks, used, arguments, num_segments, weight
+        ),
+        arguments,
+        result,
+    )
+    *_, d_final = gradients.call_args.args
+    assert (d_final is not None) == reads_zeros
 
 
 def test_number_of_pieces():

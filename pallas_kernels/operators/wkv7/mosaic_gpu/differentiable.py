@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.differentiation import KEPT
 from pallas_kernels.dispatch import NotServed
@@ -33,7 +34,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.pieces import outputs_in_pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
 from pallas_kernels.packing import find_segments
 from pallas_kernels.partitioning import partitioned
-from pallas_kernels.sharding import Layout
+from pallas_kernels.sharding import Layout, vary_alike
 from pallas_kernels.types import FloatArray, Precision, SegmentIds
 
 LOWEST_LOG_DECAY_SERVED = -1.0
@@ -92,13 +93,19 @@ def _gradients(
     bounds: SegmentBounds | None,
     transfers: Transfers | None,
     do: jax.Array,
-    d_final: jax.Array,
+    d_final: jax.Array | None,
     *,
     target: Target,
     scale: float,
-) -> tuple[WKVInputs, jax.Array]:
-    """Returns the gradients of the inputs and of the initial states."""
-    found = state_gradients(target, inputs, X, do, d_final, bounds, transfers, scale=scale)
+    from_zero: bool,
+) -> tuple[WKVInputs, jax.Array | None]:
+    """Returns the gradients of the inputs and, unless rows start from zeros, of initial states.
+
+    `d_final` may be None for zeros, if N is 1.
+    """
+    found = state_gradients(
+        target, inputs, X, do, d_final, bounds, transfers, scale=scale, from_zero=from_zero
+    )
     d_inputs = input_gradients(
         target, inputs, do, entries, U, found.exits, found.dW, bounds, scale=scale
     )
@@ -129,7 +136,8 @@ def _chunked(
     return results.o, results.final
 
 
-def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
+def _chunked_forward(target, scale, *primals):
+    inputs, initial, bounds, transfers = jax.tree.map(lambda x: x.value, primals)
     results = _outputs(inputs, initial, bounds, transfers, target=target, scale=scale, save=True)
     # In a loop over layers XLA (of jax 0.11.2) lets the kernel write what is kept for the backward
     # into the stacks of all layers. If o went there too, it would call the kernel again for the
@@ -150,6 +158,11 @@ def _chunked_forward(target, scale, inputs, initial, bounds, transfers):
 def _chunked_backward(target, scale, residuals, gradients):
     do, d_final = gradients
     inputs, bounds, transfers = residuals.inputs, residuals.bounds, residuals.transfers
+    # Final states are often of no use. Then there need not be zeros for the kernel to read.
+    if isinstance(d_final, SymbolicZero):
+        d_final = None if transfers is None else _zeros(d_final, inputs)
+    if isinstance(do, SymbolicZero):
+        do = _zeros(do, inputs)
     d_inputs, d_initial = _partitioned_gradients(
         inputs,
         residuals.X,
@@ -161,15 +174,23 @@ def _chunked_backward(target, scale, residuals, gradients):
         d_final,
         target=target,
         scale=scale,
+        from_zero=residuals.from_zero,
     )
-    if transfers is not None:  # the kernel did not write gradients of states that no chunk loaded
-        segments = jnp.arange(d_final.shape[1])
+    # The kernel did not write gradients of states that no chunk loaded.
+    if d_initial is not None and transfers is not None:
+        segments = jnp.arange(d_initial.shape[1])
         loaded = (transfers.load[:, :, None] == segments[None, None]).any(axis=1)
         d_initial = jnp.where(loaded[:, :, None, None, None], d_initial, 0)
-    return d_inputs, None if residuals.from_zero else d_initial, None, None
+    return d_inputs, d_initial, None, None
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
+
+
+def _zeros(gradient: SymbolicZero, inputs: WKVInputs) -> jax.Array:
+    """Returns the zeros that a gradient stands for, which vary over mesh axes as the inputs do."""
+    _, zeros = vary_alike(inputs.r, jnp.zeros(gradient.shape, gradient.dtype))
+    return zeros
 
 
 def _find_bounds(segment_ids: SegmentIds) -> SegmentBounds:

@@ -53,7 +53,7 @@ class Operands(NamedTuple):
       b: `[B, T, H, K]` bfloat16.
       X: `[B, H, chunks, 64, 64]` bfloat16.
       do: `[B, T, H, V]` bfloat16.
-      d_final: `[B, N, H, V, K]` float32.
+      d_final: `[B, N, H, V, K]` float32, or None for zeros.
       prefix_sums: `[64, 64]` bfloat16.
       bounds: of segments that begin within chunks, or None.
       transfers: of the states of segments, or None if a row has one initial and one final state.
@@ -78,6 +78,7 @@ class Results(NamedTuple):
       exits: `[B, H, chunks, V, K]` bfloat16, dS^ of each chunk.
       dW: `[B, H, chunks, 64, V]` bfloat16.
       d_initial: `[B, N, H, V, K]` float32; with transfers, only where a chunk starts from a state.
+        None if there are no initial states.
     """
 
     exits: Any
@@ -241,12 +242,14 @@ class _BackwardWalk:
     def carry(self) -> None:
         """Carries the gradient of the state from the last chunk to the first."""
         per_segment, first = self.gmem.transfers is not None, jnp.int32(0)
-        d_state = carried_state.load_state_tiles(self.gmem.d_final, first, self.place)
-        if per_segment:  # the gradient of each final state is added at its segment's last chunk
-            d_state = tuple(jnp.zeros_like(x) for x in d_state)
+        if per_segment or self.gmem.d_final is None:
+            # With segments, the gradient of each final state is added at its last chunk.
+            d_state = carried_state.zero_state(len(self.slots.r))
+        else:
+            d_state = carried_state.load_state_tiles(self.gmem.d_final, first, self.place)
         d_state = jax.lax.fori_loop(0, self.chunks, self._carry, d_state)
-        if not per_segment:
-            d_initial_gmem = self.results_gmem.d_initial
+        d_initial_gmem = self.results_gmem.d_initial
+        if d_initial_gmem is not None and not per_segment:
             carried_state.store_state_tiles(d_state, d_initial_gmem, first, self.place)
 
     def _carry(self, step: jax.Array, d_state: State) -> State:
@@ -293,11 +296,12 @@ def state_gradients(
     inputs: WKVInputs,
     X: jax.Array,
     do: jax.Array,
-    d_final: jax.Array,
+    d_final: jax.Array | None,
     bounds: SegmentBounds | None,
     transfers: Transfers | None,
     *,
     scale: float,
+    from_zero: bool,
 ) -> Results:
     """Computes gradients of the states between chunks, of the initial states, and of W.
 
@@ -322,15 +326,17 @@ def state_gradients(
       inputs: `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       X: `[B, H, chunks, 64, 64]` bfloat16, the inverses of the forward.
       do: `[B, T, H, V]` bfloat16, gradients of the outputs.
-      d_final: `[B, N, H, V, K]` float32, gradients of the final states.
+      d_final: `[B, N, H, V, K]` float32, gradients of the final states; None for zeros, if N is 1.
       bounds: of segments that begin within chunks, or None.
       transfers: which of the N states a chunk starts from and which one it ends, `[B, chunks]`
         int32; None if N is 1.
       scale: factor on the outputs.
+      from_zero: whether there are no initial states, and so no gradients of them. N is 1 then.
     """
     B, T, H, K = inputs.r.shape
     V = do.shape[-1]
     chunks, blocks = number_of_chunks(T), K // TILE
+    states = (B, 1, H, V, K) if d_final is None else d_final.shape
     slot_bytes, others = (4 * blocks + 2) * TILE_BYTES, (3 + blocks) * TILE_BYTES
     ring = Ring(slots_that_fit(slot_bytes, others=others, most=3), in_turn=_PREPARE)
 
@@ -357,7 +363,7 @@ def state_gradients(
         out_type=Results(
             exits=jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16),
             dW=jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16),
-            d_initial=jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
+            d_initial=None if from_zero else jax.ShapeDtypeStruct(states, jnp.float32),
         ),
         grid={"value_block": V // TILE, "head": H, "row": B},
         warpgroups=4,
