@@ -366,13 +366,14 @@ class _Gradients:
         self.wait_for_inputs(step)
         since = since_token(self.decays(t))
         k, b = (load32(x) * since for x in (t.k, t.b))
-        rounded, split = (narrow(k), narrow(b)), None
-        if self.splits_k():
-            along_b = _multiple(*rounded)
-            split = Split(along_b, narrow(k - spread_rows(along_b) * b))
-        store(*zip((t.k, t.b), rounded, strict=True))
+        store((t.k, narrow(k)), (t.b, narrow(b)))
         plgpu.barrier_arrive(self.barriers.decayed)
-        return split
+        if not self.splits_k():
+            return None
+        # Loaded again: numbers that are both stored and multiplied would be moved to the few
+        # registers that all stores share, and each store would wait for the one before.
+        along_b = _multiple(load(t.k), load(t.b))
+        return Split(along_b, narrow(k - spread_rows(along_b) * b))
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
