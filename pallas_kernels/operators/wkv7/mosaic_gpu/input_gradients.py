@@ -437,8 +437,8 @@ def _multiple(k: jax.Array, b: jax.Array) -> jax.Array:
       k: bfloat16.
       b: bfloat16.
     """
-    by_length = jax.lax.rsqrt(jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE))
-    multiple = row_dots(k, b) * by_length * by_length
+    inverse_length = jax.lax.rsqrt(jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE))
+    multiple = row_dots(k, b) * inverse_length * inverse_length
     multiple = jnp.where(jnp.abs(multiple) < _LARGEST_MULTIPLE, multiple, jnp.zeros_like(multiple))
     bits = jax.lax.bitcast_convert_type(multiple, jnp.int32)
     return jax.lax.bitcast_convert_type(bits & jnp.int32(-(1 << 16)), jnp.float32)
