@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator
 
 # Interpreted kernels have a thread for each warpgroup, which wait for each other: XLA must have at
@@ -23,6 +24,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Shapes that only agree by broadcasting, and products in reduced precision, are errors here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")  # on Linux
+MOST_MEMORY_MAPS = 30_000
+"""Of the 65,530 that Linux lets a process have, after a module of tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs, each of which has three memory maps, where there are many.
+
+    Without maps left, XLA ends the process with a segmentation fault.
+    """
+    yield
+    if MEMORY_MAPS.exists() and len(MEMORY_MAPS.read_bytes().splitlines()) > MOST_MEMORY_MAPS:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
