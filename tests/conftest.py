@@ -27,7 +27,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")  # on Linux
-MOST_MEMORY_MAPS = 30_000
+MOST_MEMORY_MAPS = 20_000
 """Of the 65,530 that Linux lets a process have, after a module of tests."""
 
 

@@ -275,6 +275,26 @@ def row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(inline(_row_dots)(x, y), axis=1)
 
 
+def first_zeros(x: jax.Array) -> jax.Array:
+    """Finds zeros in the rows of a tile.
+
+    Args:
+      x: float32.
+
+    Returns:
+      `[64, 8]` float32. Entry (i, j) is the first of the columns j, j + 8, ... where row i is zero,
+      or infinite if none is.
+    """
+    if is_interpreted():
+        groups = x.reshape(TILE, TILE // 8, 8)
+        first = jnp.arange(0, TILE, 8, dtype=jnp.float32)[None, :, None]
+        firsts = jnp.where(groups == 0, first, jnp.inf).min(1)
+        return firsts + jnp.arange(8, dtype=jnp.float32)[None]
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=in_registers(jnp.float32, 8))
+    column = plgpu.broadcasted_iota(jnp.int32, (TILE, 8), 1, layout=TILE_LAYOUT)
+    return inline(_first_zeros)(x) + column.astype(jnp.float32)
+
+
 def uniform(number: jax.Array) -> jax.Array:
     """Returns a number, an int32 scalar, that the compiler knows to be the same in all threads.
 
@@ -637,6 +657,18 @@ def _row_dots(_: Any, x: Any, y: Any) -> Any:
         total = utils.inline_ptx("add.rn.bf16x2 $0, $1, $2;", *totals, result_types=zero.type)
         sums.append(pair_of(*widen_bits(total)))
     return tile_of(sums, 8, ir.F32Type.get())
+
+
+def _first_zeros(_: Any, x: Any) -> Any:
+    f32 = ir.F32Type.get()
+    zero, none = mgpu.c(0.0, f32), mgpu.c(float("inf"), f32)
+    firsts = [[none, none], [none, none]]
+    for i, pair in reversed(list(enumerate(x.registers.flat))):
+        columns, half = divmod(i, 2)
+        for j, number in enumerate(numbers_in(pair)):
+            is_zero = arith.cmpf(arith.CmpFPredicate.OEQ, number, zero)
+            firsts[half][j] = arith.select(is_zero, mgpu.c(8.0 * columns, f32), firsts[half][j])
+    return tile_of([pair_of(*pair) for pair in firsts], 8, f32)
 
 
 def _keep_triangle(_: Any, *tiles: Any, lower: bool, strictly: bool) -> list[Any]:

@@ -15,6 +15,7 @@ from pallas_kernels.hopper.registers import (
     TILE_LAYOUT,
     Strip,
     are_between,
+    first_zeros,
     halves_of,
     keep_triangle,
     load,
@@ -206,6 +207,20 @@ def test_dot_products_of_rows(interpret):
     x, y = np.asarray(tiles, np.float64)
     expected = np.broadcast_to((x * y).sum(1, keepdims=True), (TILE, TILE))
     np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
+
+
+@on_each_device
+def test_first_zeros_of_rows(interpret):
+    is_zero = np.random.default_rng(0).random((TILE, TILE)) < 0.05
+    is_zero[::9] = False
+    tiles = jnp.asarray(~is_zero, jnp.bfloat16)[None]
+
+    def find(x):
+        return narrow(spread_rows(first_zeros(widen(load(x))).min(1)))
+
+    expected = np.where(is_zero.any(1), is_zero.argmax(1), np.inf)
+    found = in_shared_memory(find, tiles, interpret)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected[:, None], found.shape))
 
 
 @on_each_device

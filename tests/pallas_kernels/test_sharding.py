@@ -257,7 +257,7 @@ def test_products_with_statistics_are_partitioned_for_cuda(differentiated, tmp_p
     tokens = 512 if differentiated else 1024
     assert f"bf16[{tokens},64]" in kernel
     assert "bf16[64,32768]" in kernel
-    assert (f"f16[{tokens},32768]" in kernel) == differentiated
+    assert (f"bf16[{tokens},32768]" in kernel) == differentiated
     part_of_hidden = sizes["T"] * sizes["C"]  # sums of its gradients over the vocabulary
     assert max(moved(program).values(), default=0) <= part_of_hidden
 

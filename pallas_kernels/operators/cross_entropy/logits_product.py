@@ -4,7 +4,6 @@ Each tile of the product of tokens and head gives, for each of its rows, statist
 it. A small second pass joins those of a row's tiles.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,16 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper.matrix_product import COLUMNS, Epilogue, Memory, multiply
-from pallas_kernels.hopper.registers import TILE_LAYOUT, TRANSFORMS
+from pallas_kernels.hopper.registers import TILE_LAYOUT, TRANSFORMS, first_zeros
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import LOG2E, ROWS, keep, load_rows, spread_rows
 from pallas_kernels.hopper.whole_tokens import LOWEST
 
-ONE = 2.0**15
-"""The number that `statistics_of_product` stores for an exponential of 1.
+MOST = 50.0
+"""Logits up to this size have exponentials that bfloat16 holds, and float32 the sums of products
+with them."""
 
-With it the float16 numbers have all of their digits down to `exp(-20)`.
-"""
+_LEAST = -80.0
 
 _WORKERS = 2
 
@@ -35,11 +34,27 @@ class TileStatistics(NamedTuple):
       largest: `[tiles, M]` float32, the largest logit.
       total: `[tiles, M]` float32, sum of `exp(logits - largest)`.
       of_target: `[tiles, M]` float32, logit of the target; 0 if the tile does not have it.
+      first: `[tiles, M]` float32, column of the largest logit, counted from the beginning of the
+        tile; the first of equals. None without exponentials.
     """
 
     largest: jax.Array
     total: jax.Array
     of_target: jax.Array
+    first: jax.Array | None
+
+
+def bases_of(largest: jax.Array) -> jax.Array:
+    """Returns what is subtracted from logits before exponentials of them are stored.
+
+    It is 0, unless the largest logit of a row in a tile is too large. Or it is negative, where that
+    is so small that bfloat16 would have zeros: other tiles then have all of the probability, or
+    their bases are negative, too.
+
+    Args:
+      largest: the largest logit of a row in a tile.
+    """
+    return largest - jnp.clip(largest, _LEAST, MOST)
 
 
 def statistics_of_product(
@@ -50,23 +65,20 @@ def statistics_of_product(
     *,
     with_exponentials: bool,
 ) -> tuple[Float[Array, "M N"] | None, TileStatistics]:
-    """Returns exponentials of the logits `x @ y`, and statistics of its rows.
-
-    Exponentials are those of differences to the largest logit of a row in a tile of 256 columns,
-    times `ONE`, in float16. All but those of largest logits are negated: exponentials of less than
-    the largest logit may round to `ONE`, too.
+    """Returns exponentials of the logits `x @ y` less the `bases_of` tiles, and statistics of rows.
 
     Args:
       target: the GPU, for which `matrix_product.is_served` is true.
       x: `[M, K]` bfloat16.
       y: `[K, N]` bfloat16.
       targets: int32, of each row one column; others than 0..N-1 are in no tile.
-      with_exponentials: whether to store the exponentials; else None stands for them.
+      with_exponentials: whether to store the exponentials, in bfloat16; else None stands for them.
     """
     epilogue = _Statistics(targets, y.shape[1], with_exponentials)
     name = "exponentials_of_logits" if with_exponentials else "statistics_of_logits"
-    results = multiply(target, x, y, epilogue, name=name)
-    return (results[3] if with_exponentials else None), TileStatistics(*results[:3])
+    largest, total, of_target, *others = multiply(target, x, y, epilogue, name=name)
+    first, exponentials = others if with_exponentials else (None, None)
+    return exponentials, TileStatistics(largest, total, of_target, first)
 
 
 class _Statistics(Epilogue):
@@ -78,12 +90,13 @@ class _Statistics(Epilogue):
         tile_of_target = jnp.floor_divide(targets, COLUMNS).reshape(1, -1, TILE)
         has_target = (tile_of_target == jnp.arange(tiles)[:, None, None]).any(-1)
         self.operands = (targets, has_target.astype(jnp.int32))
-        self.results = (jax.ShapeDtypeStruct((tiles, rows), jnp.float32),) * 3
+        of_tiles = jax.ShapeDtypeStruct((tiles, rows), jnp.float32)
+        self.results = (of_tiles,) * 3
         self.scratch_types = {}
         if with_exponentials:
-            self.results += (jax.ShapeDtypeStruct((rows, columns), jnp.float16),)
+            self.results += of_tiles, jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
             shape = (_WORKERS, TILE, COLUMNS)
-            exponentials_smem = plgpu.SMEM(shape, jnp.float16, transforms=TRANSFORMS)
+            exponentials_smem = plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS)
             self.scratch_types = {"exponentials_smem": exponentials_smem}
 
     def store(
@@ -122,21 +135,24 @@ class _Statistics(Epilogue):
             exponentials_smem = memory.scratch["exponentials_smem"].at[worker]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             plgpu.commit_smem()
-        total = jnp.float32(0)
+            scale = spread_rows(jnp.exp2((largest - bases_of(largest)) * LOG2E))
+        total, first_largest = jnp.float32(0), jnp.float32(COLUMNS - 1)
         for first, logits in parts.items():
             # First the difference: where logits are huge, a product with a sum of them would round.
             difference = logits - spread_rows(largest)
-            exponential = jnp.exp2(difference * LOG2E + math.log2(ONE))
-            if self.with_exponentials:
-                signed = jnp.where(difference < 0, -exponential, exponential)
-                exponentials_smem[:, pl.ds(first, TILE)] = signed.astype(jnp.float16)
+            exponential = jnp.exp2(difference * LOG2E)
             total += exponential.sum(1)
+            if self.with_exponentials:
+                scaled = (exponential * scale).astype(jnp.bfloat16)
+                exponentials_smem[:, pl.ds(first, TILE)] = scaled
+                first_largest = jnp.minimum(first_largest, first_zeros(difference) + first)
         if self.with_exponentials:
             plgpu.commit_smem()
             columns = pl.ds(column, COLUMNS)
-            plgpu.copy_smem_to_gmem(exponentials_smem, memory.results[3].at[rows, columns])
+            plgpu.copy_smem_to_gmem(exponentials_smem, memory.results[4].at[rows, columns])
+            memory.results[3][tile, rows] = first_largest.min(1)
         largest_gmem[tile, rows] = largest
-        total_gmem[tile, rows] = total / ONE
+        total_gmem[tile, rows] = total
 
 
-__all__ = ["ONE", "TileStatistics", "statistics_of_product"]
+__all__ = ["MOST", "TileStatistics", "bases_of", "statistics_of_product"]

@@ -10,7 +10,6 @@ from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, join,
 from pallas_kernels.operators.cross_entropy.statistics import (
     FINDER_XLA,
     Finder,
-    gradients_of_logits,
     nan_out_of_range,
 )
 from pallas_kernels.precision import accumulation_dtype, contract
@@ -67,15 +66,14 @@ def _backward(
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, largest, log_total, dlosses = chunk
-        probabilities, statistics = finder.probabilities(hidden, weight, targets)
+        find_gradients, statistics = finder.gradients(hidden, weight, targets)
         statistics = statistics._replace(largest=largest, log_total=log_total)
-        dlogits = gradients_of_logits(probabilities, targets, statistics, l2wrap)  # for dlosses = 1
+        dlogits, factors = find_gradients(statistics, l2wrap, None)  # for dlosses = 1
         # The gradients of a mean over many tokens are small. Multiplied here, before the rounding,
         # they would take the gradients of float16 logits out of range.
-        dlogits = dlogits.astype(weight.dtype)
-        dlosses = dlosses[..., None]
-        dhidden = dlosses * contract("blv,cv->blc", dlogits, weight)
-        weighted = (hidden * dlosses).astype(hidden.dtype)
+        factors = (dlosses * factors)[..., None]
+        dhidden = factors * contract("blv,cv->blc", dlogits, weight)
+        weighted = (hidden * factors).astype(hidden.dtype)
         return dweight + contract("blc,blv->cv", weighted, dlogits), dhidden.astype(hidden.dtype)
 
     chunk_length = chunk_length_of(dlosses.shape, chunk_size)

@@ -1,10 +1,14 @@
-"""Statistics of logits on Hopper GPUs, found where these are made or in one pass over them."""
+"""Statistics and gradients of logits on Hopper GPUs.
+
+They come from the kernel that makes the logits, or statistics from a pass over these.
+"""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import NotServed
 from pallas_kernels.hopper.matrix_product import COLUMNS, is_served
@@ -14,8 +18,9 @@ from pallas_kernels.hopper.whole_tokens import LOWEST
 from pallas_kernels.operators.cross_entropy.chunks import chunk_length_of, in_chunks
 from pallas_kernels.operators.cross_entropy.logits_pass import statistics_of_parts
 from pallas_kernels.operators.cross_entropy.logits_product import (
-    ONE,
+    MOST,
     TileStatistics,
+    bases_of,
     statistics_of_product,
 )
 from pallas_kernels.operators.cross_entropy.losses import (
@@ -24,20 +29,21 @@ from pallas_kernels.operators.cross_entropy.losses import (
 )
 from pallas_kernels.operators.cross_entropy.statistics import (
     Finder,
-    Probabilities,
+    FindGradients,
+    Gradients,
     Statistics,
     find_after_product,
 )
 from pallas_kernels.operators.cross_entropy.sum import CHUNK_SIZE_OF_SUM, cross_entropy_sum_with
 from pallas_kernels.partitioning import partitioned
 from pallas_kernels.precision import contract
-from pallas_kernels.sharding import Layout
+from pallas_kernels.sharding import Layout, vary_alike
 
 PARTS = 8
 """Parts of the vocabulary, each with statistics of its own, so that devices may divide them."""
 
 _CHUNK_SIZE = 8192
-"""Tokens that have exponentials in float16 at once, where the caller leaves it open.
+"""Tokens that have exponentials in bfloat16 at once, where the caller leaves it open.
 
 Each chunk reads and writes the gradient of the head's weight, in float32.
 """
@@ -59,9 +65,8 @@ def _exponentials_of_parts(
       targets: as in `statistics_of_parts`.
 
     Returns:
-      exponentials: `[B, T, parts, vocab]` float16, as in `statistics_of_product`.
-      bases: `[B, T, parts, tiles]` float32; the logit of each tile of the vocabulary that
-        exponentials are relative to.
+      exponentials: `[B, T, parts, vocab]` bfloat16, as in `statistics_of_product`.
+      bases: `[B, T, parts, tiles]` float32, as in `statistics_of_product`.
       statistics: the results of `statistics_of_parts`. But the first part may have what is true of
         all parts of the device together, and each other one what an empty part has.
     """
@@ -69,24 +74,70 @@ def _exponentials_of_parts(
     if not _is_served(math.prod(hidden.shape[:2]), weight):
         logits, *of_parts = _logits_in_passes(hidden, weight, targets)
         by_tile = logits.reshape(*targets.shape, -1, size)
-        bases = by_tile.max(-1)
-        difference = by_tile - bases[..., None]
-        exponentials = ONE * jnp.exp(difference)
-        negated = jnp.where(difference < 0, -exponentials, exponentials)
-        return negated.astype(jnp.float16).reshape(logits.shape), bases, *of_parts
-    signed, tiles = _product(hidden, weight, targets, with_exponentials=True)
-    assert signed is not None
+        bases = bases_of(by_tile.max(-1))
+        exponentials = jnp.exp(by_tile - bases[..., None]).astype(jnp.bfloat16)
+        return exponentials.reshape(logits.shape), bases, *of_parts
+    stored, tiles = _product(hidden, weight, targets, with_exponentials=True)
+    assert stored is not None
+    assert tiles.first is not None
     tile = jnp.argmax(tiles.largest, axis=0)  # the first of equal ones
-    by_tile = signed.reshape(len(tile), -1, COLUMNS)
-    with_largest = jnp.take_along_axis(by_tile, tile[:, None, None], axis=1)[:, 0]
-    first = tile * COLUMNS + jnp.argmax(with_largest, axis=-1)
+    in_tile = jnp.take_along_axis(tiles.first, tile[None], axis=0)[0]
+    first = (tile * COLUMNS).astype(jnp.float32) + in_tile
     largest, total, of_target = _join(tiles)
-    bases = jnp.repeat(tiles.largest.T, COLUMNS // size, axis=1)
+    bases = jnp.repeat(bases_of(tiles.largest).T, COLUMNS // size, axis=1)
     return (
-        signed.reshape(*targets.shape, -1),
+        stored.reshape(*targets.shape, -1),
         bases.reshape(*targets.shape, -1),
-        *_as_parts(targets.shape, largest, total, first.astype(jnp.float32), of_target),
+        *_as_parts(targets.shape, largest, total, first, of_target),
     )
+
+
+def _finish_gradients(
+    exponentials: Float[Array, "B T parts vocab"],
+    factors: Float[Array, "B T parts tiles"],
+    is_in_range: Bool[Array, "B T"],
+    positions: Sequence[Int[Array, "B T parts"]],
+    values: Sequence[Float[Array, "B T"]],
+) -> Float[Array, "B T parts vocab"]:
+    """Turns exponentials of logits into gradients of logits, in place.
+
+    It passes over them only if some token is out of range.
+
+    Args:
+      exponentials: of parts of the vocabulary, bfloat16.
+      factors: of tiles; what multiplies the exponentials of tokens out of range. Where it is zero,
+        they become zero, also if they are nan.
+      is_in_range: of tokens.
+      positions: one logit of each token, counted from the beginning of each part, for each of
+        `values`.
+      values: the gradients of these logits.
+    """
+
+    def multiply(exponentials: jax.Array) -> jax.Array:
+        by_tile = exponentials.reshape(*factors.shape, -1)
+        of_tiles = factors[..., None]
+        multiplied = jnp.where(of_tiles == 0, 0, by_tile * of_tiles).reshape(exponentials.shape)
+        stay = is_in_range[..., None, None]
+        return jnp.where(stay, exponentials, multiplied.astype(exponentials.dtype))
+
+    # A loop of one turn or none: unlike the result of `cond`, its carry stays where it is.
+    is_out = ~is_in_range.all()
+    is_out, exponentials = vary_alike(is_out, exponentials, factors, positions, values)[:2]
+    _, gradients = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (carry[0] & False, multiply(carry[1])),
+        (is_out, exponentials),
+    )
+    size = exponentials.shape[-1]
+    rows = gradients.reshape(-1, size)
+    for position, value in zip(positions, values, strict=True):
+        is_here = (position >= 0) & (position < size)
+        column = jnp.where(is_here, position, size).reshape(-1)
+        value = jnp.broadcast_to(value[..., None], position.shape).reshape(-1)
+        rows = rows.at[jnp.arange(len(rows)), column].set(
+            value.astype(rows.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+    return rows.reshape(gradients.shape)
 
 
 def _logits_in_passes(
@@ -184,6 +235,10 @@ _EXPONENTIALS = "B T parts vocab", "B T parts tiles"
 _exponentials_by_part = partitioned(
     _exponentials_of_parts, Layout(_PRODUCT, (*_EXPONENTIALS, *_STATISTICS), _INDEPENDENT)
 )
+_finish_by_part = partitioned(
+    _finish_gradients,
+    Layout((*_EXPONENTIALS, "B T", "B T parts", "B T"), _EXPONENTIALS[0], _INDEPENDENT),
+)
 _losses_by_part = partitioned(_losses_of_parts, Layout(_PRODUCT, _STATISTICS[1:], _INDEPENDENT))
 
 
@@ -224,25 +279,43 @@ def _statistics(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -
     return _join_parts(vocab // PARTS, *_statistics_by_part(by_part, _in_parts(targets, vocab)))
 
 
-def _probabilities_of_tokens(
+def _gradients_of_tokens(
     hidden: Float[Array, "B T C"], weight: Float[Array, "C vocab"], targets: Int[Array, "B T"]
-) -> tuple[Probabilities, Statistics]:
-    """Returns probabilities and statistics, from one kernel if there are enough tokens for it."""
+) -> tuple[FindGradients, Statistics]:
+    """Returns what finds gradients, and statistics, from one kernel if there are enough tokens."""
     vocab, by_part = weight.shape[1], _parts_of(weight)
     if not _is_served(targets.size, by_part):
-        return _AFTER_PRODUCT.probabilities(hidden, weight, targets)
-    arrays = hidden, by_part, _in_parts(targets, vocab)
-    signed, bases, *statistics = _exponentials_by_part(*arrays)
-    signed, bases = (x.reshape(*targets.shape, -1) for x in (signed, bases))
+        return _AFTER_PRODUCT.gradients(hidden, weight, targets)
+    in_parts = _in_parts(targets, vocab)
+    exponentials, bases, *of_parts = _exponentials_by_part(hidden, by_part, in_parts)
+    found = _join_parts(vocab // PARTS, *of_parts)
 
-    def probabilities(largest: jax.Array, log_total: jax.Array) -> jax.Array:
-        factors = jnp.exp((bases - largest[..., None]) - log_total[..., None]) / ONE
-        # Without the barrier XLA would compute the factor of a tile for each of its logits.
-        factors = jax.lax.optimization_barrier(factors)
-        exponentials = jnp.abs(signed.astype(factors.dtype))
-        return exponentials * jnp.repeat(factors, vocab // factors.shape[-1], axis=-1)
+    def find(statistics: Statistics, l2wrap: float, counts: jax.Array | None) -> Gradients:
+        counts = jnp.ones_like(targets, bool) if counts is None else counts
+        largest, log_total = statistics.largest, statistics.log_total
+        # Not of `statistics`, whose `largest` is nan where targets are out of range.
+        is_in_range = jnp.abs(found.largest) <= MOST
+        # What turns exponentials into probabilities: for a token in range, and for tiles of others.
+        factors = jnp.where(is_in_range, jnp.exp(-largest - log_total), 1)
+        of_tiles = jnp.exp((bases - largest[..., None, None]) - log_total[..., None, None])
+        of_target = jnp.exp((statistics.of_target - largest) - log_total) - 1
+        of_first = jnp.exp(-log_total) + l2wrap * largest
+        is_target = statistics.first == targets
+        positions = [in_parts]
+        values = [jnp.where(is_target, of_first - 1, of_target)]
+        if l2wrap:
+            positions.append(_in_parts(statistics.first, vocab))
+            values.append(jnp.where(is_target, of_first - 1, of_first))
+        dlogits = _finish_by_part(
+            exponentials,
+            jnp.where(counts[..., None, None], of_tiles, 0),
+            is_in_range,
+            positions,
+            [jnp.where(counts, value / factors, 0) for value in values],
+        )
+        return Gradients(dlogits.reshape(*targets.shape, -1), jnp.where(counts, factors, 0))
 
-    return probabilities, _join_parts(vocab // PARTS, *statistics)
+    return find, found
 
 
 def _statistics_of_tokens(
@@ -259,7 +332,7 @@ def _statistics_of_tokens(
 
 
 _AFTER_PRODUCT = find_after_product(_statistics)
-_IN_PRODUCT = Finder(_statistics_of_tokens, _probabilities_of_tokens)
+_IN_PRODUCT = Finder(_statistics_of_tokens, _gradients_of_tokens)
 
 
 def _finder(weight: Float[Array, "C vocab"]) -> Finder:
@@ -290,10 +363,10 @@ def _chunk_size(
       in_float32: how many if logits are stored in float32.
     """
     # Of few tokens, half: there is no need for all logits at once.
-    in_float16 = min(_CHUNK_SIZE, max(in_float32, targets.size // 2))
-    count = len(targets) * chunk_length_of(targets.shape, in_float16)
+    in_bfloat16 = min(_CHUNK_SIZE, max(in_float32, targets.size // 2))
+    count = len(targets) * chunk_length_of(targets.shape, in_bfloat16)
     served = finder is _IN_PRODUCT and _is_served(count, _parts_of(weight))
-    return in_float16 if served else in_float32
+    return in_bfloat16 if served else in_float32
 
 
 def cross_entropy_mosaic_gpu(

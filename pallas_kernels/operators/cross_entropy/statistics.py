@@ -34,10 +34,23 @@ class Statistics(NamedTuple):
         return self.log_total + (self.largest - self.of_target)
 
 
-type Probabilities = Callable[[jax.Array, jax.Array], jax.Array]
-"""From `largest` and `log_total` of tokens to the probabilities `[B, T, vocab]`.
+class Gradients(NamedTuple):
+    """Gradients of losses for logits: `dlogits * factors[..., None]`.
 
-They are computed from stored logits, or from what is stored instead of them.
+    Attributes:
+      dlogits: `[B, T, vocab]`, in the dtype of the head's weight.
+      factors: `[B, T]`, in the dtype of sums.
+    """
+
+    dlogits: Any
+    factors: Any
+
+
+type FindGradients = Callable[[Statistics, float, jax.Array | None], Gradients]
+"""From the statistics of tokens, `l2wrap`, and which tokens count `[B, T]`, to the gradients.
+
+Gradients of tokens that do not count are zero, also where logits are nan. None counts all. They are
+computed from stored logits, or from what is stored instead of them.
 """
 
 
@@ -49,12 +62,12 @@ class Finder:
       statistics: from hidden `[B, T, C]`, weight `[C, vocab]`, targets `[B, T]` and `chunk_size` to
         the `Statistics` for losses, without `first`. It keeps the logits of as many tokens at once
         as `chunk_size` allows, or none.
-      probabilities: from hidden, weight and targets of a chunk of tokens to the `Probabilities` of
-        these tokens, and their `Statistics`.
+      gradients: from hidden, weight and targets of a chunk of tokens to what finds their gradients,
+        and their `Statistics`.
     """
 
     statistics: Callable[[jax.Array, jax.Array, jax.Array, int], Statistics]
-    probabilities: Callable[[jax.Array, jax.Array, jax.Array], tuple[Probabilities, Statistics]]
+    gradients: Callable[[jax.Array, jax.Array, jax.Array], tuple[FindGradients, Statistics]]
 
 
 def find_after_product(
@@ -66,27 +79,32 @@ def find_after_product(
       statistics_of: from logits `[B, L, vocab]` and targets `[B, L]`.
     """
 
-    def probabilities_of(
+    def logits_of(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        return contract("blc,cv->blv", hidden, weight)
+
+    def gradients(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array
-    ) -> tuple[Probabilities, Statistics]:
-        logits = contract("blc,cv->blv", hidden, weight)
+    ) -> tuple[FindGradients, Statistics]:
+        logits = logits_of(hidden, weight)
 
-        def probabilities(largest: jax.Array, log_total: jax.Array) -> jax.Array:
-            # One after the other: rounded as one number, they would hide differences of huge
-            # logits.
-            return jnp.exp((logits - largest[..., None]) - log_total[..., None])
+        def find(statistics: Statistics, l2wrap: float, counts: jax.Array | None) -> Gradients:
+            dlogits = gradients_of_logits(logits, targets, statistics, l2wrap)
+            if counts is not None:
+                dlogits = jnp.where(counts[..., None], dlogits, 0)
+            factors = jnp.ones_like(dlogits, shape=targets.shape)
+            return Gradients(dlogits.astype(weight.dtype), factors)
 
-        return probabilities, statistics_of(logits, targets)
+        return find, statistics_of(logits, targets)
 
     def statistics(
         hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk_size: int
     ) -> Statistics:
         def of_chunk(hidden: jax.Array, targets: jax.Array) -> Statistics:
-            return probabilities_of(hidden, weight, targets)[1]._replace(first=None)
+            return statistics_of(logits_of(hidden, weight), targets)._replace(first=None)
 
         return in_chunks(of_chunk, chunk_size, hidden, targets)
 
-    return Finder(statistics, probabilities_of)
+    return Finder(statistics, gradients)
 
 
 def statistics_xla(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Statistics:
@@ -108,10 +126,14 @@ def nan_out_of_range(statistics: Statistics, targets: Int[Array, "B T"], vocab: 
 
 
 def gradients_of_logits(
-    probabilities: Probabilities, targets: Int[Array, "B T"], statistics: Statistics, l2wrap: float
+    logits: Float[Array, "B T vocab"],
+    targets: Int[Array, "B T"],
+    statistics: Statistics,
+    l2wrap: float,
 ) -> Float[Array, "B T vocab"]:
     """Returns the gradients of the losses, for logits."""
-    dlogits = probabilities(statistics.largest, statistics.log_total)
+    # One after the other: rounded as one number, they would hide differences of huge logits.
+    dlogits = jnp.exp((logits - statistics.largest[..., None]) - statistics.log_total[..., None])
     token = token_of(dlogits)
     # Without the barrier XLA would look for it among those of all chunks, for each logit again.
     target = jax.lax.optimization_barrier(targets)[..., None]
@@ -124,8 +146,9 @@ def gradients_of_logits(
 
 __all__ = [
     "FINDER_XLA",
+    "FindGradients",
     "Finder",
-    "Probabilities",
+    "Gradients",
     "Statistics",
     "find_after_product",
     "gradients_of_logits",

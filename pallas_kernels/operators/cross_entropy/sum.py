@@ -15,7 +15,6 @@ from pallas_kernels.operators.cross_entropy.reference import weighted_sum
 from pallas_kernels.operators.cross_entropy.statistics import (
     FINDER_XLA,
     Finder,
-    gradients_of_logits,
     nan_out_of_range,
 )
 from pallas_kernels.precision import accumulation_dtype, contract
@@ -32,8 +31,9 @@ class Residuals:
     Attributes:
       losses: `[B, T]`; the gradients of the tokens' weights.
       dhidden: `[B, T, C]`, in the dtype of hidden and of the head's weight; the gradient of each
-        token's own loss, without its weight.
-      token_weights: `[B, T]`; multiplied with `dhidden`.
+        token's own loss, divided by its factor.
+      factors: `[B, T]`, in the dtype of sums.
+      token_weights: `[B, T]`.
       dweight: `[C, vocab]`, in the dtype of sums; the gradient for weights of tokens divided by
         `scale`.
       scale: scalar, the largest absolute value of the tokens' weights.
@@ -41,6 +41,7 @@ class Residuals:
 
     losses: jax.Array
     dhidden: jax.Array
+    factors: jax.Array
     token_weights: jax.Array
     dweight: jax.Array
     scale: jax.Array
@@ -73,24 +74,26 @@ def _forward(
     dtype = accumulation_dtype(weight)
     scale = jnp.abs(token_weights).max()
     # Weights of a mean over many tokens are small: float16 would lose their digits, or all of them.
-    shares = (token_weights / jnp.where(scale == 0, 1, scale))[..., None]
+    shares = token_weights / jnp.where(scale == 0, 1, scale)
 
     def add_chunk(dweight: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
         hidden, targets, shares = chunk
-        probabilities, statistics = finder.probabilities(hidden, weight, targets)
+        find_gradients, statistics = finder.gradients(hidden, weight, targets)
         statistics = nan_out_of_range(statistics, targets, weight.shape[1])
-        dlogits = gradients_of_logits(probabilities, targets, statistics, l2wrap)
-        dlogits = jnp.where(shares == 0, 0, dlogits).astype(weight.dtype)  # where nan, too
+        counts = shares != 0
+        dlogits, factors = find_gradients(statistics, l2wrap, counts)
         dhidden = jnp.einsum("blv,cv->blc", dlogits, weight)
-        shared = jnp.where(shares == 0, 0, hidden * shares).astype(hidden.dtype)
-        return dweight + contract("blc,blv->cv", shared, dlogits), (statistics.losses(), dhidden)
+        shared = hidden * (shares * factors)[..., None]
+        shared = jnp.where(counts[..., None], shared, 0).astype(hidden.dtype)  # where nan, too
+        dweight += contract("blc,blv->cv", shared, dlogits)
+        return dweight, (statistics.losses(), dhidden, factors)
 
     chunk_length = chunk_length_of(targets.shape, chunk_size)
     chunks = tuple(split(x, chunk_length) for x in (hidden, targets, shares))
     # Zeros like the weight vary over the same mesh axes in shard_map, as a scan's carry must.
     dweight, results = jax.lax.scan(add_chunk, jnp.zeros_like(weight, dtype), chunks)
-    losses, dhidden = (join(x, targets.shape[1]) for x in results)
-    residuals = Residuals(losses, dhidden, token_weights, dweight, scale)
+    losses, dhidden, factors = (join(x, targets.shape[1]) for x in results)
+    residuals = Residuals(losses, dhidden, factors, token_weights, dweight, scale)
     return weighted_sum(token_weights, losses), residuals
 
 
@@ -102,8 +105,9 @@ def _backward(
     dsum: Float[Array, ""],
 ) -> tuple[Float[Array, "B T C"], Float[Array, "C vocab"], None, Float[Array, "B T"]]:
     del finder, l2wrap, chunk_size
-    dlosses = (residuals.token_weights * dsum)[..., None]
-    dhidden = jnp.where(dlosses == 0, 0, residuals.dhidden * dlosses)
+    dlosses = residuals.token_weights * dsum
+    factors = (dlosses * residuals.factors)[..., None]
+    dhidden = jnp.where(dlosses[..., None] == 0, 0, residuals.dhidden * factors)
     dweight = residuals.dweight * (residuals.scale * dsum)
     dtoken_weights = residuals.losses * dsum
     dtype = residuals.dhidden.dtype
