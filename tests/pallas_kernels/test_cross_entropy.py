@@ -271,11 +271,11 @@ def test_interpreted_sum_with_the_kernel_of_the_product(size):
             assert_close(gradient, np.asarray(exact_gradients[name], float), limit, name)
 
 
-# A kernel multiplies 256 tokens, XLA 250. Eight parts of 768 columns end within tiles of 256.
+# A kernel multiplies 256 tokens, XLA 26. Eight parts of 768 columns end within tiles of 256.
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
 @pytest.mark.usefixtures("no_races_and_no_hanging")
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [128, 125])
+@pytest.mark.parametrize("tokens", [128, 13])
 def test_interpreted_exponentials_of_parts(tokens):
     hidden, weight = tied_inputs(768, (2, tokens), 1)
     targets = jnp.zeros((2, tokens, 8), jnp.int32)

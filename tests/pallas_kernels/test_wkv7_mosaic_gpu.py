@@ -177,8 +177,7 @@ def gradient_of_one_result(function, used, arguments, num_segments, weight):
 
 @pytest.mark.slow
 @on_cpu
-@pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("num_segments", [None, 2])
+@pytest.mark.parametrize(("used", "num_segments"), [(0, None), (1, 2)])
 def test_interpreted_gradient_of_one_result(used, num_segments):
     lengths = None if num_segments is None else (((1, 30), (2, 40)),)
     case = bfloat16_case((1, 70, 1, 64, 64), lengths=lengths, num_segments=num_segments)
