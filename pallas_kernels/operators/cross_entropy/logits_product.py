@@ -19,10 +19,11 @@ from pallas_kernels.hopper.tiles import LOG2E, ROWS, keep, load_rows, spread_row
 from pallas_kernels.hopper.whole_tokens import LOWEST
 
 MOST = 50.0
-"""Logits up to this size have exponentials that bfloat16 holds, and float32 the sums of products
-with them."""
+"""The greatest logit whose exponential is stored as it is. Sums of products with it, and with its
+inverse, stay within the range of float32."""
 
 _LEAST = -80.0
+"""The same from below: bfloat16 holds few smaller exponentials."""
 
 _WORKERS = 2
 
@@ -45,11 +46,10 @@ class TileStatistics(NamedTuple):
 
 
 def bases_of(largest: jax.Array) -> jax.Array:
-    """Returns what is subtracted from logits before exponentials of them are stored.
+    """Returns what is subtracted from logits before their exponentials are stored.
 
-    It is 0, unless the largest logit of a row in a tile is too large. Or it is negative, where that
-    is so small that bfloat16 would have zeros: other tiles then have all of the probability, or
-    their bases are negative, too.
+    It is 0 if the largest logit of the row in the tile is between `_LEAST` and `MOST`. Else it
+    makes that logit equal to the nearer of both.
 
     Args:
       largest: the largest logit of a row in a tile.

@@ -293,7 +293,8 @@ def _gradients_of_tokens(
     def find(statistics: Statistics, l2wrap: float, counts: jax.Array | None) -> Gradients:
         counts = jnp.ones_like(targets, bool) if counts is None else counts
         largest, log_total = statistics.largest, statistics.log_total
-        # Not of `statistics`, whose `largest` is nan where targets are out of range.
+        # Bases are 0 then, but for tiles with hardly any of the token's probability. In
+        # `statistics`, `largest` is nan where targets are out of range.
         is_in_range = jnp.abs(found.largest) <= MOST
         # What turns exponentials into probabilities: for a token in range, and for tiles of others.
         factors = jnp.where(is_in_range, jnp.exp(-largest - log_total), 1)
