@@ -26,16 +26,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-MEMORY_MAPS = pathlib.Path("/proc/self/maps")  # on Linux
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+"""The file with a line for each memory map of the process, on Linux."""
 MOST_MEMORY_MAPS = 20_000
-"""Of the 65,530 that Linux lets a process have, after a module of tests."""
+"""How many a module of tests may leave. Linux lets a process have 65,530."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_compiled_programs() -> Iterator[None]:
-    """Forgets compiled programs, each of which has three memory maps, where there are many.
+    """Forgets compiled programs if they have many memory maps: up to three each, on a CPU.
 
-    Without maps left, XLA ends the process with a segmentation fault.
+    When a process has no maps left, XLA ends it with a segmentation fault.
     """
     yield
     if MEMORY_MAPS.exists() and len(MEMORY_MAPS.read_bytes().splitlines()) > MOST_MEMORY_MAPS:

@@ -19,11 +19,11 @@ from pallas_kernels.hopper.tiles import LOG2E, ROWS, keep, load_rows, spread_row
 from pallas_kernels.hopper.whole_tokens import LOWEST
 
 MOST = 50.0
-"""The greatest logit whose exponential is stored as it is. Sums of products with it, and with its
-inverse, stay within the range of float32."""
+"""Exponentials of logits up to this one are stored as they are. Sums of products with them, and the
+inverse of their sum, stay within the range of float32."""
 
 _LEAST = -80.0
-"""The same from below: bfloat16 holds few smaller exponentials."""
+"""Exponentials of logits from this one on are stored as they are. bfloat16 has few smaller ones."""
 
 _WORKERS = 2
 

@@ -49,8 +49,8 @@ class Gradients(NamedTuple):
 type FindGradients = Callable[[Statistics, float, jax.Array | None], Gradients]
 """From the statistics of tokens, `l2wrap`, and which tokens count `[B, T]`, to the gradients.
 
-Gradients of tokens that do not count are zero, also where logits are nan. None counts all. They are
-computed from stored logits, or from what is stored instead of them.
+Gradients of tokens that do not count are zero, also where logits are nan. None counts all tokens.
+The gradients are computed from stored logits, or from what is stored instead of them.
 """
 
 
