@@ -73,6 +73,15 @@ def test_interpreted_kernels(kind):
 
 
 @on_cpu
+def test_interpreted_kernels_where_every_other_chunk_forgets_much():
+    kind = "nearly parallel keys"
+    case = case_of(kind, 1, 256, 1, 64, 64, decay="by chunks")
+    # If k were split in the wrong chunks, d_v would err by 1.5e-2.
+    limits = OF_KERNELS[kind] | {"d_v": 1e-2}
+    assert_within(limits, run(interpreted, case, jnp.bfloat16), expected(case))
+
+
+@on_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HARD)
 def test_high_precision(kind):

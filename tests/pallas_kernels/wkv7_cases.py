@@ -13,6 +13,9 @@ DECAYS = {
     "rwkv7": lambda rng, shape: RWKV7_BOUND / (1 + np.exp(-rng.normal(size=shape))),
     "tiny": lambda rng, shape: np.full(shape, -1e-6),
     "slow": lambda rng, shape: np.full(shape, -3e-3),
+    "by chunks": lambda rng, shape: np.where(
+        np.arange(shape[1])[:, None, None] // 64 % 2 == 0, RWKV7_BOUND, np.full(shape, -1e-3)
+    ),
     "-1e-3": lambda rng, shape: np.full(shape, -1e-3),
     "-1e-4": lambda rng, shape: np.full(shape, -1e-4),
     "-1e-5": lambda rng, shape: np.full(shape, -1e-5),
@@ -26,7 +29,7 @@ DECAYS = {
 }
 """Log decays by name."""
 
-_BOUNDED = ("rwkv7", "tiny", "slow", "bound", "-1e-3", "-1e-4", "-1e-5")
+_BOUNDED = ("rwkv7", "tiny", "slow", "bound", "by chunks", "-1e-3", "-1e-4", "-1e-5")
 """Decays that keep RWKV-7's bound."""
 
 HARD = {

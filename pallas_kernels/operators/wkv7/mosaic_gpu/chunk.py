@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.hopper.registers import Strip, store_exp2_of_row
+from pallas_kernels.hopper.registers import Strip, load, store_exp2_of_row
 from pallas_kernels.hopper.target import TILE
 from pallas_kernels.hopper.tiles import LOG2E, load32, products
 
@@ -63,6 +63,20 @@ def decays_from_middle(log_decay: Any, sums_smem: Any) -> jax.Array:
     """
     (g,) = products([(sums_smem, log_decay)])
     return g * LOG2E
+
+
+_MOST_LOG_DECAY = 2.0**-5
+"""Half a chunk of them changes numbers by a factor of e at most."""
+
+
+def little_decay(log_decay: Any, strip: int) -> tuple[jax.Array, float, float]:
+    """Returns what `are_between` finds to be true if a chunk forgets little in some channels.
+
+    Args:
+      log_decay: a tile in shared memory.
+      strip: which channels, as in `Strip`.
+    """
+    return load(Strip(log_decay, jnp.int32(strip))), 0.0, _MOST_LOG_DECAY
 
 
 def until_token(g: jax.Array) -> jax.Array:

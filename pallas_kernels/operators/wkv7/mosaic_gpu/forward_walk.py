@@ -61,6 +61,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     before_token,
     decays_from_middle,
+    little_decay,
     prefix_sums,
     since_token,
     store_decays_of_chunk,
@@ -86,9 +87,6 @@ _PREPARE, _CARRY, _LAST = 2, 2, 3  # warpgroups 0 and 1 prepare
 
 # What a chunk's numbers are.
 BFLOAT16, FLOAT16, FLOAT16_BUT_STATE = range(3)
-
-_MOST_LOG_DECAY = 2.0**-5
-"""Half a chunk of them changes numbers by a factor of e at most."""
 
 _LEAST = 2.0**-8
 """Where the largest numbers are smaller, float16 has fewer digits than bfloat16 has."""
@@ -358,15 +356,14 @@ class ForwardWalk:
     def _fits_float16(self, slot: jax.Array) -> jax.Array:
         """Returns whether a chunk is to be prepared in float16."""
 
-        def log_decays(strip):
-            log_decay = self.chunk_in(anew(slot)).x_low[0]
-            return load(Strip(log_decay, jnp.int32(strip))), 0.0, _MOST_LOG_DECAY
+        def log_decay(strip):
+            return little_decay(self.chunk_in(anew(slot)).x_low[0], strip)
 
         def in_range():
             t = self.chunk_in(anew(slot))
             tiles = {"k": t.y[0], "v": t.Y, "a": t.x_high[0], "b": t.z[0]}
             bounds = [(load(tile), _LEAST, _MOST[name]) for name, tile in tiles.items()]
-            bounds.append(log_decays(1))
+            bounds.append(log_decay(1))
             for r in self.r_in(anew(slot)):
                 by_scale = 1 / max(abs(self.scale), _LEAST)
                 bounds.append((load(r), _LEAST * by_scale, _MOST["r"] * by_scale))
@@ -376,7 +373,7 @@ class ForwardWalk:
             return within & self._rows_fit(load(t.X), jnp.bfloat16)
 
         # Half of the channels show it where a chunk forgets much.
-        forgets_little = are_between(log_decays(0))
+        forgets_little = are_between(log_decay(0))
         return jax.lax.cond(forgets_little, in_range, lambda: jnp.bool_(False))
 
     def _rows_fit(self, X: jax.Array, dtype: Any) -> jax.Array:

@@ -10,10 +10,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import divide
-from pallas_kernels.hopper.registers import load, narrow, row_dots, store, with_diagonal
+from pallas_kernels.hopper.registers import (
+    are_between,
+    begin_branch,
+    load,
+    narrow,
+    row_dots,
+    store,
+    with_diagonal,
+)
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
+    ROWS,
     Operand,
     anew,
     column_sums,
@@ -28,6 +37,7 @@ from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     before_token,
     decays_from_middle,
+    little_decay,
     number_of_chunks,
     prefix_sums,
     since_token,
@@ -139,7 +149,7 @@ class Split(NamedTuple):
     """k of each token as a multiple of b and the rest, `k = c b + q`.
 
     Attributes:
-      along_b: c, float32 `[64]`, numbers of bfloat16.
+      along_b: c, float32 `[64]`, numbers of bfloat16; zeros where the chunk forgets much.
       beside_b: q^, a bfloat16 tile in registers.
     """
 
@@ -368,12 +378,30 @@ class _Gradients:
         k, b = (load32(x) * since for x in (t.k, t.b))
         store((t.k, narrow(k)), (t.b, narrow(b)))
         plgpu.barrier_arrive(self.barriers.decayed)
-        if not self.splits_k():
-            return None
-        # Loaded again: numbers that are both stored and multiplied would be moved to the few
-        # registers that all stores share, and each store would wait for the one before.
-        along_b = _multiple(load(t.k), load(t.b))
-        return Split(along_b, narrow(k - spread_rows(along_b) * b))
+        return self._split(step, k, b) if self.splits_k() else None
+
+    def _split(self, step: jax.Array, k: jax.Array, b: jax.Array) -> Split:
+        """Returns the split of k, of which nothing is along b if the chunk forgets much.
+
+        Args:
+          step: which chunk.
+          k: k^, float32.
+          b: b^, float32.
+        """
+
+        def in_two() -> Split:
+            begin_branch()
+            t = self.tiles_of(step)
+            # Loaded again: numbers that are both stored and multiplied would be moved to the few
+            # registers that all stores share, and each store would wait for the one before.
+            along_b = _multiple(load(t.k), load(t.b))
+            return Split(along_b, narrow(k - spread_rows(along_b) * b))
+
+        def undivided() -> Split:
+            return Split(plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS), narrow(k))
+
+        forgets_little = are_between(little_decay(self.tiles_of(step).log_decay, 0))
+        return jax.lax.cond(forgets_little, in_two, undivided)
 
     def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns dk^ and db^."""
@@ -482,7 +510,8 @@ def input_gradients(
         dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW
 
     Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which
-    a step has only if they are 64.
+    a step has only if they are 64. Chunks that forget much take c = 0, which is quicker: there the
+    errors of dV stay as small as those of other gradients.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:
