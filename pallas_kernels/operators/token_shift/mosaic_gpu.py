@@ -26,10 +26,10 @@ from pallas_kernels.types import SegmentIds
 
 KERNEL_UNITS = {"C": TILE}
 
-_TOKENS_OF_CHUNK = 4
+_TOKENS_OF_CHUNK = 2
 """A block mixes so many tokens. It loads them, and one more, before it stores any mix."""
 
-_TOKENS_OF_CHUNK_BACKWARD = 64
+_TOKENS_OF_CHUNK_BACKWARD = 256
 """With more tokens, fewer are read twice; with fewer, what blocks write lies closer together."""
 
 _MOST_AHEAD = 3

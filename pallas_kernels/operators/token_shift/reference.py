@@ -45,7 +45,8 @@ def add_to_last_token(
     x = jax.lax.optimization_barrier(x)
     if segment_ids is None:
         # Unlike a scatter, this writes one token of each row and leaves the others where they are.
-        last = x[:, -1:] + addend[:, None]
+        # Without the barrier, XLA would add and write in one kernel, which copies all tokens.
+        last = jax.lax.optimization_barrier(x[:, -1:] + addend[:, None])
         return jax.lax.dynamic_update_slice_in_dim(x, last, x.shape[1] - 1, axis=1)
     position = last_position(segment_ids)
     position = jnp.where(position < 0, x.shape[1], position)  # out of range: dropped
