@@ -47,6 +47,20 @@ LARGE = {"B": 8, "T": 4096, "H": 64, "K": 64}
 MIDDLE = {**LARGE, "H": 32}
 
 
+def cost_of_high_precision() -> str:
+    """Says how long WKV7 takes in high precision."""
+    kernels, high = (
+        _row("wkv7-high-precision-h200", implementation=name)
+        for name in ("mosaic_gpu", "high precision")
+    )
+    shape = ", ".join(str(high[axis]) for axis in "BTHK")
+    return wrap(
+        f"At {shape} on an H200 it takes {high['forward_ms']:.1f} ms forward and "
+        f"{high['forward_backward_ms']:.1f} ms with the backward, the kernels "
+        f"{kernels['forward_ms']:.1f} and {kernels['forward_backward_ms']:.1f} ms."
+    )
+
+
 def caption() -> str:
     """Says where the numbers of the main figure come from."""
     ours, peers = read_results("train-step-h200"), read_results("peers-train-step-h200")
@@ -231,6 +245,9 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     **LISTS,
     "wkv7-compilation-and-errors": Paragraph(("wkv7-h200",), beside_the_table),
     "wkv7-wide-heads": Paragraph(("wkv7-h200",), wide_heads),
+    "wkv7-high-precision": Paragraph(
+        ("wkv7-high-precision-h200",), cost_of_high_precision, named=True
+    ),
     "decode-profile": Paragraph(("decode-profile",), parts_of_a_token, named=True),
     "quick-start": Paragraph(("quick-start-cpu",), quick_start, named=True),
     "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),

@@ -177,7 +177,7 @@ TABLES = {
     ),
     "operators-h100": Table(("operators-h100",), OPERATORS, OPERATOR_TIMES),
     "model-curves": Table(
-        ("model-numerics-h100",),
+        ("model-numerics-h200",),
         {
             "curves": "{curves}",
             "mean difference": "{mean_difference:.4f}",
@@ -186,14 +186,17 @@ TABLES = {
         has(curves=...),
     ),
     "model-gradients": Table(
-        ("model-gradients-h200",),
+        ("model-numerics-h200",),
         {
+            "tokens": "{tokens}",
             "parameter": "{parameter}",
             "error with kernels": "{error:.1e}",
             "ratio to XLA": "{ratio:.2f}",
+            "by chance": "{ratio_of_chance:.2f}",
             "largest ratio of a batch": "{largest_ratio:.2f}",
             "median ratio of all parameters": "{median_ratio:.2f}",
         },
+        has(parameter=...),
     ),
     "two-layers": Table(
         ("two-layers-h200",),
