@@ -70,7 +70,7 @@ _MOST_LOG_DECAY = 2.0**-5
 
 
 def little_decay(log_decay: Any, strip: int) -> tuple[jax.Array, float, float]:
-    """Returns what `are_between` finds to be true if a chunk forgets little in some channels.
+    """Returns log decays with bounds, for `are_between` to tell whether a chunk forgets little.
 
     Args:
       log_decay: a tile in shared memory.

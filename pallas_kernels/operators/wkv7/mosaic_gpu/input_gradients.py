@@ -381,7 +381,7 @@ class _Gradients:
         return self._split(step, k, b) if self.splits_k() else None
 
     def _split(self, step: jax.Array, k: jax.Array, b: jax.Array) -> Split:
-        """Returns the split of k, of which nothing is along b if the chunk forgets much.
+        """Splits k. Nothing of it is along b if the chunk forgets much.
 
         Args:
           step: which chunk.
