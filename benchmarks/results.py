@@ -32,7 +32,12 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().with_name("results")
 NOT_RECORDED = "not recorded"
-_PEERS = {"torch": "torch", "triton": "triton", "fla": "flash-linear-attention"}
+_PEERS = {
+    "torch": "torch",
+    "triton": "triton",
+    "fla": "flash-linear-attention",
+    "jla": "jax-linear-attention",
+}
 
 type Row = Mapping[str, Any]
 
@@ -79,7 +84,9 @@ def load_results(path: pathlib.Path) -> Results:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
+def write_results(
+    path: pathlib.Path | None, rows: Sequence[Row], revisions: Mapping[str, str] | None = None
+) -> None:
     """Writes what a benchmark measured in this process, unless `path` is None.
 
     Rows are added to those of the file if all else is the same (day, hardware, versions, commit),
@@ -88,6 +95,7 @@ def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
     Args:
       path: of the file, which may exist.
       rows: what was measured.
+      revisions: of checkouts of others.
     """
     if path is None:
         return
@@ -96,7 +104,7 @@ def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
     results = Results(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         hardware=_hardware(),
-        versions=_versions(),
+        versions=_versions() | dict(revisions or {}),
         commit=_commit(),
         command=shlex.join(["python", f"benchmarks/{script}", *arguments]),
         rows=[*rows],
@@ -113,6 +121,13 @@ def write_results(path: pathlib.Path | None, rows: Sequence[Row]) -> None:
                 note=old.note,
             )
     save_results(path, results)
+
+
+def revisions(sources: pathlib.Path | None, names: Sequence[str]) -> dict[str, str]:
+    """Returns the commits of the checkouts of these names in a folder."""
+    folders = {name: sources / name for name in names} if sources else {}
+    found = {name: path for name, path in folders.items() if path.exists()}
+    return {name: _git(path, "rev-parse", "HEAD") or NOT_RECORDED for name, path in found.items()}
 
 
 def save_results(path: pathlib.Path, results: Results) -> None:
@@ -155,14 +170,15 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(FOLDER), *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        return run.stdout.strip() if run.returncode == 0 else ""
-
     if given := os.environ.get("MEASURED_COMMIT"):
         return given
-    commit = git("rev-parse", "HEAD")
+    commit = _git(FOLDER, "rev-parse", "HEAD")
     if not commit:
         return NOT_RECORDED
-    return f"{commit} + changes" if git("status", "--porcelain", "-uno") else commit
+    return f"{commit} + changes" if _git(FOLDER, "status", "--porcelain", "-uno") else commit
+
+
+def _git(folder: pathlib.Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else ""

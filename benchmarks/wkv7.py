@@ -5,20 +5,22 @@
 
 Times are medians of rounds, after a warm-up. In each round the implementations take turns; each
 makes some asynchronous calls and then waits once. The backward gets random gradients of the
-outputs. All programs are compiled first and at the same time, so that each takes longer than it
-would alone. Memory is what XLA plans besides inputs and results. Errors are relative RMS errors
-against the scan in float64, for the first shape, reduced to a size that the scan can manage. A
-second table has the errors on tokens whose results are small differences of large numbers.
+outputs. On a GPU the file also has floors, see `floors`. All programs are compiled first and at the
+same time, so that each takes longer than it would alone. Memory is what XLA plans besides inputs
+and results. Errors are relative RMS errors against the scan in float64, for the first shape,
+reduced to a size that the scan can manage. A second table has the errors on tokens whose results
+are small differences of large numbers.
 
-On a GPU where torch and flash-linear-attention (FLA) are installed, FLA's `chunk_rwkv7` is
-measured on the same inputs, unless `--implementations` leaves it out. It tries variants of its
-kernels for minutes before its first result.
+Operators of others are measured on the same inputs if `--implementations` names them: "FLA",
+"jax-linear-attention", and "RWKV-LM" and "wind_rwkv", whose checkouts are in the folder `--sources`
+and are compiled first. FLA tries variants of its kernels for minutes before its first result.
+
+    python benchmarks/wkv7.py --implementations mosaic_gpu FLA RWKV-LM wind_rwkv --sources peers
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import time
 from collections.abc import Sequence
@@ -28,9 +30,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from results import Row, write_results
+from device import copy_rate
+from results import Row, revisions, write_results
 
 from pallas_kernels import MIN_LOG_DECAY, wkv7, wkv7_recurrent
+
+
+def _jax_linear_attention(r, log_decay, k, v, a, b):
+    from jla.ops.mosaic_gpu.rwkv7 import rwkv7
+
+    return rwkv7(r, k, v, log_decay, a, b, lower_bound=MIN_LOG_DECAY)
+
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": functools.partial(wkv7, implementation="mosaic_gpu", min_log_decay=MIN_LOG_DECAY),
@@ -40,13 +50,15 @@ IMPLEMENTATIONS = {
     "xla": functools.partial(wkv7, implementation="xla"),
     "xla, bounded": functools.partial(wkv7, implementation="xla", min_log_decay=MIN_LOG_DECAY),
     "high precision": functools.partial(wkv7, precision="high", min_log_decay=MIN_LOG_DECAY),
+    "jax-linear-attention": _jax_linear_attention,
 }
+IN_TORCH = ("FLA", "RWKV-LM", "wind_rwkv")
+WITHOUT_ERRORS = ("RWKV-LM", "wind_rwkv")  # their inputs are rounded in another form
 ON_CPU = ("reference", "recurrent", "xla", "xla, bounded")
 ON_GPU = ("mosaic_gpu", "xla, bounded")
 SHAPES_ON_CPU = ((1, 2048, 4, 64),)
 SHAPES_ON_GPU = ((8, 4096, 64, 64), (8, 4096, 32, 64), (1, 32768, 32, 64), (16, 512, 12, 64))
 HARD_SHAPE = (1, 2500, 4)
-FLA = "FLA"
 
 type Shape = tuple[int, int, int, int]
 type Arguments = tuple[list[jax.Array], jax.Array]
@@ -63,8 +75,9 @@ class Settings:
       shape: B, T, H, K; values have K channels, too. None takes four shapes on a GPU, one on a CPU.
       lengths: values of T to take in place of that of each shape.
       dtype: dtype of the inputs; None takes bfloat16 on a GPU and float32 on a CPU.
-      implementations: names from `IMPLEMENTATIONS`, or "FLA"; None takes those that suit the
-        device.
+      implementations: names from `IMPLEMENTATIONS` and `IN_TORCH`; None takes those of ours that
+        suit the device.
+      sources: folder with checkouts of RWKV-LM and wind_rwkv, where they are named.
       hard: whether to measure errors on hard tokens, in a second table; None does so for 16 bits.
       rounds: number of rounds whose median is reported.
       calls: calls before a wait; None takes 3 on a CPU, 20 on a GPU, and 200 on a GPU if a call
@@ -76,6 +89,7 @@ class Settings:
     lengths: tuple[int, ...] = ()
     dtype: str | None = None
     implementations: tuple[str, ...] | None = None
+    sources: pathlib.Path | None = None
     hard: bool | None = None
     rounds: int = 5
     calls: int | None = None
@@ -152,8 +166,10 @@ class Program:
         return self._compiled.memory_analysis().temp_size_in_bytes
 
 
-def make_programs(names: tuple[str, ...], cases: Sequence[Arguments]) -> list[Programs]:
-    """Returns programs for each case, which are compiled at the same time."""
+def make_programs(
+    names: tuple[str, ...], cases: Sequence[Arguments], sources: pathlib.Path | None
+) -> list[Programs]:
+    """Returns programs for each case. Those of JAX are compiled at the same time."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         pending = [
             {
@@ -162,7 +178,7 @@ def make_programs(names: tuple[str, ...], cases: Sequence[Arguments]) -> list[Pr
                     for what in (forward, forward_and_backward)
                 ]
                 for name in names
-                if name != FLA
+                if name not in IN_TORCH
             }
             for arguments in cases
         ]
@@ -170,11 +186,11 @@ def make_programs(names: tuple[str, ...], cases: Sequence[Arguments]) -> list[Pr
         {name: (first.result(), second.result()) for name, (first, second) in programs.items()}
         for programs in pending
     ]
-    if FLA in names:
-        from wkv7_of_fla import make_fla_programs
+    for name in (name for name in names if name in IN_TORCH):
+        from peers_wkv7 import make_torch_programs
 
         for programs, (inputs, do) in zip(made, cases, strict=True):
-            programs[FLA] = make_fla_programs(inputs, do, MIN_LOG_DECAY)
+            programs[name] = make_torch_programs(name, inputs, do, MIN_LOG_DECAY, sources)
     return made
 
 
@@ -198,6 +214,22 @@ def _calls(program, settings: Settings) -> int:
     return 200 if program.seconds(5) < 1e-3 else 20
 
 
+def floors(shape: Shape, itemsize: int, bytes_per_s: float) -> Row:
+    """Returns the milliseconds to move what WKV7 must move, at the rate of a copy.
+
+    These are inputs and results, and with the backward also the states between chunks of 64 tokens,
+    written and read.
+    """
+    B, T, H, K = shape
+    token = B * T * H * K * itemsize
+    states = B * (T // 64) * H * K * K * itemsize
+    forward, both = 7 * token, 20 * token + 2 * states
+    return {
+        "floor_forward_ms": round(1e3 * forward / bytes_per_s, 3),
+        "floor_forward_backward_ms": round(1e3 * both / bytes_per_s, 3),
+    }
+
+
 def relative_rms(x, reference) -> float:
     x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
@@ -209,9 +241,10 @@ def measure_errors(
     """Returns for each case the errors of the output and of the gradients of the inputs.
 
     Args:
-      names: of implementations.
+      names: of implementations; those `WITHOUT_ERRORS` are left out.
       cases: arguments, all of one shape.
     """
+    names = tuple(name for name in names if name not in WITHOUT_ERRORS)
     exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))
     with jax.enable_x64():
         in_float64 = [jax.tree.map(lambda x: x.astype(jnp.float64), case) for case in cases]
@@ -221,7 +254,7 @@ def measure_errors(
             name: [relative_rms(*pair) for pair in zip(both.results(), reference, strict=True)]
             for name, (_, both) in programs.items()
         }
-        for programs, reference in zip(make_programs(names, cases), references, strict=True)
+        for programs, reference in zip(make_programs(names, cases, None), references, strict=True)
     ]
 
 
@@ -230,8 +263,6 @@ def main(settings: Settings) -> None:
     names = settings.implementations
     if names is None:
         names = ON_GPU if on_gpu else ON_CPU
-        if on_gpu and all(map(importlib.util.find_spec, ("torch", "fla"))):
-            names += (FLA,)
     dtype = settings.dtype or ("bfloat16" if on_gpu else "float32")
     shapes = (
         (SHAPES_ON_GPU if on_gpu else SHAPES_ON_CPU)
@@ -241,7 +272,7 @@ def main(settings: Settings) -> None:
     if settings.lengths:
         shapes = tuple((B, T, H, K) for B, _, H, K in shapes for T in settings.lengths)
     # First, so that FLA tunes its kernels for the shapes that are timed.
-    made = make_programs(names, [make_inputs(shape, dtype) for shape in shapes])
+    made = make_programs(names, [make_inputs(shape, dtype) for shape in shapes], settings.sources)
     B, T, H, K = shapes[0]
     small = (min(B, 2), min(T, 2048), min(H, 4), K)
     (errors,) = measure_errors(names, [make_inputs(small, dtype)])
@@ -256,28 +287,33 @@ def main(settings: Settings) -> None:
     for shape, programs in zip(shapes, made, strict=True):
         for name, (forward_ms, both_ms) in median_times(programs, settings).items():
             both = programs[name][1]
+            found = errors.get(name)
+            columns = (f"{found[0]:.1e}", f"{max(found[1:]):.1e}") if found else ("", "")
             print(
                 f"| {', '.join(map(str, shape))} | {name} | {forward_ms:.3f} | {both_ms:.3f} "
                 f"| {both.memory() / 2**20:.0f} | {both.compile_seconds:.1f} "
-                f"| {errors[name][0]:.1e} | {max(errors[name][1:]):.1e} |",
+                f"| {' | '.join(columns)} |",
                 flush=True,
             )
-            rows.append(
-                dict(zip("BTHK", shape, strict=True))
-                | {
-                    "implementation": name,
-                    "dtype": dtype,
-                    "forward_ms": round(float(forward_ms), 4),
-                    "forward_backward_ms": round(float(both_ms), 4),
-                    "temp_mib": round(both.memory() / 2**20, 1),
-                    "compile_s": round(both.compile_seconds, 1),
-                    "error_o": float(f"{errors[name][0]:.2e}"),
-                    "error_gradients": float(f"{max(errors[name][1:]):.2e}"),
+            row = dict(zip("BTHK", shape, strict=True)) | {
+                "implementation": name,
+                "dtype": dtype,
+                "forward_ms": round(float(forward_ms), 4),
+                "forward_backward_ms": round(float(both_ms), 4),
+                "temp_mib": round(both.memory() / 2**20, 1),
+                "compile_s": round(both.compile_seconds, 1),
+            }
+            if on_gpu:
+                row |= floors(shape, jnp.dtype(dtype).itemsize, copy_rate())
+            if found:
+                row |= {
+                    "error_o": float(f"{found[0]:.2e}"),
+                    "error_gradients": float(f"{max(found[1:]):.2e}"),
                 }
-            )
+            rows.append(row)
     if settings.hard or (settings.hard is None and dtype in ("bfloat16", "float16")):
         rows += print_hard_errors(names, (*HARD_SHAPE, K), dtype)
-    write_results(settings.json, rows)
+    write_results(settings.json, rows, revisions(settings.sources, names))
 
 
 def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> list[Row]:
