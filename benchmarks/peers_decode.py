@@ -105,7 +105,11 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 @torch.no_grad()
 def main(settings: Settings) -> None:
-    config = RWKV7Config(settings.vocab_size, settings.hidden_size, settings.num_layers)
+    config = RWKV7Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+    )
     versions = revisions(settings.sources, (settings.peer,))
     torch.manual_seed(0)
     sizes = {"layers": settings.num_layers, "width": settings.hidden_size}

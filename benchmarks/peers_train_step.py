@@ -55,7 +55,11 @@ class Settings:
 def make_step(settings: Settings) -> Callable[[], torch.Tensor]:
     """Returns a function that makes a training step and returns its loss."""
     sizes = (settings.vocab_size, settings.hidden_size, settings.num_layers)
-    config = RWKV7Config(*sizes)
+    config = RWKV7Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+    )
     shape = (settings.batch_size, settings.sequence_length + 1)
     tokens = torch.randint(settings.vocab_size, shape, device="cuda")
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
