@@ -189,19 +189,6 @@ def quick_start() -> str:
     )
 
 
-def parts_of_a_token() -> str:
-    """Says what the time of a token goes into."""
-    (row,) = read_results("decode-profile").rows
-    first, last = row["kernel_us"]
-    return wrap(
-        f"Of the time of a token of {row['layers']} x {row['width']} at one row, "
-        f"{row['projections_percent']} % goes into projections, {row['norms_percent']} % into norms and mixes, "
-        f"{row['heads_percent']} % into heads and {row['vocabulary_percent']} % into the vocabulary. All "
-        f"{row['kernels']} kernels of a token are launched as CUDA graphs: about {row['gap_us']} us lies between "
-        f"two of them. Most take between {first} and {last} us, less than half of which is spent on moving weights."
-    )
-
-
 def two_devices() -> str:
     """Compares the speed of two devices with that of one."""
     short, long = _one_and_many("context")
@@ -248,7 +235,6 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     "wkv7-high-precision": Paragraph(
         ("wkv7-high-precision-h200",), cost_of_high_precision, named=True
     ),
-    "decode-profile": Paragraph(("decode-profile",), parts_of_a_token, named=True),
     "quick-start": Paragraph(("quick-start-cpu",), quick_start, named=True),
     "parallel-speed": Paragraph(("parallel-h200x2",), two_devices),
     "parallel-long-rows": Paragraph(("parallel-h200x2",), end_of_a_long_row),

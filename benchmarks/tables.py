@@ -116,15 +116,6 @@ TABLES = {
             **ERRORS,
         },
     ),
-    "wkv7-clock-h200": Table(
-        ("wkv7-clock-h200",),
-        {
-            "Inputs": "{inputs}",
-            "clock, MHz": "{clock_mhz}, {clock_backward_mhz}",
-            "forward, ms": "{forward_ms:.2f}",
-            "forward + backward, ms": "{forward_backward_ms:.2f}",
-        },
-    ),
     "wkv7-nsight-h100": Table(
         ("wkv7-nsight-h100",),
         {
@@ -136,18 +127,6 @@ TABLES = {
             "barriers": "{barriers_percent} %",
             "instructions": "{instructions_percent} %",
         },
-    ),
-    "wkv7-changes-h100": Table(
-        ("wkv7-changes-h100",),
-        {
-            "B, T, H": "{B}, {T}, {H}",
-            "change": "{change}",
-            "time, of the time before": "{ratio:.2f}",
-        },
-    ),
-    "wkv7-errors": Table(
-        ("wkv7-errors",),
-        {"Tokens": "{tokens}", "where": "{where}", "largest error": "{error:.1e}"},
     ),
     "wkv7-hard-tokens": Table(
         ("wkv7-hard-tokens",),
@@ -162,15 +141,6 @@ TABLES = {
             with_worst_gradient,
             pivot(("tokens", "described"), ("implementation",), ("error_o", "worst")),
         ),
-    ),
-    "wkv7-twice-the-digits-h200": Table(
-        ("wkv7-twice-the-digits-h200",),
-        {
-            "in two halves": "{change}",
-            "forward": "{forward_ratios}",
-            "forward + backward": "{forward_backward_ratios}",
-            "errors": "{errors}",
-        },
     ),
     "operators-h200": Table(
         ("operators-h200",), OPERATORS | FROM_WHAT_FORWARD_KEEPS, OPERATOR_TIMES
@@ -324,15 +294,6 @@ TABLES = {
             "model": MODEL,
             "before, tokens/s": "{before_tokens_per_s:,}",
             "now, tokens/s": "{tokens_per_s:,}",
-        },
-    ),
-    "prefill-prepared-h200": Table(
-        ("prefill-prepared-h200",),
-        {
-            "Model": MODEL,
-            "before, ms": "{before_ms:.2f}",
-            "model not prepared, ms": "{not_prepared_ms:.2f}",
-            "prepared, ms": "{prepared_ms:.2f}",
         },
     ),
     "finetuning-cpu": Table(

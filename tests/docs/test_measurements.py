@@ -28,14 +28,28 @@ def numbers(value):
         yield float(value)
 
 
+# Measured by others' code or before files of measurements were kept. A new file must not be here.
+NOT_RECORDED_IN = {
+    "chat",
+    "peers-decode-h200",
+    "peers-train-step-h200",
+    "peers-wkv7-h200",
+    "wkv7-beside-jax-linear-attention-h200",
+    "wkv7-floor-h200",
+    "wkv7-recurrent",
+}
+
+
 def test_files_say_when_where_and_how(benchmarks):
     results = benchmarks("results")
     assert RESULTS
     for path in RESULTS:
         found = results.read_results(path.stem)
         assert {"jax", "cuda"} <= found.versions.keys() or "python" in found.versions, path
+        said = (found.date, found.hardware, found.commit, found.command, *found.versions.values())
+        unknown = any(results.NOT_RECORDED in x for x in said)
+        assert unknown == (path.stem in NOT_RECORDED_IN), path
         assert re.fullmatch(r"[0-9a-f]{40}( \+ changes)?|not recorded", found.commit), path
-        assert found.date != results.NOT_RECORDED or "peer" in path.read_text(), path
         assert all(found.rows), path
         for row in found.rows:  # which may be of other days and commits
             assert re.fullmatch("[0-9a-f]{40}", row.get("commit", "0" * 40)), (path, row)
@@ -108,14 +122,15 @@ ALLOWED = {
     ),
     "docs/index.md": (),
     "docs/performance.md": (
-        # Limits.
-        "limits are relative RMS errors of 4e-3 in outputs and 1e-2 in gradients",
+        # Limits: a test fails beyond them.
+        "the limits are 4e-3 in outputs and 1e-2 in gradients",
+        "the final state to 6e-3; with 128 keys per head to 3.5e-2, and that of dv to 4e-2",
         # Settings and constants, of this code or of others.
         "more of the GPU than the 75 % that JAX takes by default",
-        "exponents stay within 32 times the bound",
         # What follows from a format, or from sizes.
-        "Rounding an exact output to bfloat16 costs 1.7e-3.",
+        "rounding an exact output costs 1.7e-3",
     ),
+    "docs/kernels.md": ("exponents stay within 32 times the bound",),  # follows from sizes
     "docs/parallel.md": (
         # Settings and constants.
         "signs of life for 20 seconds",
