@@ -54,7 +54,6 @@ class Settings:
 
 def make_step(settings: Settings) -> Callable[[], torch.Tensor]:
     """Returns a function that makes a training step and returns its loss."""
-    sizes = (settings.vocab_size, settings.hidden_size, settings.num_layers)
     config = RWKV7Config(
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,

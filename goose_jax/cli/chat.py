@@ -27,6 +27,7 @@ from goose_jax.chat import (
 )
 from goose_jax.chat.prompt import clean, reply_prefix
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.flags import IfGiven
 from goose_jax.cli.model_devices import mesh_for_one_text
 from goose_jax.config import Dtype
 from goose_jax.generation import NonFiniteLogitsError, SamplingConfig
@@ -44,14 +45,14 @@ def chat(
         tyro.conf.OmitArgPrefixes[ReplySettings], tyro.conf.arg(name="")
     ] = ReplySettings(),  # noqa: B008
     *,
-    tokenizer: str | None = None,
-    dtype: Dtype | None = None,
-    precision: Precision = None,
-    state: Path | None = None,
-    load: Path | None = None,
-    preset: SamplingPreset | None = None,
-    tools: Path | None = None,
-    mesh: str | None = None,
+    tokenizer: IfGiven[str] = None,
+    dtype: IfGiven[Dtype] = None,
+    precision: IfGiven[Precision] = None,
+    state: IfGiven[Path] = None,
+    load: IfGiven[Path] = None,
+    preset: IfGiven[SamplingPreset] = None,
+    tools: IfGiven[Path] = None,
+    mesh: IfGiven[str] = None,
 ) -> None:
     """Holds a conversation with a model. In the session, /help lists the commands.
 

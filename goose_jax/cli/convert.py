@@ -14,6 +14,7 @@ from goose_jax.checkpoints import load_pretrained, save_pretrained
 from goose_jax.checkpoints.containers import checkpoint_kind
 from goose_jax.checkpoints.pretrained import open_foreign
 from goose_jax.checkpoints.state_files import write_time_states
+from goose_jax.cli.flags import IfGiven
 from goose_jax.cli.sizes import format_bytes
 from goose_jax.config import Dtype
 from goose_jax.text import find_tokenizer_file
@@ -27,9 +28,9 @@ def convert(
         *("pth", "official", "web-rwkv", "huggingface", "huggingface-x-x", "transformers"),
         *("transformers-raw", "transformers-emb", "rwkv7", "rwkv7-emb", "rwkv-rs", "native"),
     ],
-    dtype: Dtype | None = None,
-    tokenizer: str | None = None,
-    state: Path | None = None,
+    dtype: IfGiven[Dtype] = None,
+    tokenizer: IfGiven[str] = None,
+    state: IfGiven[Path] = None,
 ) -> None:
     """Writes a checkpoint in another layout, or with parameters of another dtype.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from goose_jax.chat import render_conversation
-from goose_jax.cli.flags import check_integers
+from goose_jax.cli.flags import IfGiven, check_integers
 from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.data import (
     BatchSource,
@@ -48,9 +48,9 @@ class DocumentSettings:
         are left out.
     """
 
-    data: Path | None = None
+    data: IfGiven[Path] = None
     pattern: tuple[str, ...] = ("*",)
-    field: str | None = None
+    field: IfGiven[str] = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -99,10 +99,10 @@ class DataSettings(DocumentSettings):
         the process that trains.
     """
 
-    held_out: Path | None = None
+    held_out: IfGiven[Path] = None
     held_out_bytes: int = 32768
     sampling: Sampling = "windows"
-    magic_prime: int | None = None
+    magic_prime: IfGiven[int] = None
     prefetch: int = 4
     data_workers: int = 0
 

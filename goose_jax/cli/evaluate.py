@@ -8,7 +8,7 @@ from flax import nnx
 
 from goose_jax.checkpoints import load_model_and_tokenizer
 from goose_jax.cli.data_settings import check_field, check_pattern_given, read_texts
-from goose_jax.cli.flags import check_integers
+from goose_jax.cli.flags import IfGiven, check_integers
 from goose_jax.cli.model_devices import mesh_for_batches
 from goose_jax.cli.train_devices import describe_devices
 from goose_jax.config import Dtype
@@ -24,15 +24,15 @@ def evaluate(
     text: Annotated[Path, tyro.conf.Positional],
     *,
     pattern: tuple[str, ...] = ("*",),
-    field: str | None = None,
+    field: IfGiven[str] = None,
     strict: bool = False,
-    tokenizer: str | None = None,
-    dtype: Dtype | None = None,
-    precision: Precision = None,
-    state: Path | None = None,
+    tokenizer: IfGiven[str] = None,
+    dtype: IfGiven[Dtype] = None,
+    precision: IfGiven[Precision] = None,
+    state: IfGiven[Path] = None,
     batch_size: int = 8,
     sequence_length: int = 1024,
-    mesh: str | None = None,
+    mesh: IfGiven[str] = None,
 ) -> None:
     """Measures how well a model predicts a text, in bits per byte.
 

@@ -3,7 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+_T = TypeVar("_T")
+IfGiven = Annotated[_T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
+"""The type of a flag that may be left out: it is None then, and its help says what that means."""
 
 _INT32 = 2**31 - 1
 _NAME = re.compile(r"(?<![^\s(])(self\.)?(?P<name>[a-z]\w*)\b(?=\s*(=|must\b))")

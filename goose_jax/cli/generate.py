@@ -8,6 +8,7 @@ import numpy as np
 import tyro
 
 from goose_jax.checkpoints import load_model_and_tokenizer
+from goose_jax.cli.flags import IfGiven
 from goose_jax.cli.model_devices import mesh_for_one_text
 from goose_jax.cli.prompts import read_prompt
 from goose_jax.config import Dtype
@@ -23,17 +24,17 @@ def generate(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     *,
     prompt: str = "",
-    prompt_file: Path | None = None,
-    tokenizer: str | None = None,
-    dtype: Dtype | None = None,
-    precision: Precision = None,
-    state: Path | None = None,
+    prompt_file: IfGiven[Path] = None,
+    tokenizer: IfGiven[str] = None,
+    dtype: IfGiven[Dtype] = None,
+    precision: IfGiven[Precision] = None,
+    state: IfGiven[Path] = None,
     max_new_tokens: int = 256,
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = SamplingConfig(top_p=0.85),  # noqa: B008
     stop: tuple[str, ...] = (),
     seed: int = 0,
     echo: bool = True,
-    mesh: str | None = None,
+    mesh: IfGiven[str] = None,
 ) -> None:
     """Continues a prompt with a trained model and prints the text as it comes.
 

@@ -4,7 +4,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
 import tyro
@@ -86,22 +86,34 @@ def _run_command(arguments: Sequence[str]) -> None:
     if arguments == ["--version"]:
         print(f"goose-jax {__version__}")
     else:
+        commands: dict[str, Callable[..., Any]] = {
+            "train": _train_command(arguments),
+            "tokenize": tokenize,
+            "evaluate": evaluate,
+            "generate": generate,
+            "chat": chat,
+            "convert": convert,
+            "merge": merge,
+            "inspect": inspect,
+        }
+        if arguments[:1] in (["-h"], ["--help"]):  # a line for each, without its examples
+            commands = {name: _summary(command) for name, command in commands.items()}
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": _train_command(arguments),
-                "tokenize": tokenize,
-                "evaluate": evaluate,
-                "generate": generate,
-                "chat": chat,
-                "convert": convert,
-                "merge": merge,
-                "inspect": inspect,
-            },
+            commands,
             prog="goose-jax",
             description="RWKV-7 for JAX: train or tune a model, let it write, talk with it. "
             "--version prints the version.",
             args=arguments,
         )
+
+
+def _summary(command: Callable[..., Any]) -> Callable[[], None]:
+    """Returns a function whose docstring is the first line of that of a command."""
+
+    def summary() -> None: ...
+
+    summary.__doc__ = (command.__doc__ or "").partition("\n")[0]
+    return summary
 
 
 def _fail(message: str) -> NoReturn:

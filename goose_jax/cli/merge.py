@@ -7,6 +7,7 @@ import jax
 import tyro
 
 from goose_jax.checkpoints import load_pretrained, save_pretrained
+from goose_jax.cli.flags import IfGiven
 from goose_jax.config import Dtype
 from goose_jax.training.lora import merge_lora
 from goose_jax.training.tuning_checkpoint import check_base, load_tuning_checkpoint
@@ -18,7 +19,7 @@ def merge(
     base: Path,
     out: Path,
     layout: Literal["native", "pth", "huggingface", "transformers"] = "native",
-    dtype: Dtype | None = None,
+    dtype: IfGiven[Dtype] = None,
 ) -> None:
     """Merges LoRA adapters into the model they were trained beside, and writes the result.
 

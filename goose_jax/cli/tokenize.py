@@ -11,6 +11,7 @@ import tqdm
 import tyro
 
 from goose_jax.cli.data_settings import DocumentSettings, check_field
+from goose_jax.cli.flags import IfGiven
 from goose_jax.cli.skipped_files import SkippedFiles
 from goose_jax.cli.train_checks import check_folder
 from goose_jax.data import DocumentSource, TokenizeProgress
@@ -34,7 +35,7 @@ class TokenizeFlags(DocumentSettings):
 
     out: Path
     tokenizer: str = "world"
-    workers: int | None = None
+    workers: IfGiven[int] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

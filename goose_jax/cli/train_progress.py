@@ -103,7 +103,10 @@ def tell_request(number: int, terminals: list[int]) -> None:
     if number == signal.SIGHUP:
         for terminal in terminals:
             os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-    tqdm.tqdm.write("saving after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+    tqdm.tqdm.write(
+        "finishing the steps under way, then saving; press Ctrl-C again to stop at once",
+        file=sys.stderr,
+    )
 
 
 __all__ = ["Progress", "tell_request", "terminals"]

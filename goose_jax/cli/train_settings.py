@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from goose_jax.cli.data_settings import DataSettings
-from goose_jax.cli.flags import option
+from goose_jax.cli.flags import IfGiven, option
 from goose_jax.config import Dtype, Remat
 from goose_jax.training import L2WRAP
 from pallas_kernels.types import Precision
@@ -123,42 +123,42 @@ class TrainSettings(DataSettings):
       process_id: number of this process, from 0.
     """
 
-    config: Path | None = None
-    preset: Preset | None = None
+    config: IfGiven[Path] = None
+    preset: IfGiven[Preset] = None
     out: Path = Path("runs")
-    resume: Path | None = None
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    tune: Tune | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    state: Path | None = None
-    tokenizer: str | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    head_size: int | None = None
-    intermediate_size: int | None = None
-    vocab_size: int | None = None
-    decay_rank: int | None = None
-    alpha_rank: int | None = None
-    value_rank: int | None = None
-    gate_rank: int | None = None
-    norm_eps: float | None = None
-    head_norm_eps: float | None = None
-    embedding_norm: bool | None = None
-    frozen_dtype: Dtype | None = None
-    compute_dtype: Dtype | None = None
+    resume: IfGiven[Path] = None
+    from_: Annotated[IfGiven[Path], tyro.conf.arg(name="from")] = None
+    tune: IfGiven[Tune] = None
+    lora_rank: IfGiven[int] = None
+    lora_alpha: IfGiven[float] = None
+    state: IfGiven[Path] = None
+    tokenizer: IfGiven[str] = None
+    num_layers: IfGiven[int] = None
+    hidden_size: IfGiven[int] = None
+    head_size: IfGiven[int] = None
+    intermediate_size: IfGiven[int] = None
+    vocab_size: IfGiven[int] = None
+    decay_rank: IfGiven[int] = None
+    alpha_rank: IfGiven[int] = None
+    value_rank: IfGiven[int] = None
+    gate_rank: IfGiven[int] = None
+    norm_eps: IfGiven[float] = None
+    head_norm_eps: IfGiven[float] = None
+    embedding_norm: IfGiven[bool] = None
+    frozen_dtype: IfGiven[Dtype] = None
+    compute_dtype: IfGiven[Dtype] = None
     remat: Remat = "dots"
     unroll_layers: bool = False
-    implementation: Literal["mosaic_gpu", "xla", "reference"] | None = None
-    precision: Precision = None
-    steps: int | None = None
-    batch_size: int | None = None
-    microbatches: int | None = None
-    sequence_length: int | None = None
-    learning_rate: float | None = None
-    final_learning_rate: float | None = None
-    warmup_steps: int | None = None
-    weight_decay: float | None = None
+    implementation: IfGiven[Literal["mosaic_gpu", "xla", "reference"]] = None
+    precision: IfGiven[Precision] = None
+    steps: IfGiven[int] = None
+    batch_size: IfGiven[int] = None
+    microbatches: IfGiven[int] = None
+    sequence_length: IfGiven[int] = None
+    learning_rate: IfGiven[float] = None
+    final_learning_rate: IfGiven[float] = None
+    warmup_steps: IfGiven[int] = None
+    weight_decay: IfGiven[float] = None
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-18
@@ -167,23 +167,23 @@ class TrainSettings(DataSettings):
     l2wrap: float = L2WRAP
     log_every: int = 10
     tensorboard: bool = True
-    wandb: str | None = None
-    peak_tflops: float | None = None
+    wandb: IfGiven[str] = None
+    peak_tflops: IfGiven[float] = None
     non_finite: Literal["stop", "skip"] = "stop"
     evaluate_every: int = 300
     save_every: int = 300
     keep: int = 2
     keep_best: bool = True
-    keep_every: int | None = None
+    keep_every: IfGiven[int] = None
     plot: bool = True
-    prompt: str | None = None
+    prompt: IfGiven[str] = None
     sample_length: int = 400
     seed: int = 0
-    mesh: str | None = None
+    mesh: IfGiven[str] = None
     cluster: bool = False
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    coordinator: IfGiven[str] = None
+    num_processes: IfGiven[int] = None
+    process_id: IfGiven[int] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

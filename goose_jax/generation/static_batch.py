@@ -59,7 +59,7 @@ class Generation:
 
     tokens: Int[np.ndarray, "B new"]
     lengths: Int[np.ndarray, " B"]
-    state: RWKV7State
+    state: RWKV7State = dataclasses.field(repr=False)
 
     @property
     def sequences(self) -> list[list[int]]:

@@ -104,6 +104,23 @@ def test_memory_that_cannot_be_had_is_one_line(function, monkeypatch, capsys):
         assert flag in err
 
 
+def test_help_has_a_line_for_each_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert "In use" not in printed
+    names = re.findall(r"\w+", re.search(r"\{(.*?)\}", printed)[1])
+    assert {"train", "chat", "inspect"} < set(names)
+    for name in names:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        of_command = capsys.readouterr().out
+        assert "In use" in of_command
+        assert "None" not in of_command  # flags that may be left out say what happens then
+        first = of_command.splitlines()[2].split()[:3]
+        assert " ".join(first) in printed
+
+
 @pytest.mark.parametrize("command", MORE_MEMORY)
 def test_the_flags_that_save_memory_exist(command, capsys):
     with pytest.raises(SystemExit):

@@ -180,7 +180,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     printed = output.read_text()
     assert process.exitcode == status, printed
     assert "Traceback" not in printed
-    assert "saving after this step" in printed
+    assert "finishing the steps under way" in printed
     step = steps_made(run)
     assert f"stopped after step {step}; to go on from there:\n" in printed
     assert f"goose-jax train --resume {run}" in printed
