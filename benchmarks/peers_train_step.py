@@ -86,7 +86,8 @@ def make_step(settings: Settings) -> Callable[[], torch.Tensor]:
                 x.grad = None
         torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
         optimizer.step()
-        torch._foreach_copy_(params, masters)
+        with torch.no_grad():
+            torch._foreach_copy_(params, masters)
         return loss.detach()
 
     return step
