@@ -92,7 +92,15 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> Float[Arr
     These are the rows if there are fewer rows than columns, else the columns. The transpose has the
     same distribution, so this is `torch.nn.init.orthogonal_` for either order of axes.
     """
-    return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
+    short, long = sorted(shape)
+    if long < 4 * short:
+        return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
+    # The columns of a tall random matrix are nearly orthogonal, and Cholesky's factor of their
+    # products makes what a QR decomposition would: as exactly, faster, and divided over devices.
+    x = jax.random.normal(key, (long, short), jnp.float32)
+    factor = jnp.linalg.cholesky(jnp.matmul(x.T, x, precision="highest"))
+    rows = gain * jax.scipy.linalg.solve_triangular(factor, x.T, lower=True)
+    return rows if shape[0] < shape[1] else rows.T
 
 
 def low_rank_up(key: jax.Array, rank: int, hidden_size: int) -> Float[Array, "rank C"]:

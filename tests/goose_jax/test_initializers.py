@@ -84,6 +84,14 @@ def assert_orthogonal(matrix, gain):
     np.testing.assert_allclose(gram / gain**2, np.eye(min(rows, columns)), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16), (8, 64), (64, 8), (16, 300)])
+def test_orthogonal_is_what_a_qr_decomposition_makes(shape):
+    key = jax.random.key(1)
+    matrix = initializers.orthogonal(key, shape, 0.5)
+    expected = jax.nn.initializers.orthogonal(0.5)(key, shape, jnp.float32)
+    np.testing.assert_allclose(matrix, expected, atol=1e-6)
+
+
 def test_orthogonal_matrices(weights):
     for i in range(3):
         block = f"blocks.{i}"
