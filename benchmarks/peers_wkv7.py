@@ -1,4 +1,8 @@
-"""WKV7 operators of others in PyTorch, which `wkv7.py` measures on the same inputs as ours."""
+"""WKV7 operators of others in PyTorch, which `wkv7.py` measures on the same inputs as ours.
+
+If a run is stopped while torch compiles CUDA, a file `lock` stays in `TORCH_EXTENSIONS_DIR`. The
+next run waits for it: remove it.
+"""
 
 import functools
 import pathlib
@@ -75,11 +79,7 @@ def load_wind_rwkv(checkout: pathlib.Path) -> Forward:
     from wind_rwkv.rwkv7 import attn_chunked_cuda, load_chunked_cuda
 
     load_chunked_cuda(64)
-
-    def operator(r, log_decay, k, v, a, b):
-        return attn_chunked_cuda(r, log_decay, k, v, a, b)[0]
-
-    return operator
+    return lambda *inputs: attn_chunked_cuda(*inputs)[0]
 
 
 def load_rwkv_lm(checkout: pathlib.Path) -> Forward:
