@@ -18,6 +18,8 @@ STEPS_AHEAD = 4
 The device never waits for the host if the host prepares a batch in less than the time of four
 steps.
 """
+_LONG_STEP = 2.0
+"""Seconds; after a longer step only one waits, so that a request to stop is met soon."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -79,9 +81,10 @@ def train_steps(
 ) -> Iterator[tuple[int, TrainState]]:
     """Makes training steps, and yields the number of steps made and the state after each.
 
-    A step is dispatched while the device still works on up to `STEPS_AHEAD` steps before it. So the
-    state that is yielded may still be computed, and the report of a step comes some steps later.
-    The next step uses up the state that was yielded: its buffers are donated.
+    A step is dispatched while the device still works on up to `STEPS_AHEAD` steps before it, or on
+    one if steps take seconds. So the state that is yielded may still be computed, and the report of
+    a step comes some steps later. The next step uses up the state that was yielded: its buffers are
+    donated.
 
     Args:
       train_step: the compiled step, from `make_train_step`.
@@ -107,7 +110,7 @@ def train_steps(
     if first >= steps:
         return
     with _Flight() as flight:
-        batch = batches(first)
+        batch, ahead = batches(first), STEPS_AHEAD
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
             state, metrics = train_step(state, batch)
@@ -115,7 +118,8 @@ def train_steps(
             if step < steps:
                 batch = batches(step)  # while the device works
             wait = wait_after(step) or step == steps
-            for report, of_report in flight.land(leave=0 if wait else STEPS_AHEAD):
+            for report, of_report in flight.land(leave=0 if wait else ahead):
+                ahead = STEPS_AHEAD if report.seconds < _LONG_STEP else 1
                 if not report.is_finite:
                     on_non_finite(report, of_report)
                 on_report(report)

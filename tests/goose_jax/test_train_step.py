@@ -31,6 +31,7 @@ from goose_jax.training import (
     make_train_step,
     mean_loss,
     train_steps,
+    training_loop,
     with_params,
 )
 from goose_jax.training.loss import num_targets, num_tokens
@@ -362,6 +363,14 @@ def test_steps_are_dispatched_ahead_of_their_reports():
     late = [(step, max(0, step - 5 - STEPS_AHEAD)) for step in range(6, 14)]
     assert made == [*late, (14, 9), (15, 9), (16, 9), (17, 9), (18, 13)]
     assert reports == [*range(6, 19)]
+
+
+def test_of_long_steps_only_one_is_dispatched_ahead(monkeypatch):
+    monkeypatch.setattr(training_loop, "_LONG_STEP", 0.0)
+    reports = []
+    steps = train_steps(stub_step(-1), Count(0), batches, steps=9, on_report=reports.append)
+    late = [step - len(reports) for step, _ in steps]
+    assert late == [1, 2, 3, 4, 4, 1, 1, 1, 0]
 
 
 def test_steps_take_their_own_time_however_long_their_dispatch_waits():
