@@ -38,6 +38,21 @@ def test_a_file_says_what_was_run_and_on_what(benchmarks, tmp_path, monkeypatch)
     assert json.loads(path.read_text())["rows"] == [{"T": 11}]
 
 
+def test_a_file_names_the_commits_of_checkouts(benchmarks, tmp_path, monkeypatch):
+    results, path = benchmarks("results"), tmp_path / "new.json"
+    checkout = tmp_path / "peers" / "RWKV-LM"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(checkout)]
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "c"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    found = results.revisions(tmp_path / "peers", ("RWKV-LM", "FLA"))  # FLA is installed
+    assert found == {"RWKV-LM": head.stdout.strip()}
+    assert results.revisions(None, ("RWKV-LM",)) == {}
+    monkeypatch.setattr(sys, "argv", ["benchmarks/wkv7.py"])
+    results.write_results(path, [{"T": 8}], found)
+    assert json.loads(path.read_text())["versions"]["RWKV-LM"] == found["RWKV-LM"]
+
+
 @pytest.mark.parametrize("change", [{"rows": []}, {"date": "yesterday"}, {"extra": 1}])
 def test_a_damaged_file_is_named(benchmarks, tmp_path, change):
     fields = {"date": "2026-01-31", "hardware": "x", "versions": {"jax": "1"}}
