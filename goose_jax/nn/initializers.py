@@ -95,8 +95,8 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float) -> Float[Arr
     short, long = sorted(shape)
     if long < 4 * short:
         return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
-    # The columns of a tall random matrix are nearly orthogonal, and Cholesky's factor of their
-    # products makes what a QR decomposition would: as exactly, faster, and divided over devices.
+    # A QR decomposition takes long. The columns of a tall random matrix are nearly orthogonal, so
+    # that Cholesky's factor of their products gives the same values, but for rounding.
     x = jax.random.normal(key, (long, short), jnp.float32)
     factor = jnp.linalg.cholesky(jnp.matmul(x.T, x, precision="highest"))
     rows = gain * jax.scipy.linalg.solve_triangular(factor, x.T, lower=True)

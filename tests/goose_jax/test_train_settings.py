@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
 from goose_jax import RWKV7Config
@@ -218,3 +219,8 @@ def test_what_a_person_writes(tmp_path):
         settings_before_flags(["train", f"--config={file}", "--resume=x"])
     with pytest.raises(FileNotFoundError, match="there is no training run at x"):
         settings_before_flags(["train", "--resume=x"])
+
+
+def test_none_is_a_text_like_others_on_the_command_line():
+    settings = tyro.cli(TrainSettings, args=["--prompt", "None", "--no-embedding-norm"])
+    assert (settings.prompt, settings.embedding_norm, settings.steps) == ("None", False, None)
