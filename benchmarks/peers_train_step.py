@@ -86,6 +86,7 @@ def make_step(settings: Settings) -> Callable[[], torch.Tensor]:
                 x.grad = None
         torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
         optimizer.step()
+        optimizer.zero_grad()  # or these gradients would stay in memory in the next step
         with torch.no_grad():
             torch._foreach_copy_(params, masters)
         return loss.detach()

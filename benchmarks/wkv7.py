@@ -78,6 +78,7 @@ class Settings:
       implementations: names from `IMPLEMENTATIONS` and `IN_TORCH`; None takes those of ours that
         suit the device.
       sources: folder with checkouts of RWKV-LM and wind_rwkv, where they are named.
+      times: whether to measure times, memory and errors on random tokens, in a first table.
       hard: whether to measure errors on hard tokens, in a second table; None does so for 16 bits.
       rounds: number of rounds whose median is reported.
       calls: calls before a wait; None takes 3 on a CPU, 20 on a GPU, and 200 on a GPU if a call
@@ -90,6 +91,7 @@ class Settings:
     dtype: str | None = None
     implementations: tuple[str, ...] | None = None
     sources: pathlib.Path | None = None
+    times: bool = True
     hard: bool | None = None
     rounds: int = 5
     calls: int | None = None
@@ -149,9 +151,9 @@ class Program:
         self._arguments = arguments
         self.compile_seconds = time.perf_counter() - start
 
-    def results(self) -> list[np.ndarray]:
-        """Returns the output and, with the backward, the gradients."""
-        return [np.asarray(x) for x in jax.tree.leaves(self._compiled(*self._arguments))]
+    def results(self, *arguments) -> list[np.ndarray]:
+        """Returns the results for other arguments of the same shapes."""
+        return [np.asarray(x) for x in jax.tree.leaves(self._compiled(*arguments))]
 
     def seconds(self, calls: int) -> float:
         """Returns the mean time of a call."""
@@ -242,20 +244,40 @@ def measure_errors(
 
     Args:
       names: of implementations; those `WITHOUT_ERRORS` are left out.
-      cases: arguments, all of one shape.
+      cases: arguments, all of one shape, so that one program serves them all.
     """
     names = tuple(name for name in names if name not in WITHOUT_ERRORS)
     exact = jax.jit(functools.partial(forward_and_backward, IMPLEMENTATIONS["recurrent"]))
     with jax.enable_x64():
         in_float64 = [jax.tree.map(lambda x: x.astype(jnp.float64), case) for case in cases]
         references = [jax.device_get(exact(*case)) for case in in_float64]
-    return [
-        {
-            name: [relative_rms(*pair) for pair in zip(both.results(), reference, strict=True)]
-            for name, (_, both) in programs.items()
+    errors: list[dict[str, list[float]]] = [{} for _ in cases]
+    for name, results in _results_of_cases(names, cases).items():
+        for of_case, result, reference in zip(errors, results, references, strict=True):
+            pairs = zip(result, reference, strict=True)
+            of_case[name] = [relative_rms(*pair) for pair in pairs]
+    return errors
+
+
+def _results_of_cases(
+    names: tuple[str, ...], cases: Sequence[Arguments]
+) -> dict[str, list[list[np.ndarray]]]:
+    """Returns by implementation, for each case, the output and the gradients of the inputs."""
+    ours = [name for name in names if name not in IN_TORCH]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        functions = [functools.partial(forward_and_backward, IMPLEMENTATIONS[x]) for x in ours]
+        programs = pool.map(lambda function: Program(function, cases[0]), functions)
+        results = {
+            name: [program.results(*case) for case in cases]
+            for name, program in zip(ours, programs, strict=True)
         }
-        for programs, reference in zip(make_programs(names, cases, None), references, strict=True)
-    ]
+    for name in (name for name in names if name in IN_TORCH):
+        from peers_wkv7 import make_torch_programs
+
+        results[name] = [
+            make_torch_programs(name, *case, MIN_LOG_DECAY, None)[1].results() for case in cases
+        ]
+    return results
 
 
 def main(settings: Settings) -> None:
@@ -271,6 +293,16 @@ def main(settings: Settings) -> None:
     )
     if settings.lengths:
         shapes = tuple((B, T, H, K) for B, _, H, K in shapes for T in settings.lengths)
+    rows = print_times(names, shapes, dtype, settings) if settings.times else []
+    if settings.hard or (settings.hard is None and dtype in ("bfloat16", "float16")):
+        rows += print_hard_errors(names, (*HARD_SHAPE, shapes[0][-1]), dtype)
+    write_results(settings.json, rows, revisions(settings.sources, names))
+
+
+def print_times(
+    names: tuple[str, ...], shapes: Sequence[Shape], dtype: str, settings: Settings
+) -> list[Row]:
+    """Prints a table of times, memory and errors on random tokens, and returns its rows."""
     # First, so that FLA tunes its kernels for the shapes that are timed.
     made = make_programs(names, [make_inputs(shape, dtype) for shape in shapes], settings.sources)
     B, T, H, K = shapes[0]
@@ -284,6 +316,7 @@ def main(settings: Settings) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows: list[Row] = []
+    on_gpu = jax.default_backend() == "gpu"
     for shape, programs in zip(shapes, made, strict=True):
         for name, (forward_ms, both_ms) in median_times(programs, settings).items():
             both = programs[name][1]
@@ -311,9 +344,7 @@ def main(settings: Settings) -> None:
                     "error_gradients": float(f"{max(found[1:]):.2e}"),
                 }
             rows.append(row)
-    if settings.hard or (settings.hard is None and dtype in ("bfloat16", "float16")):
-        rows += print_hard_errors(names, (*HARD_SHAPE, K), dtype)
-    write_results(settings.json, rows, revisions(settings.sources, names))
+    return rows
 
 
 def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> list[Row]:
