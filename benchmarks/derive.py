@@ -142,19 +142,26 @@ def then(*steps: Derive) -> Derive:
     return lambda rows: functools.reduce(lambda rows, step: list(step(rows)), steps, rows)
 
 
-def beside_floor_and_others(rows: list[Row]) -> Iterable[Row]:
-    """Yields the kernel's rows with the floor and the best of others of the same shape."""
+OTHERS = ("wind_rwkv", "RWKV-LM", "FLA", "jax-linear-attention")
+
+
+def beside_fastest_of_others(rows: list[Row]) -> Iterable[Row]:
+    """Yields the kernel's rows with the fastest of others at the same shape, with the backward."""
     shape = ("B", "T", "H", "K")
-    ours = has(implementation="mosaic_gpu", B=...)(rows)
-    for row in ours:
-        alike = [x for x in rows if all(x.get(name) == row[name] for name in shape)]
-        joined = dict(row)
-        for kind, prefix in (("floor", "floor"), ("peer", "best")):
-            for name in ("forward_ms", "forward_backward_ms"):
-                values = [x[name] for x in alike if x.get("kind") == kind and name in x]
-                if values:
-                    joined[f"{prefix}_{name}"] = min(values)
-        yield joined
+    for row in has(implementation="mosaic_gpu", B=...)(rows):
+        alike = has(**{name: row[name] for name in shape})(rows)
+        others = [x for x in alike if x["implementation"] in OTHERS]
+        if others:
+            other = min(others, key=lambda x: x["forward_backward_ms"])
+            times = {f"other_{x}": other[x] for x in ("forward_ms", "forward_backward_ms")}
+            row = {**row, **times, "other": other["implementation"]}
+        yield row
+
+
+def speed_and_memory(rows: list[Row]) -> Iterable[Row]:
+    """Yields rows of training steps with the text of a cell: speed and memory, or the result."""
+    for row in rows:
+        yield {**row, "speed": row.get("result") or cell("{tokens_per_s:,}, {peak_gib:.1f}", row)}
 
 
 def decode_by_model(rows: list[Row]) -> Iterable[Row]:
@@ -198,20 +205,7 @@ def with_worst_gradient(rows: list[Row]) -> Iterable[Row]:
     for row in rows:
         errors = {k.removeprefix("error_"): x for k, x in row.items() if k.startswith("error_")}
         del errors["o"]
-        worst = max(errors, key=lambda name: float(errors[name]))
+        worst = max(errors, key=lambda name: (errors[name] == "NaN", float(errors[name])))
         name = f" ({worst})" if worst != "gradients" else ""
         described = row["tokens"] + HARD_TOKENS[row["tokens"]]
         yield {**row, "worst": cell("{x:.1e}", {"x": errors[worst]}) + name, "described": described}
-
-
-def ratios_to_scan(rows: list[Row]) -> Iterable[Row]:
-    """Yields the ratios of times of the recurrent kernel to those of the scan through XLA."""
-    yield from has(forward_ratio=...)(rows)
-    scans = has(implementation="recurrent", forward_ms=...)(rows)
-    kernels = has(implementation="recurrent, mosaic_gpu", forward_ms=...)(rows)
-    for scan, kernel in zip(scans, kernels, strict=True):
-        yield {
-            **{name: scan[name] for name in ("B", "T")},
-            "forward_ratio": kernel["forward_ms"] / scan["forward_ms"],
-            "forward_backward_ratio": kernel["forward_backward_ms"] / scan["forward_backward_ms"],
-        }

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from derive import has
 from drawings import draw_chunk, draw_kernels
 from results import FOLDER, read_results
 from style import STYLES, Style
@@ -79,40 +80,36 @@ def draw_figures() -> list[pathlib.Path]:
 
 WKV_SHAPE = {"B": 8, "T": 4096, "H": 32, "K": 64}
 STEPS = ((24, 1024), (24, 2048), (12, 768))
-PEER_NAMES = {
-    "wind_rwkv, chunked CUDA": "wind_rwkv (CUDA)",
-    "RWKV-LM, clampw_v3 for H100": "RWKV-LM (CUDA)",
-    "FLA 0.6.0, chunks of 64, bounded decay": "FLA 0.6.0 (Triton)",
-    "jax-linear-attention 0.1.0, chunks of 32": "jax-linear-attention (Pallas)",
+IMPLEMENTATIONS = {
+    "mosaic_gpu": "goose-jax",
+    "wind_rwkv": "wind_rwkv (CUDA)",
+    "RWKV-LM": "RWKV-LM (CUDA)",
+    "FLA": "FLA (Triton)",
+    "jax-linear-attention": "jax-linear-attention (Pallas)",
 }
 OURS = "goose-jax"
 
 
 def main_results() -> Data:
     """Returns WKV7 at one shape, and training steps, beside peers."""
-
-    def at_shape(file: str) -> Data:
-        rows = read_results(file).rows
-        return [dict(row) for row in rows if all(row.get(k) == x for k, x in WKV_SHAPE.items())]
-
-    ours = [x for x in at_shape("wkv7-h200") if x["implementation"] == "mosaic_gpu"]
-    peers = [(x["peer"], x) for x in at_shape("peers-wkv7-h200")]
-    beside = at_shape("wkv7-beside-jax-linear-attention-h200")
-    peers += [(x["implementation"], x) for x in beside if x["kind"] == "peer"]
-    operators = [(OURS, ours[0]), *((PEER_NAMES[name], x) for name, x in peers)]
-    operators.sort(key=lambda pair: pair[1]["forward_backward_ms"])
-    data = [
-        {"panel": "wkv7", "who": who, **{k: x[k] for k in ("forward_ms", "forward_backward_ms")}}
-        for who, x in operators
+    rows = has(**WKV_SHAPE)(read_results("wkv7-h200").rows)
+    operators = [x for x in rows if x["implementation"] in IMPLEMENTATIONS]
+    data: Data = [
+        {
+            "panel": "wkv7",
+            "who": IMPLEMENTATIONS[x["implementation"]],
+            **{k: x[k] for k in ("forward_ms", "forward_backward_ms")},
+        }
+        for x in sorted(operators, key=lambda x: x["forward_backward_ms"])
     ]
     steps = [(OURS, x) for x in read_results("train-step-h200").rows]
     steps += [(x["peer"], x) for x in read_results("peers-train-step-h200").rows]
     for layers, width in STEPS:
         of_model = [(w, x) for w, x in steps if (x["layers"], x["width"]) == (layers, width)]
-        for who, x in sorted(of_model, key=lambda pair: -pair[1]["tokens_per_s"]):
+        for who, x in sorted(of_model, key=lambda pair: -pair[1].get("tokens_per_s", 0)):
             model = f"{layers} x {width}"
-            numbers = {k: x[k] for k in ("tokens_per_s", "peak_gib")}
-            data.append({"panel": "step", "model": model, "who": who, **numbers})
+            shown = {k: x[k] for k in ("tokens_per_s", "peak_gib", "result") if k in x}
+            data.append({"panel": "step", "model": model, "who": who, **shown})
     return data
 
 
@@ -135,10 +132,12 @@ def draw_main_results(figure: Any, data: Data, style: Style) -> None:
         places.append(place)
     bars = bottom.barh(
         places,
-        [x["tokens_per_s"] for x in rows],
+        [x.get("tokens_per_s", 0) for x in rows],
         color=[style.ours if x["who"] == OURS else style.peer for x in rows],
     )
-    labels = [f"{x['tokens_per_s']:,} tokens/s, {x['peak_gib']:.1f} GiB" for x in rows]
+    labels = [
+        x.get("result") or f"{x['tokens_per_s']:,} tokens/s, {x['peak_gib']:.1f} GiB" for x in rows
+    ]
     bottom.bar_label(bars, labels, padding=4)
     bottom.set_yticks(places, [f"{x['model']}, {x['who']}" for x in rows])
     for axes, most in ((top, "forward_backward_ms"), (bottom, "tokens_per_s")):
@@ -169,7 +168,7 @@ def draw_lengths(figure: Any, data: Data, style: Style) -> None:
     """Draws a row of panels for each device: time, and memory."""
     devices = list(dict.fromkeys(x["device"] for x in data))
     panels = figure.subplots(len(devices), 2, squeeze=False)
-    names = list(dict.fromkeys(x["implementation"] for x in data))
+    names = sorted({x["implementation"] for x in data}, key=lambda name: name != "mosaic_gpu")
     for device, pair in zip(devices, panels, strict=True):
         for axes, value, title in zip(
             pair,
@@ -179,11 +178,14 @@ def draw_lengths(figure: Any, data: Data, style: Style) -> None:
         ):
             for name in names:
                 rows = [x for x in data if (x["device"], x["implementation"]) == (device, name)]
+                if not rows:
+                    continue
                 axes.plot(
                     [x["T"] for x in rows],
                     [x[value] for x in rows],
                     marker="o",
                     markersize=4,
+                    linewidth=4 if name == "mosaic_gpu" else 1.5,  # seen below an equal line
                     color=style.lines[names.index(name)],
                     label=name,
                 )
@@ -206,10 +208,11 @@ def decoding() -> Data:
                 {**_model_of(row), "who": OURS, "batch": row["batch"], "tokens_per_s": speed}
             )
     for row in read_results("peers-decode-h200").rows:
-        who = row["peer"].partition(" (")[0]
+        if row["peer"] == "Albatross":  # the row with a CUDA graph has the same speed of many rows
+            continue
         speeds = {1: round(1e3 / row["ms"]), 128: row["tokens_per_s_128"]}
         data += [
-            {**_model_of(row), "who": who, "batch": batch, "tokens_per_s": speed}
+            {**_model_of(row), "who": row["peer"], "batch": batch, "tokens_per_s": speed}
             for batch, speed in speeds.items()
         ]
     return data
@@ -259,10 +262,7 @@ FIGURES = {
     "results": Figure(
         (5.6, 5.4),
         draw_main_results,
-        (
-            *("wkv7-h200", "peers-wkv7-h200", "wkv7-beside-jax-linear-attention-h200"),
-            *("train-step-h200", "peers-train-step-h200"),
-        ),
+        ("wkv7-h200", "train-step-h200", "peers-train-step-h200"),
         main_results,
     ),
     "lengths": Figure(

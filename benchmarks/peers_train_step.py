@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 from peers_models import fla_model, rwkv_lm_model
-from results import revisions, write_results
+from results import Row, revisions, write_results
 
 from goose_jax import RWKV7Config
 
@@ -94,26 +94,40 @@ def make_step(settings: Settings) -> Callable[[], torch.Tensor]:
     return step
 
 
+def measure(settings: Settings) -> Row:
+    """Returns speed and memory of a training step, or that memory is not enough for it."""
+    try:
+        step = make_step(settings)
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        first_step_seconds = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(settings.rounds + 1):
+            start = time.perf_counter()
+            for _ in range(settings.steps):
+                loss = step()
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / settings.steps)
+    except torch.OutOfMemoryError as error:
+        print(error)
+        return {"result": "out of memory"}
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    per_step = float(np.median(seconds[1:]))  # the first warms up
+    return {
+        "tokens_per_s": round(settings.batch_size * settings.sequence_length / per_step),
+        "ms_per_step": round(1e3 * per_step, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "first_step_s": round(first_step_seconds, 1),
+    }
+
+
 def main(settings: Settings) -> None:
     json = settings.json and settings.json.resolve()
     versions = revisions(settings.sources, (settings.peer,))
     torch.manual_seed(0)
-    step = make_step(settings)
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    first_step_seconds = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(settings.rounds + 1):
-        start = time.perf_counter()
-        for _ in range(settings.steps):
-            loss = step()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / settings.steps)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}")
-    per_step = float(np.median(seconds[1:]))  # the first warms up
     row = {
         "layers": settings.num_layers,
         "width": settings.hidden_size,
@@ -123,12 +137,9 @@ def main(settings: Settings) -> None:
         "sequence_length": settings.sequence_length,
         "compute_dtype": "bfloat16",
         "remat": "none",
-        "tokens_per_s": round(settings.batch_size * settings.sequence_length / per_step),
-        "ms_per_step": round(1e3 * per_step, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "first_step_s": round(first_step_seconds, 1),
+        **measure(settings),
     }
-    print(f"{row}, loss {loss.item():.3f}")
+    print(row)
     write_results(json, [row], versions)
 
 

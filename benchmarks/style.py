@@ -44,14 +44,14 @@ STYLES = {
         text="#24292f",
         ours="#d9730d",
         peer="#a8b1bd",
-        lines=("#d9730d", "#2f6fb3", "#3d8b5a", "#8a5fb0"),
+        lines=("#d9730d", "#2f6fb3", "#3d8b5a", "#8a5fb0", "#b0413e"),
         soft=("#fbe3cb", "#d7e6f5", "#d9eede", "#e9dff2"),
     ),
     "dark": Style(
         text="#dfe3e8",
         ours="#f39a3d",
         peer="#66707c",
-        lines=("#f39a3d", "#6ea8e0", "#74c28f", "#bd9be0"),
+        lines=("#f39a3d", "#6ea8e0", "#74c28f", "#bd9be0", "#e07a76"),
         soft=("#5a3a18", "#24405e", "#28503a", "#45345c"),
     ),
 }

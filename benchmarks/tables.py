@@ -6,12 +6,12 @@ A page has a table between the lines `<!-- results: NAME -->` and `<!-- /results
 from derive import (
     Table,
     Tried,
-    beside_floor_and_others,
+    beside_fastest_of_others,
     decode_by_model,
     every,
     has,
     pivot,
-    ratios_to_scan,
+    speed_and_memory,
     then,
     with_kinds_of_collectives,
     with_percent,
@@ -29,7 +29,7 @@ RUNS = pivot(
     ("weight_decay",),
     ("held_out_bits_per_byte", "training_bits_per_byte"),
 )
-PEER_STEPS = pivot(("layers", "width"), ("peer",), ("tokens_per_s", "peak_gib"))
+PEER_STEPS = then(speed_and_memory, pivot(("layers", "width"), ("peer",), ("speed",)))
 
 OPERATORS = {
     "operator": "{operator}",
@@ -64,57 +64,29 @@ TABLES = {
             **ERRORS,
         },
     ),
-    "wkv7-xla-h200": Table(
-        ("wkv7-xla-h200",),
-        {
-            "B, T, H, K": SHAPE,
-            "implementation": "{implementation}",
-            **TIMES,
-            "MiB": "{temp_mib:.0f}",
-            "compile s": "{compile_s:.1f}",
-            **ERRORS,
-        },
-    ),
     "wkv7-h200": Table(
-        ("wkv7-h200", "wkv7-floor-h200", "peers-wkv7-h200"),
+        ("wkv7-h200",),
         {
             "B, T, H, K": SHAPE,
             "forward, ms": "{forward_ms:.3f}",
             "forward + backward, ms": "{forward_backward_ms:.3f}",
-            "MiB": "{temp_mib:.0f}",
-            "floor, ms": "{floor_forward_ms:.2f} / {floor_forward_backward_ms:.2f}",
-            "best of others, ms": "{best_forward_ms:g} / {best_forward_backward_ms:g}",
+            "floor, ms": "{floor_forward_ms:.2f}, {floor_forward_backward_ms:.2f}",
+            "fastest of others, ms": "{other} {other_forward_ms:.3g}, "
+            "{other_forward_backward_ms:.3g}",
         },
-        beside_floor_and_others,
+        beside_fastest_of_others,
     ),
-    "peers-wkv7-h200": Table(
-        ("peers-wkv7-h200",),
+    "wkv7-all-h200": Table(
+        ("wkv7-h200",),
         {
             "B, T, H, K": SHAPE,
-            "peer": "{peer}",
-            "forward, ms": "{forward_ms}",
-            "forward + backward, ms": "{forward_backward_ms}",
-            "extra memory, GiB": "{extra_gib}",
-        },
-    ),
-    "wkv7-beside-jax-linear-attention-h200": Table(
-        ("wkv7-beside-jax-linear-attention-h200",),
-        {
-            "B, T, H, K": SHAPE,
-            "implementation": "{implementation}",
-            "forward, ms": "{forward_ms:.3f}",
-            "forward + backward, ms": "{forward_backward_ms:.3f}",
-        },
-    ),
-    "wkv7-beside-fla-h200": Table(
-        ("wkv7-beside-fla-h200",),
-        {
             "implementation": "{implementation}",
             "forward, ms": "{forward_ms:.3f}",
             "forward + backward, ms": "{forward_backward_ms:.3f}",
             "MiB": "{temp_mib:.0f}",
             **ERRORS,
         },
+        has(B=...),
     ),
     "wkv7-nsight-h100": Table(
         ("wkv7-nsight-h100",),
@@ -134,7 +106,7 @@ TABLES = {
             "Tokens, T = 2500": "{described}",
             "kernels: o, largest gradient": "{mosaic_gpu_error_o:.1e}, {mosaic_gpu_worst}",
             '`precision="high"`': "{high_precision_error_o:.1e}, {high_precision_worst}",
-            "FLA 0.6.0": "{FLA_error_o:.1e}, {FLA_worst}",
+            "FLA": "{FLA_error_o:.1e}, {FLA_worst}",
         },
         then(
             has(tokens=...),
@@ -215,8 +187,8 @@ TABLES = {
         ("peers-train-step-h200",),
         {
             "model": MODEL,
-            "RWKV-LM: tokens/s, GiB": "{RWKV_LM_tokens_per_s:,}, {RWKV_LM_peak_gib:.1f}",
-            "FLA 0.6.0: tokens/s, GiB": "{FLA_0_6_0_tokens_per_s:,}, {FLA_0_6_0_peak_gib:.1f}",
+            "RWKV-LM: tokens/s, GiB": "{RWKV_LM_speed}",
+            "FLA: tokens/s, GiB": "{FLA_speed}",
         },
         PEER_STEPS,
     ),
@@ -254,7 +226,7 @@ TABLES = {
         {
             "Model": MODEL,
             "peer": "{peer}",
-            "one row, ms per token": "{ms}",
+            "one row, ms per token": "{ms:.2f}",
             "128 rows, tokens/s": "{tokens_per_s_128:,}",
             "reading 2,048 tokens, tokens/s": "{prefill_tokens_per_s:,}",
         },
@@ -278,22 +250,25 @@ TABLES = {
         ("decode-ratios",),
         {"": "{what}", "GPU": "{gpu}", "ratio": "{ratio}"},
     ),
-    "wkv7-recurrent": Table(
-        ("wkv7-recurrent",),
+    "wkv7-recurrent-h200": Table(
+        ("wkv7-recurrent-h200",),
         {
             "B, T": "{B}, {T}",
-            "forward": "{forward_ratio:.2f}",
-            "forward and backward": "{forward_backward_ratio:.2f}",
+            "scan: forward, with backward, ms": "{recurrent_forward_ms:.3f}, "
+            "{recurrent_forward_backward_ms:.3f}",
+            "kernel: forward, with backward, ms": "{recurrent_mosaic_gpu_forward_ms:.3f}, "
+            "{recurrent_mosaic_gpu_forward_backward_ms:.3f}",
         },
-        ratios_to_scan,
+        pivot(("B", "T"), ("implementation",), ("forward_ms", "forward_backward_ms")),
     ),
     "chat": Table(
-        ("chat",),
+        ("chat-h200", "chat-cpu"),
         {
             "Device": "{device}",
             "model": MODEL,
-            "before, tokens/s": "{before_tokens_per_s:,}",
-            "now, tokens/s": "{tokens_per_s:,}",
+            "first text, ms": "{first_ms:.0f}",
+            "tokens/s": "{tokens_per_s:,.0f}",
+            "whole reply, s": "{reply_s:.2f}",
         },
     ),
     "finetuning-cpu": Table(

@@ -360,7 +360,10 @@ def print_hard_errors(names: tuple[str, ...], shape: Shape, dtype: str) -> list[
             row = " | ".join(f"{x:.1e}" for x in errors)
             print(f"| {kind} | {name} | {row} |", flush=True)
             results = zip(("o", "dr", "dlog_decay", "dk", "dv", "da", "db"), errors, strict=True)
-            named = {f"error_{result}": float(f"{x:.2e}") for result, x in results}
+            named = {
+                f"error_{result}": "NaN" if np.isnan(x) else float(f"{x:.2e}")
+                for result, x in results
+            }
             rows.append({"tokens": kind, "implementation": name, "dtype": dtype, **named})
     return rows
 

@@ -28,18 +28,6 @@ def numbers(value):
         yield float(value)
 
 
-# Measured by others' code or before files of measurements were kept. A new file must not be here.
-NOT_RECORDED_IN = {
-    "chat",
-    "peers-decode-h200",
-    "peers-train-step-h200",
-    "peers-wkv7-h200",
-    "wkv7-beside-jax-linear-attention-h200",
-    "wkv7-floor-h200",
-    "wkv7-recurrent",
-}
-
-
 def test_files_say_when_where_and_how(benchmarks):
     results = benchmarks("results")
     assert RESULTS
@@ -47,9 +35,8 @@ def test_files_say_when_where_and_how(benchmarks):
         found = results.read_results(path.stem)
         assert {"jax", "cuda"} <= found.versions.keys() or "python" in found.versions, path
         said = (found.date, found.hardware, found.commit, found.command, *found.versions.values())
-        unknown = any(results.NOT_RECORDED in x for x in said)
-        assert unknown == (path.stem in NOT_RECORDED_IN), path
-        assert re.fullmatch(r"[0-9a-f]{40}( \+ changes)?|not recorded", found.commit), path
+        assert not any(results.NOT_RECORDED in x for x in said), path
+        assert re.fullmatch(r"[0-9a-f]{40}( \+ changes)?", found.commit), path
         assert all(found.rows), path
         for row in found.rows:  # which may be of other days and commits
             assert re.fullmatch("[0-9a-f]{40}", row.get("commit", "0" * 40)), (path, row)
@@ -84,8 +71,7 @@ def test_every_number_of_a_table_is_in_its_files(benchmarks):
             files = [ROOT / f"benchmarks/results/{x}.json" for x in tables[name].files]
             rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
             known = {x for row in rows for x in numbers(row)}
-            derived = {a / b for a in known for b in known if b} if "recurrent" in name else set()
-            derived |= {100 * x for x in known if x < 1} if "share" in name else set()
+            derived = {100 * x for x in known if x < 1} if "share" in name else set()
             for line in re.findall(r"^ *\|.*", body, re.MULTILINE)[2:]:
                 for text in re.findall(r"(?<![\w^])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", line):
                     value = float(text.replace(",", ""))
