@@ -168,7 +168,8 @@ def draw_lengths(figure: Any, data: Data, style: Style) -> None:
     """Draws a row of panels for each device: time, and memory."""
     devices = list(dict.fromkeys(x["device"] for x in data))
     panels = figure.subplots(len(devices), 2, squeeze=False)
-    names = sorted({x["implementation"] for x in data}, key=lambda name: name != "mosaic_gpu")
+    names = list(dict.fromkeys(x["implementation"] for x in data))
+    names.sort(key=lambda name: name != "mosaic_gpu")  # ours has the first colour
     for device, pair in zip(devices, panels, strict=True):
         for axes, value, title in zip(
             pair,
