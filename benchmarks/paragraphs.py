@@ -117,6 +117,7 @@ def losses() -> str:
         for name in ("recurrent", "recurrent, mosaic_gpu")
     )
     cpu = {x["implementation"]: x["forward_ms"] for x in has(T=2048)(read_results("wkv7-cpu").rows)}
+    (chat,) = read_results("chat-cpu").rows
     one, two = (row["tokens_per_s"] for row in _one_and_many("fsdp"))
     compiled = _row("train-step-h100", layers=24, width=1024)["compile_s"]
     ratio = kernel["forward_backward_ms"] / kernel["floor_forward_backward_ms"]
@@ -128,6 +129,18 @@ def losses() -> str:
         "**Hard tokens in 16 bits.** Where keys are nearly parallel and little is forgotten, the kernels' "
         f"outputs are off by {100 * parallel_keys['error_o']:.1f} %; where tokens take turns, the gradient "
         f'of b by {100 * in_turn["error_db"]:.0f} %. `precision="high"` avoids that, through XLA.',
+        cell(
+            "**Random tokens in 16 bits.** Outputs of the kernels are off by {kernel:.1e}, those of FLA by {FLA:.1e} "
+            "and those of jax-linear-attention by {jla:.1e}.",
+            {
+                name: _row("wkv7-h200", implementation=who, **LARGE)["error_o"]
+                for name, who in (
+                    ("kernel", "mosaic_gpu"),
+                    ("FLA", "FLA"),
+                    ("jla", "jax-linear-attention"),
+                )
+            },
+        ),
         f"**WKV7 is {ratio:.1f} times above the floor of memory traffic** "
         f"({kernel['forward_backward_ms']:.1f} instead of {kernel['floor_forward_backward_ms']:.1f} ms at 8, 4096, 64 "
         "on an H200).",
@@ -138,6 +151,8 @@ def losses() -> str:
         f"{100 * share:.0f} % of the rate of a copy on an H200.",
         f"**On a CPU, outputs alone** are faster by the plain scan ({cpu['reference']:.1f} ms) than in chunks "
         f"({cpu['xla, bounded']:.1f} ms, 2,048 tokens, 4 heads); chunks pay with gradients.",
+        f"**Chat on a CPU is slow.** A model of {chat['layers']} x {chat['width']} in float32 writes "
+        f"{chat['tokens_per_s']:.0f} tokens/s on two cores.",
         f"**More than two GPUs are not measured.** Two H200s with FSDP are {two / one:.2f} times as fast as one.",
         f"**Compiling takes time**: {compiled:.0f} s for a training step of 24 unrolled layers.",
         "**Not there**: quantised weights, RWKV-7a and 7b, and kernels for rows of more than 128 keys per head.",
@@ -234,7 +249,7 @@ BLOCKS: dict[str, Table | Tried | Paragraph] = {
     "readme-errors": Paragraph(("wkv7-h200", "wkv7-hard-tokens"), errors),
     "readme-losses": Paragraph(
         (
-            *("wkv7-h200", "operators-h200", "wkv7-cpu"),
+            *("wkv7-h200", "operators-h200", "wkv7-cpu", "chat-cpu"),
             *(
                 "wkv7-hard-tokens",
                 "decode-h200",
