@@ -152,7 +152,7 @@ def losses() -> str:
         f"**On a CPU, outputs alone** are faster by the plain scan ({cpu['reference']:.1f} ms) than in chunks "
         f"({cpu['xla, bounded']:.1f} ms, 2,048 tokens, 4 heads); chunks pay with gradients.",
         f"**Chat on a CPU is slow.** A model of {chat['layers']} x {chat['width']} in float32 writes "
-        f"{chat['tokens_per_s']:.0f} tokens/s on two cores.",
+        f"{chat['tokens_per_s']:.0f} tokens/s on two virtual cores.",
         f"**More than two GPUs are not measured.** Two H200s with FSDP are {two / one:.2f} times as fast as one.",
         f"**Compiling takes time**: {compiled:.0f} s for a training step of 24 unrolled layers.",
         "**Not there**: quantised weights, RWKV-7a and 7b, and kernels for rows of more than 128 keys per head.",
