@@ -187,6 +187,15 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert load_checkpoint(run)[1].step == step
 
 
+@pytest.fixture
+def heeded_hangup():
+    """Programs heed SIGHUP, also where the tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded_hangup")
 def test_a_closed_terminal(text, tmp_path, module_compilation_cache):
     """SIGHUP saves, although writing to the terminal is an error from then on."""
     arguments = [*SMALL, "--steps=100000", "--save-every=100000", "--evaluate-every=100000"]
@@ -203,15 +212,18 @@ def test_a_closed_terminal(text, tmp_path, module_compilation_cache):
     metrics = tmp_path / "fox-1" / "metrics.jsonl"
     shown = b""
     deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, shown
-        try:
-            shown += os.read(ours, 10_000)
-        except BlockingIOError:
-            time.sleep(0.05)
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=120) == 129
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, shown
+            try:
+                shown += os.read(ours, 10_000)
+            except BlockingIOError:
+                time.sleep(0.05)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=120) == 129
+    finally:
+        process.kill()
     step = max(step for step, *_ in losses(tmp_path / "fox-1"))
     assert load_checkpoint(tmp_path / "fox-1")[1].step == step
