@@ -225,5 +225,6 @@ def test_a_closed_terminal(text, tmp_path, module_compilation_cache):
         assert process.wait(timeout=120) == 129
     finally:
         process.kill()
+        process.wait()
     step = max(step for step, *_ in losses(tmp_path / "fox-1"))
     assert load_checkpoint(tmp_path / "fox-1")[1].step == step
