@@ -185,7 +185,7 @@ def wide_heads() -> str:
     forward, both = (wide[x] / narrow[x] for x in ("forward_ms", "forward_backward_ms"))
     return wrap(
         f"16 heads of 128 take {forward:.1f} times as long as 32 heads of 64 in the forward, and {both:.1f} "
-        "times as long with the backward."
+        "times as long with the backward, measured on different days."
     )
 
 
