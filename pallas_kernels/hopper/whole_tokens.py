@@ -50,8 +50,6 @@ LOWEST = -3e38
 """Stands for minus infinity, close to the lowest float32: differences to it stay finite."""
 
 _WARPS = 4
-_AT_ONCE = 4
-"""Registers, of eight channels each, that a thread holds of all tokens it works on at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +59,14 @@ class Tokens:
     Attributes:
       count: N.
       channels: C, a multiple of 8.
-      most_blocks: number of blocks that the GPU runs at once.
+      most_blocks: most blocks of the grid; for example as many as the GPU runs at once.
       warpgroups: number of warpgroups of a block, which share each token.
       columns: number of blocks that share each token, the fastest axis "column" of the grid. Each
         has one warpgroup, and 1024 channels or, in the last column, the rest.
+      vectors: number of vectors of 1024 channels that a block works on at a time, in `for_each`:
+        those of several tokens if one has fewer.
+      in_order: whether the tokens of a block follow one another, in `for_each`. Else blocks take
+        tokens in turn.
     """
 
     count: int
@@ -72,6 +74,8 @@ class Tokens:
     most_blocks: int
     warpgroups: int = 1
     columns: int = 1
+    vectors: int = 4
+    in_order: bool = False
 
     @property
     def padded(self) -> int:
@@ -91,12 +95,17 @@ class Tokens:
     @property
     def at_once(self) -> int:
         """Tokens that a block works on at a time, in `for_each`."""
-        return max(1, _AT_ONCE * WIDTH // self.padded)
+        return max(1, self.vectors * WIDTH // self.padded)
+
+    @property
+    def _steps(self) -> int:
+        """Number of steps of all blocks in `for_each`."""
+        return -(-self.count // self.at_once)
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return min(self.most_blocks, -(-self.count // self.at_once))
+        return min(self.most_blocks, self._steps)
 
     @property
     def grid(self) -> dict[str, int]:
@@ -129,11 +138,15 @@ class Tokens:
           The carry after the last tokens.
         """
         block = jax.lax.axis_index("block")
-        steps = -(-self.count // self.at_once)
-        turns = jax.lax.div(steps - 1 - block, jnp.int32(self.blocks)) + 1
+        if self.in_order:
+            turns = jnp.int32(-(-self._steps // self.blocks))
+            begin, stride = block * turns, 1
+        else:
+            turns = jax.lax.div(self._steps - 1 - block, jnp.int32(self.blocks)) + 1
+            begin, stride = block, self.blocks
 
         def step(i, carry):
-            first = (block + i * self.blocks) * self.at_once
+            first = (begin + i * stride) * self.at_once
             return work([first + n for n in range(self.at_once)], carry)
 
         return jax.lax.fori_loop(0, turns, step, carry)
