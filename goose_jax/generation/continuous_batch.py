@@ -333,7 +333,7 @@ class ContinuousBatch:
         slots = self._generating()
         if slots is None:
             return False
-        if slots != self._decoded:
+        if self._settings is None or slots != self._decoded:
             self._decoded, self._settings = slots, _settings_of(slots)
         self._progress, tokens = decode_block(
             self._weights,

@@ -20,9 +20,9 @@ from goose_jax.generation.decoding import (
     Progress,
     RowSettings,
     decode_block,
-    lower_decode_block,
     read_prompts,
     row_settings,
+    trace_decode_block,
 )
 from goose_jax.generation.non_finite import non_finite_logits
 from goose_jax.generation.sampling import SamplingConfig
@@ -202,9 +202,10 @@ def _read_and_compile(
     program = (weights.graphdef, len(prompts), block_size, implementation)
     if program in _COMPILED:
         return read_prompts(weights, prompts, state)
-    lowered = lower_decode_block(
+    traced = trace_decode_block(
         weights, settings, block_size=block_size, implementation=implementation
     )
+    lowered = traced.lower()
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiled = thread.submit(lowered.compile)
         progress = read_prompts(weights, prompts, state)

@@ -109,10 +109,10 @@ def test_a_block_of_tokens_casts_no_matrix(implementation):
     )
 
     def matrices(weights):
-        lowered = decoding.lower_decode_block(
+        traced = decoding.trace_decode_block(
             weights, settings, block_size=4, implementation=implementation
         )
-        return changed_matrices(lowered.as_text(), weights)
+        return changed_matrices(traced.lower().as_text(), weights)
 
     assert matrices(abstract_weights(config)) == []
     # The model itself has matrices to cast, which `changed_matrices` finds.

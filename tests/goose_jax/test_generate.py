@@ -405,7 +405,7 @@ def test_what_is_compiled_ahead_is_what_is_called(model):
             generate(model, [[1]] * 6, max_new_tokens=3)  # a batch size that no other test uses
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled.count("jit(decode_block)") == compiled.count("jit(read_piece)") == 1
+    assert compiled.count("jit(_decode_block)") == compiled.count("jit(read_piece)") == 1
 
 
 def test_prefill_forms_logits_of_the_last_token_only_and_bakes_in_no_parameter(model):
@@ -490,9 +490,7 @@ def programs(sampling):
         stop_tokens=[np.arange(2)] * 4,
         limits=[5] * 4,
     )
-    progress = decoding.init_progress(CONFIG, 4)
-    traced = decoding.decode_block.trace(weights, settings, progress, block_size=2)
-    return str(traced.jaxpr)
+    return str(decoding.trace_decode_block(weights, settings, block_size=2).jaxpr)
 
 
 def test_only_sampling_draws_random_numbers_and_only_filters_sort():
