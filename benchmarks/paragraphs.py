@@ -82,12 +82,12 @@ def errors() -> str:
         cell(
             "{error_o:.1e}, {error_gradients:.1e}", _row("wkv7-h200", implementation=name, **LARGE)
         )
-        for name in ("mosaic_gpu", "high precision", "FLA")
+        for name in ("mosaic_gpu", "high precision", "FLA", "jax-linear-attention")
     ]
     lines = [
         "| bfloat16: relative RMS error of outputs, of the worst gradient | kernels "
-        '| `precision="high"` | FLA |',
-        "| --- | --- | --- | --- |",
+        '| `precision="high"` | FLA | jax-linear-attention |',
+        "| --- | --- | --- | --- | --- |",
         f"| random tokens | {' | '.join(random)} |",
         *TABLES["wkv7-hard-tokens"].markdown().splitlines()[2:],
     ]
@@ -185,7 +185,7 @@ def wide_heads() -> str:
     forward, both = (wide[x] / narrow[x] for x in ("forward_ms", "forward_backward_ms"))
     return wrap(
         f"16 heads of 128 take {forward:.1f} times as long as 32 heads of 64 in the forward, and {both:.1f} "
-        "times as long with the backward, measured on different days."
+        "times as long with the backward, measured in different runs."
     )
 
 
