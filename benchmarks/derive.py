@@ -30,7 +30,7 @@ def cell(template: str, row: Row) -> str:
             return "\N{EN DASH}"
         values = value if isinstance(value, list) else [value]
         texts = [x if isinstance(x, str) else format(x, form) for x in values]
-        return re.sub(r"e-0(?=\d)", "e-", " to ".join(texts))
+        return re.sub(r"e(-?)\+?0*(?=\d)", r"e\1", " to ".join(texts))
 
     return _PLACE.sub(text, template)
 

@@ -107,7 +107,8 @@ TABLES = {
             "kernels: o, largest gradient": "{mosaic_gpu_error_o:.1e}, {mosaic_gpu_worst}",
             '`precision="high"`': "{high_precision_error_o:.1e}, {high_precision_worst}",
             "FLA": "{FLA_error_o:.1e}, {FLA_worst}",
-            "jax-linear-attention": "{jax_linear_attention_error_o:.1e}, {jax_linear_attention_worst}",
+            "jax-linear-attention": "{jax_linear_attention_error_o:.1e}, "
+            "{jax_linear_attention_worst}",
         },
         then(
             has(tokens=...),

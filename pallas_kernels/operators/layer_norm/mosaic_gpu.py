@@ -34,9 +34,9 @@ def layer_norm_mosaic_gpu(
         scale, bias = tokens.load_parameter(scale_gmem), tokens.load_parameter(bias_gmem)
 
         def normalize(positions, _):
-            x = [tokens.load(x_gmem, position) for position in positions]
-            totals = tokens.sum_channels(scratch[0], x)
-            centered = [_center(tokens, x, total) for x, total in zip(x, totals, strict=True)]
+            loaded = [tokens.load(x_gmem, position) for position in positions]
+            totals = tokens.sum_channels(scratch[0], loaded)
+            centered = [_center(tokens, *pair) for pair in zip(loaded, totals, strict=True)]
             squares = tokens.sum_channels(scratch[1], [x * x for x in centered])
             for position, x, square in zip(positions, centered, squares, strict=True):
                 normed = x * jax.lax.rsqrt(square * (1 / C) + eps)
@@ -82,11 +82,11 @@ def layer_norm_backward_mosaic_gpu(
 
         def add_tokens(positions, totals):
             dscale, dbias = totals
-            x = [tokens.load(x_gmem, position) for position in positions]
+            loaded = [tokens.load(x_gmem, position) for position in positions]
             doutput = [tokens.load(doutput_gmem, position) for position in positions]
             dnormed = [gradient * scale for gradient in doutput]
-            sums = tokens.sum_channels(scratch[0], x + dnormed)
-            centered = [_center(tokens, *pair) for pair in zip(x, sums[:count], strict=True)]
+            sums = tokens.sum_channels(scratch[0], loaded + dnormed)
+            centered = [_center(tokens, *pair) for pair in zip(loaded, sums[:count], strict=True)]
             dots = [x * gradient for x, gradient in zip(centered, dnormed, strict=True)]
             squares = tokens.sum_channels(scratch[1], [x * x for x in centered] + dots)
             if dinput_gmem is not None:  # all loads before the first store
