@@ -9,6 +9,7 @@ numbers it shows, as JSON in its description, so that a test can compare them wi
 import dataclasses
 import html
 import json
+import operator
 import pathlib
 import re
 from collections.abc import Callable
@@ -102,8 +103,14 @@ def main_results() -> Data:
         }
         for x in sorted(operators, key=lambda x: x["forward_backward_ms"])
     ]
-    steps = [(OURS, x) for x in read_results("train-step-h200").rows]
-    steps += [(x["peer"], x) for x in read_results("peers-train-step-h200").rows]
+    ours = read_results("train-step-h200").rows
+    same_work = operator.itemgetter("layers", "width", "batch_size")
+    steps = [(OURS, x) for x in ours]
+    steps += [
+        (x["peer"], x)
+        for x in read_results("peers-train-step-h200").rows
+        if same_work(x) in map(same_work, ours)
+    ]
     for layers, width in STEPS:
         of_model = [(w, x) for w, x in steps if (x["layers"], x["width"]) == (layers, width)]
         for who, x in sorted(of_model, key=lambda pair: -pair[1].get("tokens_per_s", 0)):

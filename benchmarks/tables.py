@@ -29,7 +29,10 @@ RUNS = pivot(
     ("weight_decay",),
     ("held_out_bits_per_byte", "training_bits_per_byte"),
 )
-PEER_STEPS = then(speed_and_memory, pivot(("layers", "width"), ("peer",), ("speed",)))
+PEER_STEPS = then(
+    speed_and_memory,
+    pivot(("layers", "width", "batch_size", "sequence_length"), ("peer",), ("speed",)),
+)
 
 OPERATORS = {
     "operator": "{operator}",
@@ -44,9 +47,10 @@ FROM_WHAT_FORWARD_KEEPS = {
         for name in ("mosaic_gpu_ms", "xla_ms", "mosaic_gpu_floor_ms")
     )
 }
+BATCH = "{batch_size} x {sequence_length}"
 TRAINING = {
     "model": f"{MODEL}, {{parameters_millions:,}} million parameters",
-    "batch": "{batch_size} x {sequence_length}",
+    "batch": BATCH,
     "tokens/s": "{tokens_per_s:,}",
     "ms": "{ms_per_step:.1f}",
     "GiB planned": "{planned_gib:.1f}",
@@ -150,7 +154,9 @@ TABLES = {
             "median ratio": "{median_ratio:.2f}",
         },
     ),
-    "train-step-h200": Table(("train-step-h200",), TRAINING),
+    "train-step-h200": Table(
+        ("train-step-h200",), TRAINING | {"first step after, s": "{first_step_s:.0f}"}
+    ),
     "train-step-cpu": Table(
         ("train-step-cpu",),
         {
@@ -189,6 +195,7 @@ TABLES = {
         ("peers-train-step-h200",),
         {
             "model": MODEL,
+            "batch": BATCH,
             "RWKV-LM: tokens/s, GiB": "{RWKV_LM_speed}",
             "FLA: tokens/s, GiB": "{FLA_speed}",
         },
