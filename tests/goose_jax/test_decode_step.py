@@ -120,6 +120,25 @@ def test_a_block_of_tokens_casts_no_matrix(implementation):
     assert {"128x48", "128x128"} <= {shape.removeprefix("2x") for shape in unprepared}
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have no such option")
+def test_a_cpu_decodes_in_the_order_that_needs_least_memory():
+    settings = decoding.row_settings(
+        seeds=[(0, 0)],
+        sampling=[SamplingConfig(temperature=0)],
+        stop_tokens=[np.arange(1)],
+        limits=[2],
+    )
+    weights = prepare_decoding(random_model(0))
+    lowered = decoding.trace_decode_block(weights, settings, block_size=1).lower()
+    order = lowered.compile().as_text()
+
+    def in_order(name):
+        option = f"CPU_SCHEDULER_TYPE_{name}_OPTIMIZED"
+        return lowered.compile({"xla_cpu_scheduler_type": option}).as_text()
+
+    assert order == in_order("MEMORY") != in_order("CONCURRENCY")
+
+
 def test_a_block_of_other_values_traces_nothing(monkeypatch):
     def run(seed, rows=1):
         settings = decoding.row_settings(

@@ -11,7 +11,7 @@ from pallas_kernels.hopper.whole_tokens import WIDTH, Tokens
 from pallas_kernels.operators.layer_norm.reference import Cotangents, of_norm_and_input
 
 _VECTORS_OF_BLOCK = 8
-"""Vectors that a block of the forward has in all: it is done early, and blocks stay in order."""
+"""Vectors of all tokens of a block of the forward. With few, the next tokens begin in order."""
 
 _VECTORS_AT_ONCE = 2
 """Vectors that a block of the backward works on at a time."""
