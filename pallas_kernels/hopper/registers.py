@@ -168,6 +168,37 @@ def are_between(*tiles: tuple[jax.Array, float, float]) -> jax.Array:
     return uniform(inline(functools.partial(_are_between, bounds=bounds))(*arrays)) != 0
 
 
+def largest_exponent(x: jax.Array, vector: Any, first: jax.Array) -> jax.Array:
+    """Returns the exponent of the largest magnitude in a tile, an int32 scalar.
+
+    It is e if that magnitude is at least 2^e and less than 2^(e + 1); 128 if there is an infinite
+    number or a NaN; -127 if all magnitudes are less than 2^-126. Waits for all threads of the
+    warpgroup.
+
+    Args:
+      x: bfloat16.
+      vector: float32 in shared memory, to exchange numbers between warps.
+      first: the first one of four entries of `vector` for that. No other warpgroup may use them.
+    """
+    if is_interpreted():
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) & 0x7FFF
+        return (bits.max() >> 7) - 127
+    inline = plgpu.inline_mgpu(
+        arg_types=(TILE_LAYOUT, plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
+    )
+    return uniform(inline(_largest_exponent)(x, vector, first))
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """Returns `2^exponent`, a float32 scalar, of an int32 scalar between -126 and 127."""
+    bits = (exponent + 127) << 23
+    if is_interpreted():
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    result = plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR)
+    return plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=result)(_float_of_bits)(bits)
+
+
 def store(*pairs: tuple[Any, jax.Array]) -> None:
     """Writes 16-bit tiles to shared memory and makes them visible to tensor cores.
 
@@ -242,37 +273,19 @@ def keep_triangle(*tiles: jax.Array, lower: bool, strictly: bool = False) -> tup
     return inline(functools.partial(_keep_triangle, lower=lower, strictly=strictly))(*tiles)
 
 
-def with_diagonal(x: jax.Array, value: float | jax.Array, *, negated: bool = False) -> jax.Array:
-    """Replaces the diagonal of a tile.
+def with_diagonal(x: jax.Array, value: float, *, negated: bool = False) -> jax.Array:
+    """Replaces the diagonal of a tile by one number.
 
     Args:
       x: bfloat16.
-      value: the new entries of the diagonal: one number, or a bfloat16 tile that has them.
+      value: the number.
       negated: whether the other entries change their sign.
     """
     if is_interpreted():
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
         return jnp.where(row == column, jnp.asarray(value, jnp.bfloat16), -x if negated else x)
-    tiles = (x, value) if isinstance(value, jax.Array) else (x,)
-    number = None if isinstance(value, jax.Array) else value
-    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * len(tiles), return_type=TILE16)
-    return inline(functools.partial(_with_diagonal, value=number, negated=negated))(*tiles)
-
-
-def row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the dot product of each row of x with that of y, `[64]` float32.
-
-    Sums of four and of eight products are rounded to bfloat16, which makes it quick.
-
-    Args:
-      x: bfloat16.
-      y: bfloat16.
-    """
-    if is_interpreted():
-        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
-    result = in_registers(jnp.float32, 8)
-    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,) * 2, return_type=result)
-    return jnp.sum(inline(_row_dots)(x, y), axis=1)
+    inline = plgpu.inline_mgpu(arg_types=(TILE_LAYOUT,), return_type=TILE16)
+    return inline(functools.partial(_with_diagonal, value=value, negated=negated))(x)
 
 
 def first_zeros(x: jax.Array) -> jax.Array:
@@ -484,6 +497,35 @@ def _largest(x: Any) -> Any:
     return utils.bitcast(largest, f32)
 
 
+def _float_of_bits(_: Any, bits: Any) -> Any:
+    number = utils.bitcast(bits.registers.item(), ir.F32Type.get())
+    return mgpu.FragmentedArray.splat(number, (), is_signed=None)
+
+
+def _largest_exponent(_: Any, x: Any, vector: Any, first: Any) -> Any:
+    i32, index = integer(0).type, ir.IndexType.get()
+    largest = utils.inline_ptx(
+        "redux.sync.max.u32 $0, $1, 0xffffffff;",
+        utils.bitcast(_largest(x), i32),
+        result_types=i32,
+        has_side_effects=True,
+        convergent=True,
+    )
+    thread = thread_index()
+    warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
+    in_warp = arith.andi(thread, integer(31))
+    start = first.registers.item()
+    with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, in_warp, integer(0))):
+        at = arith.index_cast(index, arith.addi(start, warp))
+        memref.store(utils.bitcast(largest, ir.F32Type.get()), vector, [at])
+    utils.warpgroup_barrier()
+    for i in range(4):
+        at = arith.index_cast(index, arith.addi(start, integer(i)))
+        largest = arith.maxui(largest, utils.bitcast(memref.load(vector, [at]), i32))
+    exponent = arith.subi(arith.shrui(largest, integer(23)), integer(127))
+    return mgpu.FragmentedArray.splat(exponent, (), is_signed=True)
+
+
 def _are_between(_: Any, *tiles: Any, bounds: Sequence[tuple[float, float]]) -> Any:
     f32, i1 = ir.F32Type.get(), ir.IntegerType.get_signless(1)
     predicate = arith.CmpFPredicate
@@ -609,7 +651,7 @@ def _store_exp2_of_row(_: Any, ref: Any, strip: Any, number: Any, row: int) -> N
                 memref.store(power, ref, [at])
 
 
-def _with_diagonal(_: Any, x: Any, *tile: Any, value: float | None, negated: bool) -> Any:
+def _with_diagonal(_: Any, x: Any, value: float, negated: bool) -> Any:
     thread = thread_index()
     warp = arith.andi(arith.shrui(thread, integer(5)), integer(3))
     row = arith.andi(arith.shrui(thread, integer(2)), integer(7))
@@ -618,11 +660,8 @@ def _with_diagonal(_: Any, x: Any, *tile: Any, value: float | None, negated: boo
     second = arith.cmpi(equal, row, arith.addi(column, integer(1)))
     mask = arith.select(second, integer(-(1 << 16)), integer(0))
     mask = arith.select(arith.cmpi(equal, row, column), integer((1 << 16) - 1), mask)
-    if value is None:
-        new = [to_bits(pair) for pair in tile[0].registers.flat]
-    else:
-        bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
-        new = [integer(bits << 16 | bits)] * x.registers.size
+    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+    new = integer(bits << 16 | bits)
     registers = []
     for i, pair in enumerate(x.registers.flat):
         columns, half = divmod(i, 2)
@@ -633,30 +672,9 @@ def _with_diagonal(_: Any, x: Any, *tile: Any, value: float | None, negated: boo
             of_warp = arith.cmpi(equal, warp, integer(columns // 2))
             diagonal = arith.select(of_warp, mask, integer(0))
             others = arith.xori(diagonal, integer(-1))
-            register = arith.ori(arith.andi(register, others), arith.andi(new[i], diagonal))
+            register = arith.ori(arith.andi(register, others), arith.andi(new, diagonal))
         registers.append(register)
     return like(x, registers)
-
-
-def _row_dots(_: Any, x: Any, y: Any) -> Any:
-    """Returns for each row the sums of every eighth product, `[64, 8]`."""
-    pairs = [[to_bits(pair) for pair in tile.registers.flat] for tile in (x, y)]
-    zero = integer(0)
-
-    def of_every_fourth(first: int) -> Any:
-        total = zero
-        for of_x, of_y in zip(*(tile[first::4] for tile in pairs), strict=True):
-            total = utils.inline_ptx(
-                "fma.rn.bf16x2 $0, $1, $2, $3;", of_x, of_y, total, result_types=zero.type
-            )
-        return total
-
-    sums = []
-    for half in range(2):  # two sums each, which need not wait for one another
-        totals = [of_every_fourth(half), of_every_fourth(half + 2)]
-        total = utils.inline_ptx("add.rn.bf16x2 $0, $1, $2;", *totals, result_types=zero.type)
-        sums.append(pair_of(*widen_bits(total)))
-    return tile_of(sums, 8, ir.F32Type.get())
 
 
 def _first_zeros(_: Any, x: Any) -> Any:

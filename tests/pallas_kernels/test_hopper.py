@@ -18,10 +18,11 @@ from pallas_kernels.hopper.registers import (
     first_zeros,
     halves_of,
     keep_triangle,
+    largest_exponent,
     load,
     narrow,
     narrow_pairs,
-    row_dots,
+    power_of_two,
     store,
     store_exp2_of_row,
     store_strips,
@@ -186,27 +187,45 @@ def test_diagonals(negated, interpret):
 
 
 @on_each_device
-def test_diagonals_of_another_tile(interpret):
-    tiles = jnp.asarray(np.random.default_rng(0).normal(size=(2, TILE, TILE)), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("largest", "exponent"),
+    [
+        (1.0, 0),
+        (-1.9921875, 0),
+        (2.0, 1),
+        (-(2.0**-126), -126),
+        (2.0**-127, -127),
+        (0.0, -127),
+        (3e38, 127),
+        (-np.inf, 128),
+        (np.nan, 128),
+    ],
+)
+def test_exponent_of_the_largest_number(largest, exponent, interpret):
+    small = np.nan_to_num(0.9 * largest, posinf=1, neginf=1)
+    tile = small * np.random.default_rng(0).uniform(-1, 1, size=(TILE, TILE))
+    tile[37, 21] = largest
 
-    def replace(x, y):
-        return with_diagonal(load(x), load(y))
+    def body(x_gmem, power_gmem, vector):
+        x = plgpu.load(x_gmem, layout=TILE_LAYOUT, optimized=False)
+        found = largest_exponent(x, vector, jnp.int32(4))
+        vector[16] = found.astype(jnp.float32)
+        # The exponents of powers that float32 has.
+        vector[17] = power_of_two(jnp.clip(found, -126, 127))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(vector, power_gmem)
+        plgpu.wait_smem_to_gmem(0)
 
-    expected, other = np.asarray(tiles, np.float64)
-    np.fill_diagonal(expected, np.diag(other))
-    np.testing.assert_array_equal(in_shared_memory(replace, tiles, interpret), expected)
-
-
-@on_each_device
-def test_dot_products_of_rows(interpret):
-    tiles = small_integers(2)
-
-    def multiply(x, y):
-        return narrow(spread_rows(row_dots(load(x), load(y))))
-
-    x, y = np.asarray(tiles, np.float64)
-    expected = np.broadcast_to((x * y).sum(1, keepdims=True), (TILE, TILE))
-    np.testing.assert_array_equal(in_shared_memory(multiply, tiles, interpret), expected)
+    kernel = Target(interpret=interpret).kernel(
+        body,
+        name="exponent",
+        out_type=jax.ShapeDtypeStruct((64,), jnp.float32),
+        grid={"block": 1},
+        scratch_types=[plgpu.SMEM((64,), jnp.float32)],
+    )
+    found = np.asarray(kernel(jnp.asarray(tile, jnp.bfloat16)))
+    assert found[16] == exponent
+    assert found[17] == 2.0 ** np.clip(exponent, -126, 127)
 
 
 @on_each_device

@@ -13,6 +13,7 @@ DECAYS = {
     "rwkv7": lambda rng, shape: RWKV7_BOUND / (1 + np.exp(-rng.normal(size=shape))),
     "tiny": lambda rng, shape: np.full(shape, -1e-6),
     "slow": lambda rng, shape: np.full(shape, -3e-3),
+    "little": lambda rng, shape: rng.uniform(-0.125, 0, size=shape),
     "by chunks": lambda rng, shape: np.where(
         np.arange(shape[1])[:, None, None] // 64 % 2 == 0, RWKV7_BOUND, np.full(shape, -1e-3)
     ),
@@ -29,7 +30,7 @@ DECAYS = {
 }
 """Log decays by name."""
 
-_BOUNDED = ("rwkv7", "tiny", "slow", "bound", "by chunks", "-1e-3", "-1e-4", "-1e-5")
+_BOUNDED = ("rwkv7", "tiny", "slow", "little", "bound", "by chunks", "-1e-3", "-1e-4", "-1e-5")
 """Decays that keep RWKV-7's bound."""
 
 HARD = {
@@ -61,7 +62,7 @@ class Case:
       state: whether a state is carried in.
       dtype: one that represents the inputs and the gradient of the outputs exactly; for states,
         which are never narrower, it is always float32.
-      factors: names of inputs, and what they are multiplied by.
+      factors: names of inputs, or do or d_final, and what they are multiplied by.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -114,7 +115,8 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
         "initial_state": rng.normal(size=state_shape) if case.state else None,
     }
     for name, factor in case.factors:
-        inputs[name] = inputs[name] * factor
+        if name in inputs:
+            inputs[name] = inputs[name] * factor
     for name, x in inputs.items():
         if x is not None:
             inputs[name] = _round(x, "float32" if name == "initial_state" else case.dtype)
@@ -130,6 +132,8 @@ def make_cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     state_shape = (B, H, K, V) if case.num_segments is None else (B, case.num_segments, H, K, V)
     do, d_final = (rng.normal(size=shape) for shape in ((B, T, H, V), state_shape))
+    factors = dict(case.factors)
+    do, d_final = do * factors.get("do", 1.0), d_final * factors.get("d_final", 1.0)
     return _round(do, case.dtype), _round(d_final, "float32")
 
 

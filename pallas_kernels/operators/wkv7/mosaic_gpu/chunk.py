@@ -65,8 +65,8 @@ def decays_from_middle(log_decay: Any, sums_smem: Any) -> jax.Array:
     return g * LOG2E
 
 
-_MOST_LOG_DECAY = 2.0**-5
-"""Half a chunk of them changes numbers by a factor of e at most."""
+_MOST_LOG_DECAY = 2.0**-3
+"""Half a chunk of them changes numbers by a factor of e^4, about 55, at most."""
 
 
 def little_decay(log_decay: Any, strip: int) -> tuple[jax.Array, float, float]:
@@ -100,7 +100,11 @@ def since_token(g: jax.Array) -> jax.Array:
 
 
 def store_decays_of_chunk(
-    log_decay: Strip, g: jax.Array, until_middle: Any, from_middle: Any
+    log_decay: Strip,
+    g: jax.Array,
+    until_middle: Any,
+    from_middle: Any,
+    exponent: jax.Array | None = None,
 ) -> None:
     """Writes `exp(m)` and `exp(gL - m)` of some channels to shared memory.
 
@@ -111,7 +115,11 @@ def store_decays_of_chunk(
       g: `decays_from_middle` of them.
       until_middle: `[64]` float32, gets `exp(m)`.
       from_middle: `[64]` float32, gets `exp(gL - m)`.
+      exponent: float32 scalar: `exp(gL - m)` is multiplied by this power of two, and `exp(m)`
+        divided by it. None for neither.
     """
-    first_row = load32(log_decay) * LOG2E - g
+    first_row, last_row = load32(log_decay) * LOG2E - g, g
+    if exponent is not None:
+        first_row, last_row = first_row - exponent, last_row + exponent
     store_exp2_of_row(until_middle, first_row, 0, log_decay.number)
-    store_exp2_of_row(from_middle, g, TILE - 1, log_decay.number)
+    store_exp2_of_row(from_middle, last_row, TILE - 1, log_decay.number)

@@ -51,11 +51,12 @@ class Residuals:
 
     Attributes:
       inputs: `[B, T, H, K or V]` bfloat16.
-      X: `[B, H, chunks, 64, 64]` bfloat16, the triangular inverses. The backward could compute them
+      X: `[B, H, chunks, 64, 64]` 16 bits, the triangular inverses. The backward could compute them
         again, but that takes longer than to read them.
-      entries: `[B, H, chunks, V, K]` bfloat16, S^ of each chunk.
-      U: `[B, H, chunks, 64, V]` bfloat16, what the tokens write with b. The forward computes it
+      entries: `[B, H, chunks, V, K]` 16 bits, S^ of each chunk.
+      U: `[B, H, chunks, 64, V]` 16 bits, what the tokens write with b. The forward computes it
         with states of twice the digits, which it does not keep.
+      formats: what `entries`, U and X are, of `outputs`; None if they are bfloat16.
       bounds: of segments that begin within chunks, or None.
       transfers: of the states of segments, or None.
       from_zero: whether no initial state was given.
@@ -65,6 +66,7 @@ class Residuals:
     X: jax.Array
     entries: jax.Array
     U: jax.Array
+    formats: jax.Array | None
     bounds: SegmentBounds | None
     transfers: Transfers | None
     from_zero: bool = dataclasses.field(metadata={"static": True})
@@ -79,6 +81,7 @@ _KEPT = Results(
     entries="B H chunks V K",
     U="B H chunks token V",
     X="B H chunks token token",
+    formats="B H chunks value_block format",
 )
 _outputs = partitioned(
     outputs_in_pieces, Layout((_INPUTS, _STATES, *_SEGMENTS), _KEPT, independent="B H")
@@ -90,6 +93,7 @@ def _gradients(
     X: jax.Array,
     entries: jax.Array,
     U: jax.Array,
+    formats: jax.Array | None,
     bounds: SegmentBounds | None,
     transfers: Transfers | None,
     do: jax.Array,
@@ -104,18 +108,17 @@ def _gradients(
     `d_final` may be None for zeros, if N is 1.
     """
     found = state_gradients(
-        target, inputs, X, do, d_final, bounds, transfers, scale=scale, from_zero=from_zero
+        target, inputs, X, formats, do, d_final, bounds, transfers, scale=scale, from_zero=from_zero
     )
-    d_inputs = input_gradients(
-        target, inputs, do, entries, U, found.exits, found.dW, bounds, scale=scale
-    )
+    of_states = found.exits, found.dW, found.formats
+    d_inputs = input_gradients(target, inputs, do, entries, U, *of_states, bounds, scale=scale)
     return d_inputs, found.d_initial
 
 
 _partitioned_gradients = partitioned(
     _gradients,
     Layout(
-        (_INPUTS, _KEPT.X, _KEPT.entries, _KEPT.U, *_SEGMENTS, _KEPT.o, _STATES),
+        (_INPUTS, _KEPT.X, _KEPT.entries, _KEPT.U, _KEPT.formats, *_SEGMENTS, _KEPT.o, _STATES),
         (_INPUTS, _STATES),
         independent="B H",
     ),
@@ -148,6 +151,7 @@ def _chunked_forward(target, scale, *primals):
         X=checkpoint_name(results.X, KEPT),
         entries=checkpoint_name(results.entries, KEPT),
         U=checkpoint_name(results.U, KEPT),
+        formats=None if results.formats is None else checkpoint_name(results.formats, KEPT),
         bounds=bounds,
         transfers=transfers,
         from_zero=initial is None,
@@ -168,6 +172,7 @@ def _chunked_backward(target, scale, residuals, gradients):
         residuals.X,
         residuals.entries,
         residuals.U,
+        residuals.formats,
         bounds,
         transfers,
         do,

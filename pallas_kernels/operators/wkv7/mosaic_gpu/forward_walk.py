@@ -21,7 +21,7 @@ chooses for each chunk. What CARRY cannot hold in float16, the state and U, it k
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,6 @@ from pallas_kernels.hopper.registers import (
     narrow,
     store,
     store_strips,
-    uniform,
     widen,
 )
 from pallas_kernels.hopper.ring import Ring, slots_that_fit
@@ -71,33 +70,31 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
 from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
 from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT16_BUT_STATE,
     Chunk,
+    Formats,
     advance,
-    begin_step,
+    advance_in_float16,
     chunk_tiles,
-    finish_step,
-    next_state,
-    reading,
+    may_choose,
     solve,
-    store_read,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.walks import Walks
 
 _PREPARE, _CARRY, _LAST = 2, 2, 3  # warpgroups 0 and 1 prepare
 
-# What a chunk's numbers are.
-BFLOAT16, FLOAT16, FLOAT16_BUT_STATE = range(3)
-
 _LEAST = 2.0**-8
 """Where the largest numbers are smaller, float16 has fewer digits than bfloat16 has."""
 
-_MOST = {"r": 8.0, "k": 16.0, "v": 256.0, "a": 1.0, "b": 8.0}
+_MOST = {"r": 8.0, "k": 16.0, "v": 256.0, "a": 1.0, "b": 2.0}
 """With these and `_MOST_ROW`, no product of two operands exceeds float16, but for U."""
 
 _MOST_ROW = 8.0
 """Sum of magnitudes in a row of X. RWKV-7 keeps to 5."""
 
-_LEAST_STATE, _MOST_STATE = 2.0**-10, 2.0**15
+_MOST_U = _MOST["v"]
 
 
 class Operands(NamedTuple):
@@ -130,9 +127,12 @@ class Results(NamedTuple):
     Attributes:
       final: `[B, N, H, V, K]` float32, like the initial state.
       o: `[B, T, H, V]` bfloat16, the outputs.
-      entries: `[B, H, chunks, V, K]` bfloat16, S^ of each chunk.
-      U: `[B, H, chunks, 64, V]` bfloat16.
-      X: `[B, H, chunks, 64, 64]` bfloat16, if it is computed here.
+      entries: `[B, H, chunks, V, K]` 16 bits, S^ of each chunk.
+      U: `[B, H, chunks, 64, V]` 16 bits.
+      X: `[B, H, chunks, 64, 64]` 16 bits, if it is computed here.
+      formats: `[B, H, chunks, blocks of 64 values, 2]` int32. The first one is what the chunk's
+        numbers are, among these S^ and U: BFLOAT16, FLOAT16 or FLOAT16_BUT_STATE. The second one is
+        1 if X is float16, or 0 for bfloat16. None if all numbers are bfloat16.
     """
 
     final: Any
@@ -140,6 +140,7 @@ class Results(NamedTuple):
     entries: Any = None
     U: Any = None
     X: Any = None
+    formats: Any = None
 
 
 class Slots(NamedTuple):
@@ -154,9 +155,8 @@ class Slots(NamedTuple):
       b: tiles; then b^.
       X: tiles.
       decays: float32 `[2 slots + 1, 64]`, exp(m) and exp(gL - m) of each slot, and in the last row,
-        if there is a choice, formats: BFLOAT16 or FLOAT16 as PREPARE has chosen for each slot, then
-        what CARRY has made of it. They have no array of their own because memory for an array is a
-        multiple of 1 KiB, and all the rest is taken.
+        if there is a choice, `Formats`. They have no array of their own because memory for an array
+        is a multiple of 1 KiB, and all the rest is taken.
     """
 
     r: list[Any]
@@ -216,7 +216,6 @@ class ForwardWalk:
       scale: factor on r.
       gmem: references to the operands.
       final_gmem: reference to the final states.
-      X_gmem: reference to the X that are computed here and kept, or None.
       slots: references to shared memory.
       scratch: references to shared memory.
       barriers: references.
@@ -229,7 +228,6 @@ class ForwardWalk:
     scale: float
     gmem: Operands
     final_gmem: Any
-    X_gmem: Any
     slots: Slots
     scratch: Scratch
     barriers: Barriers
@@ -289,16 +287,14 @@ class ForwardWalk:
 
     @property
     def chooses(self) -> bool:
-        """Whether a chunk's numbers may be float16. With 128 keys there are no registers for it."""
-        return len(self.slots.k) == 1
+        """Whether a chunk's numbers may be float16."""
+        return may_choose(TILE * len(self.slots.k))
 
-    def format_of(self, slot: jax.Array, *, carried: bool) -> jax.Array:
-        """Returns what the numbers in a slot are, as PREPARE or as CARRY left them."""
-        return uniform(self._formats(carried)[slot].astype(jnp.int32))
-
-    def _formats(self, carried: bool) -> Any:
+    @property
+    def formats(self) -> Formats:
+        """What the numbers in the slots are, if they may be float16."""
         (decays,) = self.slots.decays
-        return decays.at[2 * self.ring.slots, pl.ds(self.ring.slots * carried, self.ring.slots)]
+        return Formats(decays.at[2 * self.ring.slots], self.ring.slots)
 
     def masks_of(self, place: Place, chunk: jax.Array) -> TileMasks:
         """Loads the masks of a chunk."""
@@ -338,8 +334,6 @@ class ForwardWalk:
         plgpu.barrier_wait(self.barriers.sums_loaded)
         prepare = functools.partial(self._prepare, warpgroup)
         self.ring.for_each_in_turn(warpgroup, self.steps, prepare)
-        if self.X_gmem is not None:
-            plgpu.wait_smem_to_gmem(0)
 
     def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         slot = anew(self.ring.slot(step))
@@ -363,69 +357,53 @@ class ForwardWalk:
             t = self.chunk_in(anew(slot))
             tiles = {"k": t.y[0], "v": t.Y, "a": t.x_high[0], "b": t.z[0]}
             bounds = [(load(tile), _LEAST, _MOST[name]) for name, tile in tiles.items()]
-            bounds.append(log_decay(1))
+            bounds.append(log_decay(0))
             for r in self.r_in(anew(slot)):
                 by_scale = 1 / max(abs(self.scale), _LEAST)
                 bounds.append((load(r), _LEAST * by_scale, _MOST["r"] * by_scale))
             within = are_between(*bounds)
             if self.gmem.X is None:
                 return within
-            return within & self._rows_fit(load(t.X), jnp.bfloat16)
+            return within & self._rows_fit(load32(t.X))
 
-        # Half of the channels show it where a chunk forgets much.
-        forgets_little = are_between(log_decay(0))
+        # Half of the channels show it where a chunk forgets much. As RWKV-7 begins to train, the
+        # last channels of a head forget most.
+        forgets_little = are_between(log_decay(1))
         return jax.lax.cond(forgets_little, in_range, lambda: jnp.bool_(False))
 
-    def _rows_fit(self, X: jax.Array, dtype: Any) -> jax.Array:
-        """Returns whether products with X stay within the range of float16."""
-        sums = jnp.sum(jnp.abs(widen(X, dtype)), axis=1)
+    def _rows_fit(self, X: jax.Array) -> jax.Array:
+        """Returns whether products with X, float32, stay within the range of float16."""
+        sums = jnp.sum(jnp.abs(X), axis=1)
         return are_between((spread_rows(sums, 8), 0.0, _MOST_ROW))
-
-    def _set_format(self, slot: jax.Array, number: int) -> None:
-        """Tells the other warpgroups what a chunk's numbers are."""
-        if self.chooses:
-            for carried in (False, True):
-                self._formats(carried)[slot] = jnp.float32(number)
 
     def _prepare_bfloat16(self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array) -> None:
         for j in range(len(self.slots.k)):
             for_each_strip(functools.partial(self._decay, slot, j, warpgroup, jnp.bfloat16))
-        self._set_format(slot, BFLOAT16)
+        if self.chooses:
+            self.formats.choose(slot, BFLOAT16)
         plgpu.barrier_arrive(self.barriers.decayed.at[slot])
         if self.gmem.X is None:
-            self._invert(step, slot, warpgroup, jnp.bfloat16)
+            self._invert(step, slot, warpgroup)
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
 
     def _prepare_float16(self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array) -> None:
         for_each_strip(functools.partial(self._decay, slot, 0, warpgroup, jnp.float16))
         t = self.chunk_in(anew(slot))
         store((t.Y, narrow(load32(t.Y), jnp.float16)))
-        self._set_format(slot, FLOAT16)
+        self.formats.choose(slot, FLOAT16)
         if self.gmem.X is None:
-            X = self._invert(step, slot, warpgroup, jnp.float16)
-            fits = self._rows_fit(X, jnp.float16)
-            pl.when(fits)(lambda: self._save_inverse(warpgroup, step))
-            pl.when(~fits)(lambda: self._return_to_bfloat16(warpgroup, slot))
+            fits = self._invert(step, slot, warpgroup, in_float16=True)
+            pl.when(~fits)(lambda: self._return_to_bfloat16(slot))
         plgpu.barrier_arrive(self.barriers.decayed.at[slot])
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
-        if self.X_gmem is not None:  # so that the next step may write the tile
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _save_inverse(self, warpgroup: jax.Array, step: jax.Array) -> None:
-        """Starts the copy of a bfloat16 X beside the one in float16."""
-        if self.X_gmem is not None:
-            (row, head, _), chunk = self.walks.chunk_at(step)
-            X = self.scratch.for_inverse[0].at[anew(warpgroup)]
-            plgpu.copy_smem_to_gmem(X, self.X_gmem.at[row, head, chunk])
-
-    def _return_to_bfloat16(self, warpgroup: jax.Array, slot: jax.Array) -> None:
-        """Converts a chunk that is prepared in float16."""
+    def _return_to_bfloat16(self, slot: jax.Array) -> None:
+        """Converts a chunk that is prepared in float16, all but X."""
         t = self.chunk_in(anew(slot))
-        store((t.X, load(self.scratch.for_inverse[0].at[anew(warpgroup)])))
         tiles = (*t.x_high, *t.x_low, *t.y, *t.z, t.Y, *self.r_in(anew(slot)))
         for tile in tiles:
             store((tile, narrow(load32(tile, jnp.float16))))
-        self._set_format(slot, BFLOAT16)
+        self.formats.choose(slot, BFLOAT16)
 
     def _decay(
         self, slot: jax.Array, j: int, warpgroup: jax.Array, dtype: Any, strip: jax.Array
@@ -449,9 +427,20 @@ class ForwardWalk:
         store_strips(strip, *values)
 
     def _invert(
-        self, step: jax.Array, slot: jax.Array, warpgroup: jax.Array, dtype: Any
-    ) -> jax.Array:
-        """Writes and returns X in a dtype, that of the other tiles; K is 64."""
+        self, step: jax.Array, slot: jax.Array, warpgroup: jax.Array, *, in_float16: bool = False
+    ) -> Any:
+        """Writes X; K is 64.
+
+        Args:
+          step: which chunk.
+          slot: where it is.
+          warpgroup: which one this is.
+          in_float16: whether the other tiles are float16, and X, too, if it fits.
+
+        Returns:
+          Whether X fits, a boolean scalar, if `in_float16`.
+        """
+        dtype = jnp.float16 if in_float16 else jnp.bfloat16
         masks = self.masks_of(*self.walks.chunk_at(step))
         t = self.chunk_in(anew(slot))
         (a,), (a_low,), (b,) = t.x_high, t.x_low, t.z
@@ -459,8 +448,8 @@ class ForwardWalk:
         pairs = ((a, b), (a_low, b), (a, b_low))
         (A,) = products([(x, transposed(y)) for x, y in pairs], dtype=dtype)
         A_high, A_low = masks.lower(*halves_of(A), strictly=True)
-        packed, in_float16 = self.gmem.bounds is not None, dtype == jnp.float16
-        return invert(A_high, A_low, b_low, second, t.X, packed=packed, in_float16=in_float16)
+        packed, fits = self.gmem.bounds is not None, self._rows_fit if in_float16 else None
+        return invert(A_high, A_low, b_low, second, t.X, packed=packed, fits_float16=fits)
 
     def carry(self) -> None:
         """Carries the state through all walks of this block."""
@@ -487,7 +476,7 @@ class ForwardWalk:
         if not self.chooses:
             state = in_bfloat16()
         else:
-            chosen = self.format_of(slot, carried=False)
+            chosen = self.formats.chosen(slot)
             state = jax.lax.cond(chosen == FLOAT16, in_float16, in_bfloat16)
         plgpu.barrier_arrive(self.barriers.carried.at[slot])
         if transfers is not None:
@@ -531,44 +520,16 @@ class ForwardWalk:
         begin_branch()
         masks, selecting = self.masks_of(place, chunk), self.gmem.bounds is not None
         XA = self._solve(slot, masks, jnp.float16)
-        t = self.chunk_in(anew(slot))
-        step = begin_step(
-            t, self._entering(state, place, chunk), self._low_tiles(), XA, dtype=jnp.float16
+        return advance_in_float16(
+            lambda: self.chunk_in(anew(slot)),
+            self._entering(state, place, chunk),
+            masks,
+            self._low_tiles,
+            XA,
+            _MOST_U,
+            lambda: self.formats.change(slot, FLOAT16_BUT_STATE),
+            selecting=selecting,
         )
-        (read,), U = step
-        fits = are_between((read, _LEAST_STATE, _MOST_STATE), (U, 0.0, _MOST_STATE))
-
-        def in_float16():
-            t = self.chunk_in(anew(slot))
-            return finish_step(t, step, masks, self._low_tiles(), jnp.float16, selecting=selecting)
-
-        def in_bfloat16():
-            self._formats(carried=True)[slot] = jnp.float32(FLOAT16_BUT_STATE)
-            return self._advance_but_state(slot, step.read, XA, masks)
-
-        return jax.lax.cond(fits, in_float16, in_bfloat16)
-
-    def _advance_but_state(
-        self, slot: jax.Array, read: Sequence[jax.Array], XA: jax.Array, masks: TileMasks
-    ) -> State:
-        """Does `advance` with S^ and U in bfloat16, and what they multiply; the rest is float16."""
-        t, (S_low,) = self.chunk_in(anew(slot)), self._low_tiles()
-        (R,), (k,), (b,) = t.R, t.y, t.z
-        store((R, narrow(load32(R, jnp.float16))))
-        store_read(t, read, [S_low])
-        (U_exact,) = products([(XA, t.Y)], dtype=jnp.float16)
-        (U_exact,) = products(reading(t, [S_low]), start=[U_exact])
-        U, Y = narrow(U_exact), t.Y
-        if self.gmem.bounds is not None:
-            Y = S_low
-            store((Y, masks.leaving(load(t.Y))))
-        store((t.U, masks.leaving(U)))
-        start = [masks.passing(s) for s in read]
-        (new,) = products([(transposed(Y), k)], start=start, dtype=jnp.float16)
-        store((S_low, narrow(load32(b, jnp.float16))))
-        (new,) = products([(transposed(t.U), S_low)], start=[new])
-        store((t.U, U))
-        return next_state(t, [new])
 
     def start_copies(self) -> None:
         """Fetches the constants and the first chunks."""
@@ -633,7 +594,6 @@ def forward_walk(
             scale=scale,
             gmem=gmem,
             final_gmem=Results(*results_gmem).final,
-            X_gmem=Results(*results_gmem).X,
             slots=slots,
             scratch=scratch,
             barriers=barriers,

@@ -1,7 +1,9 @@
 """Gradients of the inputs, of all chunks at once."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,24 +13,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import divide
 from pallas_kernels.hopper.registers import (
-    are_between,
     begin_branch,
     load,
     narrow,
-    row_dots,
+    power_of_two,
     store,
-    with_diagonal,
+    uniform,
 )
 from pallas_kernels.hopper.ring import Ring
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
-    ROWS,
     Operand,
     anew,
     column_sums,
     load32,
     products,
-    spread_rows,
     store_halves,
     tiles_smem,
     transposed,
@@ -37,7 +36,6 @@ from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     before_token,
     decays_from_middle,
-    little_decay,
     number_of_chunks,
     prefix_sums,
     since_token,
@@ -47,14 +45,11 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     values_tile,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
+from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import A_EXPONENT
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import FLOAT16, FLOAT16_BUT_STATE
 
 _RING = Ring(slots=2)  # a chunk is worked on while the next one is loaded
 _ROWS, _COLUMNS = range(2)  # the warpgroups
-
-_SMALLEST_SQUARE = 1e-12
-"""k is not divided by a b that is shorter, but by this square of a length."""
-_LARGEST_MULTIPLE = 1e30
-"""k is not split where it would be more than so many times b."""
 
 
 class Operands(NamedTuple):
@@ -63,10 +58,11 @@ class Operands(NamedTuple):
     Attributes:
       inputs: r, log_decay, k, v, a, b, `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       do: `[B, T, H, V]` bfloat16, gradients of the outputs.
-      entries: `[B, H, chunks, V, K]` bfloat16, S^.
-      U: `[B, H, chunks, 64, V]` bfloat16.
-      exits: `[B, H, chunks, V, K]` bfloat16, dS^.
-      dW: `[B, H, chunks, 64, V]` bfloat16.
+      entries: `[B, H, chunks, V, K]` 16 bits, S^.
+      U: `[B, H, chunks, 64, V]` 16 bits.
+      exits: `[B, H, chunks, V, K]` 16 bits, dS^.
+      dW: `[B, H, chunks, 64, V]` 16 bits.
+      formats: `[all work, 2]` int32, of `state_gradients`, or None.
       prefix_sums: `[64, 64]` bfloat16.
       bounds: of segments that begin within chunks, or None.
     """
@@ -77,6 +73,7 @@ class Operands(NamedTuple):
     U: Any
     exits: Any
     dW: Any
+    formats: Any
     prefix_sums: Any
     bounds: SegmentBounds | None
 
@@ -134,27 +131,29 @@ class Barriers(NamedTuple):
       sums_loaded: `prefix_sums` has arrived.
       inputs_loaded: of each slot: r, log_decay, k, a, b have arrived.
       others_loaded: of each slot: the other tiles have arrived.
-      decayed: both warpgroups have decayed their inputs of a chunk.
+      rows_ready: of each slot: ROWS has decayed its inputs.
+      columns_ready: of each slot: COLUMNS has decayed its inputs, and converted others.
       summed: ROWS has written what it adds to dlog_decay.
     """
 
     sums_loaded: Any
     inputs_loaded: Any
     others_loaded: Any
-    decayed: Any
+    rows_ready: Any
+    columns_ready: Any
     summed: Any
 
 
-class Split(NamedTuple):
-    """k of each token as a multiple of b and the rest, `k = c b + q`.
+class Format(NamedTuple):
+    """What the numbers of a chunk are, int32 scalars.
 
     Attributes:
-      along_b: c, float32 `[64]`, numbers of bfloat16; zeros where the chunk forgets much.
-      beside_b: q^, a bfloat16 tile in registers.
+      number: as in `state_gradients.Results.formats`.
+      exponent: likewise.
     """
 
-    along_b: jax.Array
-    beside_b: jax.Array
+    number: jax.Array
+    exponent: jax.Array
 
 
 class Work[Number](NamedTuple):
@@ -227,13 +226,6 @@ class _Gradients:
         """
         return load(tile) if self.gmem.bounds is None else tile
 
-    def splits_k(self) -> bool:
-        """Returns whether k is split into a multiple of b and the rest, to compute dv.
-
-        That takes all key channels of a token, and a step has 64 of them.
-        """
-        return self.sizes.key_block == 1
-
     def d_input_tile(self, gmem: Any, work: Work[jax.Array]) -> Any:
         """Returns a tile of the gradient of r, log_decay, k, a or b."""
         gmem = gmem.at[work.value_block]
@@ -276,69 +268,114 @@ class _Gradients:
         """Returns `decays_from_middle` of a chunk."""
         return decays_from_middle(tiles.log_decay, self.scratch.prefix_sums)
 
+    def format_of(self, step: jax.Array) -> Format | None:
+        """Loads what the numbers of a step's chunk are; None if all are bfloat16 in all chunks."""
+        if self.gmem.formats is None:
+            return None
+        index = self.block + jnp.minimum(step, self.steps - 1) * self.workers
+        return Format(self.gmem.formats[index, 0], self.gmem.formats[index, 1])
+
+    def in_format[Result](
+        self, known: Format | None, work: Callable[[Any, jax.Array | None], Result]
+    ) -> Result:
+        """Calls a function with a dtype and an exponent, or None in bfloat16."""
+        if known is None:
+            return work(jnp.bfloat16, None)
+
+        def in_float16():
+            begin_branch()
+            return work(jnp.float16, known.exponent)
+
+        is_float16 = uniform(known.number) == FLOAT16
+        return jax.lax.cond(is_float16, in_float16, lambda: work(jnp.bfloat16, None))
+
     def rows(self) -> None:
         """Does the work of ROWS."""
         plgpu.barrier_wait(self.barriers.sums_loaded)
-        jax.lax.fori_loop(0, self.steps, lambda step, _: self._rows(step), None)
+        jax.lax.fori_loop(0, self.steps, self._rows, self.format_of(jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
 
-    def _rows(self, step: jax.Array) -> None:
-        work = self.work_of(step)
-        self._decay_rows(step)
-        dr, da = self._dr_and_da(step, work)
-        exclusive, inclusive = self._write_dr_and_da(step, work, dr, da)
-        self._sum_rows(step, work, exclusive, inclusive)
+    def _rows(self, step: jax.Array, known: Format | None) -> Format | None:
+        """Does a step, given its format; returns that of the next step."""
+        following = self.format_of(step + 1)
+        self.in_format(known, functools.partial(self._rows_in, step))
+        return following
 
-    def _decay_rows(self, step: jax.Array) -> None:
+    def _rows_in(self, step: jax.Array, dtype: Any, exponent: jax.Array | None) -> None:
+        work = self.work_of(step)
+        self._decay_rows(step, dtype)
+        dr, da = self._dr_and_da(step, work, dtype)
+        exclusive, inclusive = self._write_dr_and_da(step, work, dr, da, dtype, exponent)
+        self._sum_rows(step, work, exclusive, inclusive, dtype)
+
+    def _decay_rows(self, step: jax.Array, dtype: Any) -> None:
         """Writes r^ and a^."""
         t = self.tiles_of(step)
         self.wait_for_inputs(step)
         g = self.decays(t)
-        of_r = narrow(load32(t.r) * (until_token(g) * self.scale))
-        store((t.r, of_r), (t.a, narrow(load32(t.a) * before_token(g, t.log_decay))))
-        plgpu.barrier_arrive(self.barriers.decayed)
+        of_r = narrow(load32(t.r) * (until_token(g) * self.scale), dtype)
+        of_a = narrow(load32(t.a) * (before_token(g, t.log_decay) * _factor_of_a(dtype)), dtype)
+        store((t.r, of_r), (t.a, of_a))
+        plgpu.barrier_arrive(self.barriers.rows_ready.at[_RING.slot(step)])
 
-    def _dr_and_da(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def _dr_and_da(
+        self, step: jax.Array, work: Work[jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns dr^ and da^."""
-        t = self.tiles_of(step)
+        t, rounded = self.tiles_of(step), functools.partial(narrow, dtype=dtype)
         self.wait_for_others(step)
+        plgpu.barrier_wait(self.barriers.columns_ready.at[_RING.slot(step)])
         do, dW = self.first_operand(t.do), self.first_operand(t.dW)
-        found = products(*([(x, transposed(y))] for x in (do, dW) for y in (t.v, t.U)))
-        dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)
+        sums = ([(x, transposed(y))] for x in (do, dW) for y in (t.v, t.U))
+        dA_rk, dA_rb, dA_ak, dA_ab = map(rounded, products(*sums, dtype=dtype))
         dA_rk, dA_rb = self.masks_of(work).lower(dA_rk, dA_rb)
         dA_ak, dA_ab = self.masks_of(work).lower(dA_ak, dA_ab, strictly=True)
-        plgpu.barrier_wait(self.barriers.decayed)
         dr, da = products(
             [(self.masks_of(work).entered(do), t.S), (dA_rk, t.k), (dA_rb, t.b)],
             [(self.masks_of(work).entered(dW), t.S), (dA_ak, t.k), (dA_ab, t.b)],
+            dtype=dtype,
         )
         return dr, da
 
     def _write_dr_and_da(
-        self, step: jax.Array, work: Work[jax.Array], dr: jax.Array, da: jax.Array
+        self,
+        step: jax.Array,
+        work: Work[jax.Array],
+        dr: jax.Array,
+        da: jax.Array,
+        dtype: Any,
+        exponent: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Writes dr and da, and returns `a^ da^` and `r^ dr^ + a^ da^`."""
         t = self.tiles_of(step)
         g = self.decays(t)  # again: there are no registers to keep it
+        factor = _without_exponent(exponent)
         dr_gmem = self.d_input_tile(self.d_inputs_gmem.r, work)
-        _write(t.rows, dr * (until_token(g) * self.scale), dr_gmem)
+        _write(t.rows, dr * (until_token(g) * (self.scale * factor)), dr_gmem)
+        of_a = before_token(g, t.log_decay) * (_factor_of_a(dtype) * factor)
         da_gmem = self.d_input_tile(self.d_inputs_gmem.a, work)
-        _write(self.scratch.rows, da * before_token(g, t.log_decay), da_gmem)
-        exclusive = load32(t.a) * da
-        return exclusive, load32(t.r) * dr + exclusive
+        _write(self.scratch.rows, da * of_a, da_gmem)
+        exclusive = load32(t.a, dtype) * da
+        return exclusive, load32(t.r, dtype) * dr + exclusive
 
     def _sum_rows(
-        self, step: jax.Array, work: Work[jax.Array], exclusive: jax.Array, inclusive: jax.Array
+        self,
+        step: jax.Array,
+        work: Work[jax.Array],
+        exclusive: jax.Array,
+        inclusive: jax.Array,
+        dtype: Any,
     ) -> None:
         """Writes what r, a and the state that leaves the chunk add to dlog_decay."""
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
-        state, V, U = masks().passing(load32(t.S)), t.v, t.U
+        state, V, U = masks().passing(load32(t.S, dtype)), t.v, t.U
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         if self.gmem.bounds is not None:
             store((t.rows, masks().leaving(load(V))), (t.S, masks().leaving(load(U))))
             V, U = t.rows, t.S
-        (state,) = products([(transposed(V), t.k), (transposed(U), t.b)], start=[state])
-        of_state = state * load32(t.dS)
+        sums = [(transposed(V), t.k), (transposed(U), t.b)]
+        (state,) = products(sums, start=[state], dtype=dtype)
+        of_state = state * load32(t.dS, dtype)
         halves = t.rows, t.S
         total = column_sums(masks().upper, store_halves(inclusive, *halves), -exclusive)
         total = column_sums(lambda x: [masks().leaving(x)], store_halves(of_state, *halves), total)
@@ -352,124 +389,131 @@ class _Gradients:
         first = jnp.int32(0)
         self.fetch(first)
         plgpu.barrier_wait(sums_loaded)
-        jax.lax.fori_loop(0, self.steps, self._columns, self._decay_columns(first))
+        known = self.format_of(first)
+        self._decay_columns(first, known)
+        jax.lax.fori_loop(0, self.steps, self._columns, known)
         plgpu.wait_smem_to_gmem(0)
 
-    def _columns(self, step: jax.Array, split: Split | None) -> Split | None:
-        """Does a step, given what `_decay_columns` returned; returns that of the next step."""
-        work = self.work_of(step)
+    def _columns(self, step: jax.Array, known: Format | None) -> Format | None:
+        """Does a step, given its format; returns that of the next step."""
         # The other slot is free: ROWS was done with it before the last sums of the step before.
         _RING.refill(self.fetch, step - 1, self.steps)
-        dk, db = self._dk_and_db(step, work)
-        inclusive = self._write_dk_and_db(step, work, dk, db)
-        self._write_dv(step, work, split)
+        following = self.format_of(step + 1)
+        inclusive = self.in_format(known, functools.partial(self._columns_in, step))
         # So that ROWS need not wait for it in the next step.
-        split = jax.lax.cond(
-            step + 1 < self.steps, lambda: self._decay_columns(step + 1), lambda: split
-        )
-        self._write_dlog_decay(step, work, inclusive)
-        return split
+        pl.when(step + 1 < self.steps)(lambda: self._decay_columns(step + 1, following))
+        self._write_dlog_decay(step, inclusive, known)
+        return following
 
-    def _decay_columns(self, step: jax.Array) -> Split | None:
-        """Writes k^ and b^; returns the split of k, or None if k is not split."""
-        t = self.tiles_of(step)
+    def _columns_in(self, step: jax.Array, dtype: Any, exponent: jax.Array | None) -> jax.Array:
+        """Writes dk, db and dv, and returns `k^ dk^ + b^ db^`."""
+        work = self.work_of(step)
+        dk, db = self._dk_and_db(step, work, dtype)
+        inclusive = self._write_dk_and_db(step, work, dk, db, dtype, exponent)
+        self._write_dv(step, work, dtype, exponent)
+        return inclusive
+
+    def _decay_columns(self, step: jax.Array, known: Format | None) -> None:
+        """Writes k^ and b^, and converts what has another format."""
         self.wait_for_inputs(step)
-        since = since_token(self.decays(t))
-        k, b = (load32(x) * since for x in (t.k, t.b))
-        store((t.k, narrow(k)), (t.b, narrow(b)))
-        plgpu.barrier_arrive(self.barriers.decayed)
-        return self._split(step, k, b) if self.splits_k() else None
-
-    def _split(self, step: jax.Array, k: jax.Array, b: jax.Array) -> Split:
-        """Splits k. Nothing of it is along b if the chunk forgets much.
-
-        Args:
-          step: which chunk.
-          k: k^, float32.
-          b: b^, float32.
-        """
-
-        def in_two() -> Split:
-            begin_branch()
-            t = self.tiles_of(step)
-            # Loaded again: numbers that are both stored and multiplied would be moved to the few
-            # registers that all stores share, and each store would wait for the one before.
-            along_b = _multiple(load(t.k), load(t.b))
-            return Split(along_b, narrow(k - spread_rows(along_b) * b))
-
-        def undivided() -> Split:
-            return Split(plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS), narrow(k))
-
-        forgets_little = are_between(little_decay(self.tiles_of(step).log_decay, 0))
-        return jax.lax.cond(forgets_little, in_two, undivided)
-
-    def _dk_and_db(self, step: jax.Array, work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Returns dk^ and db^."""
+        self.in_format(known, lambda dtype, _: self._write_k_and_b(step, dtype))
         self.wait_for_others(step)
+        if known is not None:
+            number = uniform(known.number)
+            pl.when(number == FLOAT16)(lambda: self._to_float16(step, known.exponent))
+            pl.when(number == FLOAT16_BUT_STATE)(lambda: self._to_bfloat16(step))
+        plgpu.barrier_arrive(self.barriers.columns_ready.at[_RING.slot(step)])
+
+    def _write_k_and_b(self, step: jax.Array, dtype: Any) -> None:
         t = self.tiles_of(step)
+        since = since_token(self.decays(t))
+        store(*((tile, narrow(load32(tile) * since, dtype)) for tile in (t.k, t.b)))
+
+    def _to_float16(self, step: jax.Array, exponent: jax.Array) -> None:
+        """Converts v and dO."""
+        t = self.tiles_of(step)
+        do = load32(t.do) * power_of_two(exponent)
+        store((t.v, narrow(load32(t.v), jnp.float16)), (t.do, narrow(do, jnp.float16)))
+
+    def _to_bfloat16(self, step: jax.Array) -> None:
+        """Converts U and S^."""
+        t = self.tiles_of(step)
+        store(*((tile, narrow(load32(tile, jnp.float16))) for tile in (t.U, t.S)))
+
+    def _dk_and_db(
+        self, step: jax.Array, work: Work[jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns dk^ and db^."""
+        t, rounded = self.tiles_of(step), functools.partial(narrow, dtype=dtype)
         v, U = self.first_operand(t.v), self.first_operand(t.U)
-        found = products(*([(x, transposed(y))] for y in (t.do, t.dW) for x in (v, U)))
-        dA_rk, dA_rb, dA_ak, dA_ab = map(narrow, found)  # transposed
+        sums = ([(x, transposed(y))] for y in (t.do, t.dW) for x in (v, U))
+        dA_rk, dA_rb, dA_ak, dA_ab = map(rounded, products(*sums, dtype=dtype))  # transposed
         dA_rk, dA_rb = self.masks_of(work).upper(dA_rk, dA_rb)
         dA_ak, dA_ab = self.masks_of(work).upper(dA_ak, dA_ab, strictly=True)
-        plgpu.barrier_wait(self.barriers.decayed)
+        plgpu.barrier_wait(self.barriers.rows_ready.at[_RING.slot(step)])
         dk, db = products(
             [(self.masks_of(work).leaving(v), t.dS), (dA_rk, t.r), (dA_ak, t.a)],
             [(self.masks_of(work).leaving(U), t.dS), (dA_rb, t.r), (dA_ab, t.a)],
+            dtype=dtype,
         )
         return dk, db
 
     def _write_dk_and_db(
-        self, step: jax.Array, work: Work[jax.Array], dk: jax.Array, db: jax.Array
+        self,
+        step: jax.Array,
+        work: Work[jax.Array],
+        dk: jax.Array,
+        db: jax.Array,
+        dtype: Any,
+        exponent: jax.Array | None,
     ) -> jax.Array:
         """Writes dk and db, and returns `k^ dk^ + b^ db^`."""
         t = self.tiles_of(step)
-        since = since_token(self.decays(t))
+        since = since_token(self.decays(t)) * _without_exponent(exponent)
         dk_gmem = self.d_input_tile(self.d_inputs_gmem.k, work)
         _write(self.scratch.columns.at[0], dk * since, dk_gmem)
         db_gmem = self.d_input_tile(self.d_inputs_gmem.b, work)
         _write(self.scratch.columns.at[1], db * since, db_gmem)
-        return load32(t.k) * dk + load32(t.b) * db
+        return load32(t.k, dtype) * dk + load32(t.b, dtype) * db
 
-    def _write_dv(self, step: jax.Array, work: Work[jax.Array], split: Split | None) -> None:
+    def _write_dv(
+        self, step: jax.Array, work: Work[jax.Array], dtype: Any, exponent: jax.Array | None
+    ) -> None:
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
-        k = self.first_operand(t.k) if split is None else split.beside_b
-        A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))])  # transposed
-        (A_rk,) = masks().upper(narrow(A_rk))
-        (A_ak,) = masks().upper(narrow(A_ak), strictly=True)
-        if split is not None:  # c dW, without a product of its own
-            A_ak = with_diagonal(A_ak, narrow(spread_rows(split.along_b)))
-        (dv,) = products([(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)])
+        k = self.first_operand(t.k)
+        # Transposed:
+        A_rk, A_ak = products([(k, transposed(t.r))], [(k, transposed(t.a))], dtype=dtype)
+        (A_rk,) = masks().upper(narrow(A_rk, dtype))
+        (A_ak,) = masks().upper(narrow(A_ak, dtype), strictly=True)
+        sums = [(masks().leaving(k), transposed(t.dS)), (A_rk, t.do), (A_ak, t.dW)]
+        (dv,) = products(sums, dtype=dtype)
         dv_gmem = self.d_inputs_gmem.v.at[work.key_block]
         dv_tile = tokens_tile(dv_gmem, work.row, work.chunk, work.head, work.value_block)
-        _write(self.scratch.columns.at[0], dv, dv_tile)
+        _write(self.scratch.columns.at[0], dv * _without_exponent(exponent), dv_tile)
 
     def _write_dlog_decay(
-        self, step: jax.Array, work: Work[jax.Array], inclusive: jax.Array
+        self, step: jax.Array, inclusive: jax.Array, known: Format | None
     ) -> None:
+        work = self.work_of(step)
         t, masks = self.tiles_of(step), lambda: self.masks_of(work)
         plgpu.barrier_wait(self.barriers.summed)
         of_rows = load32(t.rows) + load32(t.S)
         total = column_sums(masks().upper, store_halves(-inclusive, t.v, t.U), of_rows)
+        if known is not None:
+            is_float16 = uniform(known.number) == FLOAT16
+            total *= jnp.where(is_float16, power_of_two(-known.exponent), jnp.float32(1))
         dlog_decay_gmem = self.d_input_tile(self.d_inputs_gmem.log_decay, work)
         _write(self.scratch.columns.at[1], total, dlog_decay_gmem)
 
 
-def _multiple(k: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns about how many times b there is in k, for each row: `[64]` float32.
+def _factor_of_a(dtype: Any) -> float:
+    """Returns what a is multiplied by, and dW divided by."""
+    return 2.0**A_EXPONENT if dtype == jnp.float16 else 1.0
 
-    The numbers have few enough digits for bfloat16, so that no rest of them is lost there. They are
-    zero where dot products exceed the range of float32.
 
-    Args:
-      k: bfloat16.
-      b: bfloat16.
-    """
-    inverse_length = jax.lax.rsqrt(jnp.maximum(row_dots(b, b), _SMALLEST_SQUARE))
-    multiple = row_dots(k, b) * inverse_length * inverse_length
-    multiple = jnp.where(jnp.abs(multiple) < _LARGEST_MULTIPLE, multiple, jnp.zeros_like(multiple))
-    bits = jax.lax.bitcast_convert_type(multiple, jnp.int32)
-    return jax.lax.bitcast_convert_type(bits & jnp.int32(-(1 << 16)), jnp.float32)
+def _without_exponent(exponent: jax.Array | None) -> jax.Array | float:
+    """Returns what gradients are multiplied by to make up for the exponent."""
+    return 1.0 if exponent is None else power_of_two(-exponent)
 
 
 def _write(smem: Any, gradient: jax.Array, gmem: Any) -> None:
@@ -490,6 +534,7 @@ def input_gradients(
     U: jax.Array,
     exits: jax.Array,
     dW: jax.Array,
+    formats: jax.Array | None,
     bounds: SegmentBounds | None,
     *,
     scale: float,
@@ -502,16 +547,6 @@ def input_gradients(
         dr^  = dO S^^T + dA_rk k^ + dA_rb b^       da^ = dW S^^T + dA_ak k^ + dA_ab b^
         dk^  = V dS^^T + dA_rk^T r^ + dA_ak^T a^   db^ = U dS^^T + dA_rb^T r^ + dA_ab^T a^
         dV   = k^ dS^ + A_rk^T dO + A_ak^T dW
-
-    Where keys are alike, dV is a small difference: one token takes away what another wrote. So k
-    is split into a multiple of b and the rest, `k = c b + q`. What this formula gives for b instead
-    of k is `dU + A_ab^T dW`, which is dW, and dW is known precisely:
-
-        dV   = c dW + q^ dS^ + mask(q^ r^^T) dO + mask(q^ a^^T) dW
-
-    Any c would do; `<k^, b^> / <b^, b^>` makes q small. It takes all key channels of a token, which
-    a step has only if they are 64. Chunks that forget much take c = 0, which is quicker: there the
-    errors of dV stay as small as those of other gradients.
 
     The log decay of token j takes part in `r^_i` and `a^_i` of later tokens, in `k^_i` and `b^_i`
     of earlier ones, and in the state S1 that leaves the chunk:
@@ -532,10 +567,11 @@ def input_gradients(
       target: what the kernel is compiled for.
       inputs: `[B, T, H, K or V]` bfloat16, T a multiple of 64.
       do: `[B, T, H, V]` bfloat16, gradients of the outputs.
-      entries: `[B, H, chunks, V, K]` bfloat16, S^ of each chunk, of `outputs`.
-      U: `[B, H, chunks, 64, V]` bfloat16, of `outputs`.
-      exits: `[B, H, chunks, V, K]` bfloat16, dS^ of each chunk, of `state_gradients`.
-      dW: `[B, H, chunks, 64, V]` bfloat16, of `state_gradients`.
+      entries: `[B, H, chunks, V, K]` 16 bits, S^ of each chunk, of `outputs`.
+      U: `[B, H, chunks, 64, V]` 16 bits, of `outputs`.
+      exits: `[B, H, chunks, V, K]` 16 bits, dS^ of each chunk, of `state_gradients`.
+      dW: `[B, H, chunks, 64, V]` 16 bits, of `state_gradients`.
+      formats: what the numbers of each chunk are, of `state_gradients`; None if all are bfloat16.
       bounds: of segments that begin within chunks, or None.
       scale: factor on the outputs.
 
@@ -585,12 +621,15 @@ def input_gradients(
                 sums_loaded=plgpu.Barrier(),
                 inputs_loaded=_RING.loaded_type(copies=5),
                 others_loaded=_RING.loaded_type(copies=6),
-                decayed=plgpu.Barrier(num_arrivals=2),
+                rows_ready=_RING.barrier_type(),
+                columns_ready=_RING.barrier_type(),
                 summed=plgpu.Barrier(),
             ),
         },
     )
-    operands = Operands(inputs, do, entries, U, exits, dW, prefix_sums(), bounds)
+    if formats is not None:
+        formats = formats.reshape(total, 2)
+    operands = Operands(inputs, do, entries, U, exits, dW, formats, prefix_sums(), bounds)
     return WKVInputs(*map(_sum, kernel(operands)))
 
 

@@ -1,6 +1,7 @@
 """The triangular inverse X of a chunk, within another kernel or by a kernel for all chunks."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -49,9 +50,9 @@ def invert(
     X_smem: Any,
     *,
     packed: bool,
-    in_float16: bool = False,
-) -> jax.Array:
-    """Writes X, `(I - A)^-1`, to X_smem, and returns it, 16 bits in registers.
+    fits_float16: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array | None:
+    """Writes X, `(I - A)^-1`, to X_smem in 16 bits.
 
     Inverses D of blocks on the diagonal grow from 4 rows to 16 and then to all 64, by `Y + N^2 Y`,
     as `diagonal_blocks` explains. Each warp does the first two steps in its registers, all warps
@@ -72,7 +73,11 @@ def invert(
       X_smem: a tile of shared memory for the result, and for intermediate ones before.
       packed: whether segments may begin within the chunk. Tokens of other segments have zeros in X,
         which then stay zeros.
-      in_float16: whether X_smem gets float16, and `first` bfloat16; else X_smem gets bfloat16.
+      fits_float16: tells whether X, float32, is to be rounded to float16, a boolean scalar. None
+        for bfloat16.
+
+    Returns:
+      What `fits_float16` returned; None without it.
     """
     D, N = invert_diagonal(A_high)
     store((first, D), (second, A_high), (X_smem, N))
@@ -85,18 +90,20 @@ def invert(
     (error,) = products([(X, second), (X, first)], start=[widen(of_identity)])
     (X_exact,) = products([(narrow(error), X_smem)], start=[widen(X)])
 
-    def rounded(dtype):
+    def write(dtype):
         rounding = narrow(widen(narrow(X_exact, dtype), dtype) - X_exact)
         (X_shaped,) = products([(rounding, X_smem)], start=[X_exact])
         if dtype == jnp.bfloat16:
-            return narrow_pairs(X_shaped, keep_zeros=packed)
-        return narrow(X_shaped, dtype)
+            store((X_smem, narrow_pairs(X_shaped, keep_zeros=packed)))
+        else:
+            store((X_smem, narrow(X_shaped, dtype)))
 
-    if in_float16:
-        store((first, rounded(jnp.bfloat16)))
-    X = rounded(jnp.float16 if in_float16 else jnp.bfloat16)
-    store((X_smem, X))
-    return X
+    if fits_float16 is None:
+        write(jnp.bfloat16)
+        return None
+    fits = fits_float16(X_exact)
+    jax.lax.cond(fits, lambda: write(jnp.float16), lambda: write(jnp.bfloat16))
+    return fits
 
 
 class Slots(NamedTuple):

@@ -4,13 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import Place
 from pallas_kernels.hopper.registers import load, narrow, store, widen
 from pallas_kernels.hopper.target import TILE, Target
-from pallas_kernels.hopper.tiles import anew, load32, products, transposed
+from pallas_kernels.hopper.tiles import anew, products, transposed
 from pallas_kernels.operators.wkv7.call import WKVInputs
 from pallas_kernels.operators.wkv7.chunk_alignment import Transfers
 from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
@@ -20,14 +19,13 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     values_tile,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
-    BFLOAT16,
-    FLOAT16,
     ForwardWalk,
     Operands,
     Results,
     forward_walk,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import BFLOAT16, FLOAT16, may_choose
 
 
 def outputs(
@@ -73,6 +71,8 @@ def outputs(
     chunks = number_of_chunks(T)
     states = (B, 1, H, V, K) if initial_state is None else initial_state.shape
 
+    formats = jax.ShapeDtypeStruct((B, H, chunks, V // TILE, 2), jnp.int32)
+
     def saved(*shape):
         return jax.ShapeDtypeStruct((B, H, chunks, *shape), jnp.bfloat16) if save else None
 
@@ -86,6 +86,7 @@ def outputs(
             entries=saved(V, K),
             U=saved(TILE, V),
             X=saved(TILE, TILE) if X is None else None,
+            formats=formats if save and may_choose(K) else None,
         ),
         _write_outputs,
         scale=scale,
@@ -118,12 +119,10 @@ def _write_outputs(walk: ForwardWalk, results_gmem: Results) -> None:
         if not walk.chooses:
             A_rk, A_rb = in_bfloat16()
         else:
-            A_rk, A_rb = jax.lax.cond(
-                walk.format_of(slot, carried=False) == FLOAT16, in_float16, in_bfloat16
-            )
+            A_rk, A_rb = jax.lax.cond(walk.formats.chosen(slot) == FLOAT16, in_float16, in_bfloat16)
         A_rk, A_rb = masks.lower(A_rk, A_rb)
         plgpu.barrier_wait(walk.barriers.carried.at[slot])
-        carried_format = walk.format_of(slot, carried=True) if walk.chooses else BFLOAT16
+        carried_format = walk.formats.carried(slot) if walk.chooses else BFLOAT16
         reads = [masks.entered(x) for x in r]
         of_state = [(x, transposed(s)) for x, s in zip(reads, t.S_high, strict=True)]
         if results_gmem.entries is not None:
@@ -167,28 +166,14 @@ def _save(
     """Starts the copies of what the backward needs of a chunk, given its format."""
     row, head, value_block = place
     t = walk.chunk_in(slot)
-    U_gmem = values_tile(results_gmem.U, row, head, chunk, value_block)
-    entries = [
-        state_tile(results_gmem.entries, row, head, chunk, value_block, j) for j in range(len(t.y))
-    ]
-
-    def copy(U, entering):
-        plgpu.copy_smem_to_gmem(U, U_gmem)
-        for S, entry in zip(entering, entries, strict=True):
-            plgpu.copy_smem_to_gmem(S, entry)
-
-    def converted():  # through the tiles of k^ and b^, which nobody needs any more
-        (S,), (k,), (b,) = t.S_high, t.y, t.z
-        store(*((to, narrow(load32(x, jnp.float16))) for to, x in ((k, t.U), (b, S))))
-        copy(k, [b])
-
-    def copy_inverse():
+    plgpu.copy_smem_to_gmem(t.U, values_tile(results_gmem.U, row, head, chunk, value_block))
+    for j, S in enumerate(t.S_high):
+        entry = state_tile(results_gmem.entries, row, head, chunk, value_block, j)
+        plgpu.copy_smem_to_gmem(S, entry)
+    inverted_here = results_gmem.X is not None
+    if inverted_here:
         plgpu.copy_smem_to_gmem(t.X, results_gmem.X.at[row, head, chunk])
-
-    if not walk.chooses:
-        copy(t.U, t.S_high)
-    else:
-        pl.when(carried_format == FLOAT16)(converted)
-        pl.when(carried_format != FLOAT16)(lambda: copy(t.U, t.S_high))
-    if results_gmem.X is not None:  # PREPARE copies what it has inverted in float16
-        pl.when(carried_format == BFLOAT16)(copy_inverse)
+    if walk.chooses:
+        X_in_float16 = inverted_here & (carried_format != BFLOAT16)
+        formats = results_gmem.formats.at[row, head, chunk, value_block]
+        formats[0], formats[1] = carried_format, jnp.where(X_in_float16, 1, 0)

@@ -10,7 +10,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.grid import Place, grid_place
-from pallas_kernels.hopper.registers import Strip, halves_of, narrow, store, store_strips
+from pallas_kernels.hopper.registers import (
+    Strip,
+    begin_branch,
+    halves_of,
+    largest_exponent,
+    load,
+    narrow,
+    power_of_two,
+    store,
+    store_strips,
+    uniform,
+)
 from pallas_kernels.hopper.ring import Ring, slots_that_fit
 from pallas_kernels.hopper.target import TILE, Target
 from pallas_kernels.hopper.tiles import (
@@ -38,9 +49,39 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     values_tile,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import Chunk, advance, chunk_tiles, solve
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT16_BUT_STATE,
+    Chunk,
+    Formats,
+    advance,
+    advance_in_float16,
+    chunk_tiles,
+    may_choose,
+    solve,
+)
 
 _PREPARE, _CARRY, _STORE = 2, 2, 3  # warpgroups 0 and 1 prepare
+
+A_EXPONENT = 4
+"""In float16, a is multiplied by 2 to this power, and dW divided by it.
+
+Sums of magnitudes in a column of X are not tested. They are at most 64 times as large as those in a
+row, and so products with X^T need the room.
+"""
+
+_DO_EXPONENT = 0
+"""In float16, the largest magnitude of dO is between 2 to this power and twice as much.
+
+That leaves room for the gradients of states, which are sums over many tokens.
+"""
+
+_MOST_EXPONENT = 48
+"""Gradients whose exponents are larger, or smaller than its negative, are left in bfloat16."""
+
+_MOST_DW = 2.0
+"""Products of dW with U and v, of which none exceeds 256, stay in the range of float16."""
 
 
 class Operands(NamedTuple):
@@ -51,7 +92,8 @@ class Operands(NamedTuple):
       log_decay: `[B, T, H, K]` bfloat16.
       a: `[B, T, H, K]` bfloat16.
       b: `[B, T, H, K]` bfloat16.
-      X: `[B, H, chunks, 64, 64]` bfloat16.
+      X: `[B, H, chunks, 64, 64]` 16 bits.
+      formats: `[B, H, chunks, blocks of 64 values, 2]` int32, of `outputs`, or None.
       do: `[B, T, H, V]` bfloat16.
       d_final: `[B, N, H, V, K]` float32, or None for zeros.
       prefix_sums: `[64, 64]` bfloat16.
@@ -64,6 +106,7 @@ class Operands(NamedTuple):
     a: Any
     b: Any
     X: Any
+    formats: Any
     do: Any
     d_final: Any
     prefix_sums: Any
@@ -75,14 +118,19 @@ class Results(NamedTuple):
     """What the kernel writes.
 
     Attributes:
-      exits: `[B, H, chunks, V, K]` bfloat16, dS^ of each chunk.
-      dW: `[B, H, chunks, 64, V]` bfloat16.
+      exits: `[B, H, chunks, V, K]` 16 bits, dS^ of each chunk.
+      dW: `[B, H, chunks, 64, V]` 16 bits.
+      formats: `[B, chunks, H, blocks of 64 values, 2]` int32, or None if all numbers are bfloat16.
+        The first one is what a chunk's numbers are: BFLOAT16, FLOAT16, or FLOAT16_BUT_STATE, which
+        means here that S^ and U are float16, dS^ and dW bfloat16. The second one is an exponent:
+        in FLOAT16, dS^ is multiplied by 2 to this power, and dW, too, after `A_EXPONENT`.
       d_initial: `[B, N, H, V, K]` float32; with transfers, only where a chunk starts from a state.
         None if there are no initial states.
     """
 
     exits: Any
     dW: Any
+    formats: Any
     d_initial: Any
 
 
@@ -96,7 +144,8 @@ class Slots(NamedTuple):
       b: tiles; then the high half of b^, and dS^.
       X: tiles.
       do: tiles, of 64 value channels.
-      decays: float32 `[slots, 2, 64]`, exp(gL - m) and exp(m).
+      decays: float32 `[2 slots + 1, 64]`, exp(gL - m) and exp(m) of each slot, and in the last row,
+        if there is a choice, `Formats`.
     """
 
     r: list[Any]
@@ -200,9 +249,25 @@ class _BackwardWalk:
             z=at(slots.a),
             Y=slots.do.at[slot],
             X=slots.X.at[slot],
-            before=[decays.at[slot, 0] for decays in slots.decays],
-            after=[decays.at[slot, 1] for decays in slots.decays],
+            before=[decays.at[2 * slot] for decays in slots.decays],
+            after=[decays.at[2 * slot + 1] for decays in slots.decays],
         )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a chunk's numbers may be float16."""
+        return self.gmem.formats is not None
+
+    @property
+    def formats(self) -> Formats:
+        """What the numbers in the slots are, if they may be float16."""
+        (decays,) = self.slots.decays
+        return Formats(decays.at[2 * self.ring.slots], self.ring.slots)
+
+    def formats_of_outputs(self, step: jax.Array) -> Any:
+        """Returns a reference to the formats in which `outputs` left a step's chunk."""
+        row, head, value_block = self.place
+        return self.gmem.formats.at[row, head, self.chunk_at(step), value_block]
 
     def masks_at(self, step: jax.Array) -> TileMasks:
         """Loads the masks of a step's chunk."""
@@ -216,26 +281,98 @@ class _BackwardWalk:
 
     def _prepare(self, warpgroup: jax.Array, step: jax.Array) -> None:
         slot = self.ring.slot(step)
-        t, masks = self.chunk_in(slot), self.masks_at(step)
-        plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+        if not self.chooses:
+            plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+            self._prepare_bfloat16(warpgroup, step, slot, None)
+        else:
+            formats = self.formats_of_outputs(step)
+            of_all, of_inverse = formats[0], formats[1]
+            plgpu.barrier_wait(self.ring.loaded(self.barriers.loaded, step))
+            jax.lax.cond(
+                uniform(of_all) == FLOAT16,
+                lambda: self._prepare_float16(warpgroup, step, slot, of_inverse),
+                lambda: self._prepare_bfloat16(warpgroup, step, slot, of_inverse),
+            )
+        plgpu.barrier_arrive(self.barriers.solved.at[slot])
+
+    def _prepare_bfloat16(
+        self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array, of_inverse: jax.Array | None
+    ) -> None:
+        def convert_inverse():
+            t = self.chunk_in(anew(slot))
+            store((t.X, narrow(load32(t.X, jnp.float16))))
+
+        if of_inverse is not None:
+            pl.when(uniform(of_inverse) == 1)(convert_inverse)
+        masks = self.masks_at(step)
         for j in range(len(self.slots.r)):
-            for_each_strip(functools.partial(self._decay, slot, j, masks))
-        selections = []
+            for_each_strip(functools.partial(self._decay, slot, j, masks, jnp.bfloat16, None))
+        self._solve(warpgroup, slot, masks, jnp.bfloat16)
+        if self.chooses:
+            self.formats.choose(slot, BFLOAT16)
+
+    def _prepare_float16(
+        self, warpgroup: jax.Array, step: jax.Array, slot: jax.Array, of_inverse: jax.Array
+    ) -> None:
+        begin_branch()
+        largest = largest_exponent(
+            load(self.slots.do.at[anew(slot)]),
+            self.formats.vector,
+            self.formats.free_entries(warpgroup),
+        )
+
+        def in_float16():
+            begin_branch()
+            masks, exponent = self.masks_at(step), _DO_EXPONENT - largest
+            t = self.chunk_in(anew(slot))
+            do = load32(t.Y) * power_of_two(exponent)
+            X = jax.lax.cond(
+                uniform(of_inverse) == 1,
+                lambda: load32(t.X, jnp.float16),
+                lambda: load32(t.X),
+            )
+            X = X * 2.0**-A_EXPONENT
+            store((t.Y, narrow(do, jnp.float16)), (t.X, narrow(X, jnp.float16)))
+            exponent = exponent.astype(jnp.float32)
+            self.formats.choose(slot, FLOAT16)
+            self.formats.choose_exponent(slot, exponent)
+            for_each_strip(functools.partial(self._decay, slot, 0, masks, jnp.float16, exponent))
+            self._solve(warpgroup, slot, masks, jnp.float16)
+
+        jax.lax.cond(
+            jnp.abs(largest) <= _MOST_EXPONENT,
+            in_float16,
+            lambda: self._prepare_bfloat16(warpgroup, step, slot, of_inverse),
+        )
+
+    def _solve(self, warpgroup: jax.Array, slot: jax.Array, masks: TileMasks, dtype: Any) -> None:
+        """Writes R, and XA to the tile of X."""
+        t, selections = self.chunk_in(anew(slot)), []
         if self.gmem.bounds is not None:
             selections = [(masks.leaving, [*t.x_high, *t.x_low]), (masks.entered, t.y)]
         A_tiles = self.scratch.A.at[warpgroup], t.x_high[0]
-        store((t.X, solve(t, transposed(t.X), masks.upper, selections, A_tiles)))
-        plgpu.barrier_arrive(self.barriers.solved.at[slot])
+        store((t.X, solve(t, transposed(t.X), masks.upper, selections, A_tiles, dtype)))
 
-    def _decay(self, slot: jax.Array, j: int, masks: TileMasks, strip: jax.Array) -> None:
+    def _decay(
+        self,
+        slot: jax.Array,
+        j: int,
+        masks: TileMasks,
+        dtype: Any,
+        exponent: jax.Array | None,
+        strip: jax.Array,
+    ) -> None:
         """Writes b^, r^, a^ for a strip of 32 key channels, among the j-th 64."""
         t = self.chunk_in(anew(slot))
         log_decay, b, r, a = (Strip(x[j], strip) for x in (t.x_low, t.x_high, t.y, t.z))
         g = decays_from_middle(log_decay, self.scratch.prefix_sums)
-        store_decays_of_chunk(log_decay, g, t.after[j], t.before[j])
-        b_high, b_low = halves_of(load32(b) * since_token(g))
-        of_r = narrow(load32(r) * (until_token(g) * self.scale))
-        of_a = masks.entered(narrow(load32(a) * before_token(g, log_decay)))
+        store_decays_of_chunk(log_decay, g, t.after[j], t.before[j], exponent)
+        b_high, b_low = halves_of(load32(b) * since_token(g), dtype)
+        of_r = narrow(load32(r) * (until_token(g) * self.scale), dtype)
+        factor = before_token(g, log_decay)
+        if dtype == jnp.float16:
+            factor *= 2.0**A_EXPONENT
+        of_a = masks.entered(narrow(load32(a) * factor, dtype))
         values = ((t.x_high[j], b_high), (t.x_low[j], b_low), (t.y[j], of_r), (t.z[j], of_a))
         store_strips(strip, *values)
 
@@ -259,14 +396,37 @@ class _BackwardWalk:
             d_state = carried_state.leave_backward(
                 d_state, self.gmem.d_final, transfers, self.place, chunk
             )
-        masks, t = self.masks_at(step), self.chunk_in(slot)
-        d_state = advance(t, d_state, masks, self.scratch.S_low, t.X)
+        if not self.chooses:
+            d_state = self._advance_bfloat16(step, slot, d_state)
+        else:
+            d_state = jax.lax.cond(
+                self.formats.chosen(slot) == FLOAT16,
+                lambda: self._advance_float16(step, slot, d_state),
+                lambda: self._advance_bfloat16(step, slot, d_state),
+            )
         plgpu.barrier_arrive(self.barriers.carried.at[slot])
         if transfers is not None:
             d_state = carried_state.enter_backward(
                 d_state, self.results_gmem.d_initial, transfers, self.place, chunk
             )
         return d_state
+
+    def _advance_bfloat16(self, step: jax.Array, slot: jax.Array, d_state: State) -> State:
+        t = self.chunk_in(anew(slot))
+        return advance(t, d_state, self.masks_at(step), self.scratch.S_low, t.X)
+
+    def _advance_float16(self, step: jax.Array, slot: jax.Array, d_state: State) -> State:
+        begin_branch()
+        return advance_in_float16(
+            lambda: self.chunk_in(anew(slot)),
+            d_state,
+            self.masks_at(step),
+            lambda: self.scratch.S_low,
+            self.chunk_in(anew(slot)).X,
+            _MOST_DW,
+            lambda: self.formats.change(slot, FLOAT16_BUT_STATE),
+            selecting=False,
+        )
 
     def store(self) -> None:
         """Fetches the chunks, and writes dS^ and dW of each one."""
@@ -281,6 +441,8 @@ class _BackwardWalk:
         slot = self.ring.slot(step)
         plgpu.barrier_wait(self.barriers.carried.at[slot])
         t = self.chunk_in(slot)
+        if self.chooses:
+            self._store_format(step, slot)
         for j, dS in enumerate(t.S_high):
             exit_ = state_tile(self.results_gmem.exits, row, head, chunk, value_block, j)
             plgpu.copy_smem_to_gmem(dS, exit_)
@@ -290,11 +452,30 @@ class _BackwardWalk:
         plgpu.commit_smem()  # so that the slot has been read before it is written
         self.ring.refill(self.fetch, step, self.chunks)
 
+    def _store_format(self, step: jax.Array, slot: jax.Array) -> None:
+        """Writes the format of a chunk, and makes dS^ and dW bfloat16 unless all is float16."""
+        (row, head, value_block), chunk = self.place, self.chunk_at(step)
+        carried, of_outputs = self.formats.carried(slot), self.formats_of_outputs(step)[0]
+        exponent = self.formats.exponent(slot)
+
+        def without_exponents():
+            t, factor = self.chunk_in(anew(slot)), power_of_two(-exponent)
+            (S,) = t.S_high
+            dW = load32(t.U) * (factor * 2.0**A_EXPONENT)
+            store((S, narrow(load32(S) * factor)), (t.U, narrow(dW)))
+
+        pl.when(carried == FLOAT16_BUT_STATE)(without_exponents)
+        mixed = jnp.where(of_outputs == FLOAT16, FLOAT16_BUT_STATE, BFLOAT16)
+        formats = self.results_gmem.formats.at[row, chunk, head, value_block]
+        formats[0] = jnp.where(carried == FLOAT16, FLOAT16, mixed)
+        formats[1] = jnp.where(carried == FLOAT16, exponent, 0)
+
 
 def state_gradients(
     target: Target,
     inputs: WKVInputs,
     X: jax.Array,
+    formats: jax.Array | None,
     do: jax.Array,
     d_final: jax.Array | None,
     bounds: SegmentBounds | None,
@@ -321,10 +502,15 @@ def state_gradients(
         CARRY:    dW and dS, the only chain
         STORE:    dS^ and dW to global memory
 
+    A chunk that `outputs` left in float16 is computed in float16 here, too. dO, dS^ and dW are then
+    multiplied by a power of two, which differs from chunk to chunk; the state that CARRY has is
+    not. What leaves the range of float16 becomes bfloat16, without that factor.
+
     Args:
       target: what the kernel is compiled for.
       inputs: `[B, T, H, K or V]` bfloat16, T a multiple of 64.
-      X: `[B, H, chunks, 64, 64]` bfloat16, the inverses of the forward.
+      X: `[B, H, chunks, 64, 64]` 16 bits, the inverses of the forward.
+      formats: `[B, H, chunks, blocks of 64 values, 2]` int32, of `outputs`, or None.
       do: `[B, T, H, V]` bfloat16, gradients of the outputs.
       d_final: `[B, N, H, V, K]` float32, gradients of the final states; None for zeros, if N is 1.
       bounds: of segments that begin within chunks, or None.
@@ -363,6 +549,11 @@ def state_gradients(
         out_type=Results(
             exits=jax.ShapeDtypeStruct((B, H, chunks, V, K), jnp.bfloat16),
             dW=jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16),
+            formats=(
+                jax.ShapeDtypeStruct((B, chunks, H, V // TILE, 2), jnp.int32)
+                if may_choose(K)
+                else None
+            ),
             d_initial=None if from_zero else jax.ShapeDtypeStruct(states, jnp.float32),
         ),
         grid={"value_block": V // TILE, "head": H, "row": B},
@@ -370,7 +561,9 @@ def state_gradients(
         scratch_types=_scratch_types(ring, blocks),
     )
     r, log_decay, a, b = inputs.r, inputs.log_decay, inputs.a, inputs.b
-    return kernel(Operands(r, log_decay, a, b, X, do, d_final, prefix_sums(), bounds, transfers))
+    return kernel(
+        Operands(r, log_decay, a, b, X, formats, do, d_final, prefix_sums(), bounds, transfers)
+    )
 
 
 def _scratch_types(ring: Ring, blocks: int) -> dict[str, Any]:
@@ -385,7 +578,7 @@ def _scratch_types(ring: Ring, blocks: int) -> dict[str, Any]:
             b=tiles(),
             X=tiles_smem(ring.slots),
             do=tiles_smem(ring.slots),
-            decays=[plgpu.SMEM((ring.slots, 2, TILE), jnp.float32)] * blocks,
+            decays=[plgpu.SMEM((2 * ring.slots + (blocks == 1), TILE), jnp.float32)] * blocks,
         ),
         "scratch": Scratch(
             A=tiles_smem(_PREPARE),

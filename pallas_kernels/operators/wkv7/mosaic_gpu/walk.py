@@ -17,6 +17,7 @@ common. So x, A and S^ go into U as two bfloat16 tiles each, a high and a low ha
 have twice the digits of one.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.registers import halves_of, load, narrow, store
+from pallas_kernels.hopper.registers import are_between, halves_of, load, narrow, store, uniform
+from pallas_kernels.hopper.target import TILE
 from pallas_kernels.hopper.tiles import (
     Operand,
+    load32,
     load_columns,
     products,
     spread_columns,
@@ -34,6 +37,60 @@ from pallas_kernels.hopper.tiles import (
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import TileMasks
+
+# What the numbers of a chunk are.
+BFLOAT16, FLOAT16, FLOAT16_BUT_STATE = range(3)
+
+
+def may_choose(K: int) -> bool:
+    """Returns whether numbers may be float16. With 128 keys there are no registers for it."""
+    return K == TILE
+
+
+_LEAST_STATE, _MOST_STATE = 2.0**-10, 2.0**15
+"""Range of S^ in float16. If its largest numbers were smaller, they would have fewer digits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """What the numbers of the chunks in a ring are, in shared memory.
+
+    Attributes:
+      vector: `[64]` float32, for each slot the format that PREPARE has chosen, then what CARRY has
+        made of it, then an exponent. The rest is free.
+      slots: number of slots.
+    """
+
+    vector: Any
+    slots: int
+
+    def choose(self, slot: jax.Array, number: int) -> None:
+        """Writes a format that PREPARE has chosen, which is that of CARRY until it changes."""
+        self.vector[slot] = self.vector[self.slots + slot] = jnp.float32(number)
+
+    def change(self, slot: jax.Array, number: int) -> None:
+        """Writes a format that CARRY has to take instead."""
+        self.vector[self.slots + slot] = jnp.float32(number)
+
+    def chosen(self, slot: jax.Array) -> jax.Array:
+        """Returns the format that PREPARE has chosen."""
+        return uniform(self.vector[slot].astype(jnp.int32))
+
+    def carried(self, slot: jax.Array) -> jax.Array:
+        """Returns the format in which CARRY leaves a chunk."""
+        return uniform(self.vector[self.slots + slot].astype(jnp.int32))
+
+    def choose_exponent(self, slot: jax.Array, exponent: jax.Array) -> None:
+        """Writes the exponent of a chunk."""
+        self.vector[2 * self.slots + slot] = exponent
+
+    def exponent(self, slot: jax.Array) -> jax.Array:
+        """Returns the exponent of a chunk."""
+        return uniform(self.vector[2 * self.slots + slot].astype(jnp.int32))
+
+    def free_entries(self, warpgroup: jax.Array) -> jax.Array:
+        """Returns the first of four entries of `vector` that one of two warpgroups may use."""
+        return 4 * (self.slots + warpgroup)
 
 
 class Chunk(NamedTuple):
@@ -222,6 +279,74 @@ def finish_step(
     if selecting:
         store((chunk.U, U))
     return next_state(chunk, new)
+
+
+def advance_in_float16(
+    chunk: Callable[[], Chunk],
+    state: State,
+    masks: TileMasks,
+    S_low_smem: Callable[[], Sequence[Any]],
+    XA: Operand,
+    most_U: float,
+    to_bfloat16: Callable[[], None],
+    *,
+    selecting: bool,
+) -> State:
+    """Does `advance` in float16; with 64 keys.
+
+    Where S^ or U exceeds the range, both are bfloat16, with what they multiply.
+
+    Args:
+      chunk: returns the chunk, with addresses that are computed anew.
+      state: as for `advance`.
+      masks: as for `advance`.
+      S_low_smem: returns the tile for the low half of S^, likewise.
+      XA: as for `advance`.
+      most_U: largest magnitude of U in float16.
+      to_bfloat16: is called if S^ and U are to be bfloat16.
+      selecting: as for `advance`.
+    """
+    step = begin_step(chunk(), state, S_low_smem(), XA, jnp.float16)
+    (read,), U = step
+    fits = are_between((read, _LEAST_STATE, _MOST_STATE), (U, 0.0, most_U))
+
+    def all_in_float16():
+        return finish_step(chunk(), step, masks, S_low_smem(), jnp.float16, selecting=selecting)
+
+    def all_but_state():
+        to_bfloat16()
+        return _advance_but_state(chunk(), step.read, masks, S_low_smem(), XA, selecting=selecting)
+
+    return jax.lax.cond(fits, all_in_float16, all_but_state)
+
+
+def _advance_but_state(
+    chunk: Chunk,
+    read: Sequence[jax.Array],
+    masks: TileMasks,
+    S_low_smem: Sequence[Any],
+    XA: Operand,
+    *,
+    selecting: bool,
+) -> State:
+    """Does `advance` with S^ and U in bfloat16, and what they multiply; the rest is float16."""
+    (R,), (y,), (z,), (S_low,) = chunk.R, chunk.y, chunk.z, S_low_smem
+    store((R, narrow(load32(R, jnp.float16))))
+    store_read(chunk, read, [S_low])
+    (U_exact,) = products([(XA, chunk.Y)], dtype=jnp.float16)
+    (U_exact,) = products(reading(chunk, [S_low]), start=[U_exact])
+    U, Y = narrow(U_exact), chunk.Y
+    if selecting:
+        Y = S_low
+        store((Y, masks.leaving(load(chunk.Y))))
+    store((chunk.U, masks.leaving(U) if selecting else U))
+    start = [masks.passing(s) for s in read]
+    (new,) = products([(transposed(Y), y)], start=start, dtype=jnp.float16)
+    store((S_low, narrow(load32(z, jnp.float16))))
+    (new,) = products([(transposed(chunk.U), S_low)], start=[new])
+    if selecting:
+        store((chunk.U, U))
+    return next_state(chunk, [new])
 
 
 def next_state(chunk: Chunk, new: Sequence[jax.Array]) -> State:
