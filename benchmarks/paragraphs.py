@@ -144,8 +144,8 @@ def losses() -> str:
         f"**WKV7 is {ratio:.1f} times above the floor of memory traffic** "
         f"({kernel['forward_backward_ms']:.1f} instead of {kernel['floor_forward_backward_ms']:.1f} ms at 8, 4096, 64 "
         "on an H200).",
-        "**Where little is forgotten, WKV7 is slower.** Such chunks take float16 in the forward, and about a fifth "
-        "more time. The tables are for random tokens, which forget more.",
+        "**Where little is forgotten, WKV7 is slower.** Such chunks take float16, and about a tenth more time. "
+        "The tables are for random tokens, which forget more.",
         f"**Some kernels do not pay.** Token shift with six mixes takes {shift['mosaic_gpu']:.3f} ms forward, "
         f"XLA {shift['xla']:.3f}; one token of 128 rows of `wkv7_recurrent` with its backward takes "
         f"{recurrent:.2f} ms, the scan through XLA {scan:.2f}.",
