@@ -9,11 +9,12 @@ all pairs: two trainings on a GPU differ in their bits through XLA, too, and mor
 XLA that round at other places, as with another `remat`. One more training, in float32 with exact
 products, tells how far each curve is from the true one.
 
-Gradients: those of the trained model in bfloat16, beside float32 through XLA with exact products,
-on text, on three tokens in turn, and on one repeated token. The error of a parameter is relative,
-in root mean square. On text it is the geometric mean over some batches: that of one batch depends
-on single roundings. XLA with another `remat`, which computes the same in another program, tells how
-much of a ratio is chance.
+Gradients: those in bfloat16 of the two models that each implementation has trained, beside float32
+through XLA with exact products, on text, on three tokens in turn, and on one repeated token. The
+error of a parameter is relative, in root mean square. It is the geometric mean over the models and,
+on text, over some batches: that of one batch depends on single roundings, and a model may be
+such that all of its batches do. XLA with another `remat`, which computes the same in another
+program, tells how much of a ratio is chance, and so does the standard error of the mean.
 
 All programs are compiled before the first one runs.
 """
@@ -128,12 +129,15 @@ def main(settings: Settings) -> None:
             for name, w in ways.items()
         }
         compiled = {name: [part.result() for part in parts] for name, parts in pending.items()}
-    runs, params = {}, None
+    runs, trained = {}, []
     for name, way in ways.items():
         times = 2 if name in (ours, theirs) else 1
         for run in range(1, times + 1):
             curve, params = train(compiled[name][0], way.start(recipe), batches[: settings.steps])
             print(f"{name}: loss {curve[0]:.4f} to {curve[-1]:.4f}", flush=True)
+            if run == 2:
+                trained.append(params)
+            del params
             runs[f"{name} {run}" if times > 1 else name] = curve
     rows = [
         {
@@ -154,7 +158,7 @@ def main(settings: Settings) -> None:
     }
     gradients = {name: parts[1] for name, parts in compiled.items()}
     for kind, batches_of_kind in tokens.items():
-        rows += compare_gradients(kind, batches_of_kind, params, gradients, (ours, theirs, other))
+        rows += compare_gradients(kind, batches_of_kind, trained, gradients, (ours, theirs, other))
     write_results(settings.json, rows)
 
 
@@ -181,7 +185,7 @@ def train(step: Any, state: TrainState, batches: list[Batch]) -> tuple[np.ndarra
 def compare_gradients(
     kind: str,
     batches: list[Batch],
-    params: Any,
+    trained: list[Any],
     gradients: dict[str, Any],
     judged: tuple[str, str, str],
 ) -> list[Row]:
@@ -190,12 +194,12 @@ def compare_gradients(
     Args:
       kind: what the tokens are.
       batches: to compare on.
-      params: of the trained model.
+      trained: parameters of the trained models.
       gradients: the compiled gradient of each way.
       judged: the ways to judge, to judge it by, and to compare the latter with.
     """
     logs: dict[str, dict[str, list[float]]] = {name: {} for name in judged}
-    for batch in batches:
+    for params, batch in itertools.product(trained, batches):
         expected = gradients[EXACT](params, batch)
         for name in judged:
             errors = relative_errors(gradients[name](params, batch), expected)
@@ -210,13 +214,16 @@ def compare_gradients(
     rows = []
     for name in sorted(ratios, key=lambda name: -ratios[name])[:5]:
         of_batches = np.subtract(*(logs[way][name] for way in judged[:2]))
+        standard_error = of_batches.std(ddof=1) / np.sqrt(len(of_batches))
         row = {
             "tokens": kind,
             "parameter": name,
+            "models": len(trained),
             "batches": len(batches),
             "error": ours[name],
             "error_to_judge_by": theirs[name],
             "ratio": ratios[name],
+            "ratio_standard_error": float(standard_error * ratios[name]),
             "largest_ratio": float(np.exp(of_batches.max())),
             "median_ratio": median,
             "ratio_of_chance": other[name] / theirs[name],
@@ -224,7 +231,8 @@ def compare_gradients(
         rows.append(row)
         print(
             f"{kind}: {name} {row['error']:.2e} / {row['error_to_judge_by']:.2e} = "
-            f"{row['ratio']:.2f}, at most {row['largest_ratio']:.2f}, median {median:.2f}, "
+            f"{row['ratio']:.2f} +- {row['ratio_standard_error']:.2f}, at most "
+            f"{row['largest_ratio']:.2f}, median {median:.2f}, "
             f"by chance {row['ratio_of_chance']:.2f}"
         )
     largest = max(other[name] / theirs[name] for name in other)
