@@ -19,9 +19,9 @@ from pallas_kernels.operators.wkv7.call import WKVCall, WKVInputs
 from pallas_kernels.operators.wkv7.mosaic_gpu import differentiable, pieces
 from pallas_kernels.operators.wkv7.mosaic_gpu.diagonal_blocks import invert_diagonal
 from pallas_kernels.operators.wkv7.mosaic_gpu.differentiable import check_served, wkv7_in_chunks
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import BFLOAT16, FLOAT16, FLOAT16_BUT_STATE
 from pallas_kernels.operators.wkv7.mosaic_gpu.outputs import outputs
 from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import state_gradients
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import BFLOAT16, FLOAT16, FLOAT16_BUT_STATE
 from tests.helpers import relative_rms
 from tests.pallas_kernels.operator_checks import kernels_for_cuda
 from tests.pallas_kernels.tile_kernels import apply, on_each_device

@@ -67,18 +67,20 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     tokens_tile,
     until_token,
 )
-from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
-from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import (
     BFLOAT16,
     FLOAT16,
     FLOAT16_BUT_STATE,
-    Chunk,
     Formats,
+    may_choose,
+)
+from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
+from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+    Chunk,
     advance,
     advance_in_float16,
     chunk_tiles,
-    may_choose,
     solve,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.walks import Walks

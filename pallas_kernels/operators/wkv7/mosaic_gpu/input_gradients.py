@@ -44,9 +44,8 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     until_token,
     values_tile,
 )
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import A_EXPONENT, FLOAT16, FLOAT16_BUT_STATE
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.state_gradients import A_EXPONENT
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import FLOAT16, FLOAT16_BUT_STATE
 
 _RING = Ring(slots=2)  # a chunk is worked on while the next one is loaded
 _ROWS, _COLUMNS = range(2)  # the warpgroups
@@ -553,6 +552,9 @@ def input_gradients(
 
         dlog_decay_j = sum_{i >= j} (r^ dr^ - k^ dk^ - b^ db^)_i + sum_{i > j} (a^ da^)_i
                        + sum_V S1 dS1
+
+    Where `state_gradients` left a chunk in float16, all this is computed in float16. dO is then
+    multiplied by the same power of two as dS^ and dW, and gradients are divided by it at the end.
 
     A step works on a chunk of one head, 64 key channels and 64 value channels. There is a block of
     the grid for each multiprocessor, which has two warpgroups:

@@ -18,6 +18,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     tokens_tile,
     values_tile,
 )
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import BFLOAT16, FLOAT16, may_choose
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
     ForwardWalk,
     Operands,
@@ -25,7 +26,6 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
     forward_walk,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import BFLOAT16, FLOAT16, may_choose
 
 
 def outputs(

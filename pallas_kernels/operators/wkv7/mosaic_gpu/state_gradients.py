@@ -48,28 +48,24 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     until_token,
     values_tile,
 )
-from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
-from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import (
+    A_EXPONENT,
     BFLOAT16,
     FLOAT16,
     FLOAT16_BUT_STATE,
-    Chunk,
     Formats,
+    may_choose,
+)
+from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
+from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
+    Chunk,
     advance,
     advance_in_float16,
     chunk_tiles,
-    may_choose,
     solve,
 )
 
 _PREPARE, _CARRY, _STORE = 2, 2, 3  # warpgroups 0 and 1 prepare
-
-A_EXPONENT = 4
-"""In float16, a is multiplied by 2 to this power, and dW divided by it.
-
-Sums of magnitudes in a column of X are not tested. They are at most 64 times as large as those in a
-row, and so products with X^T need the room.
-"""
 
 _DO_EXPONENT = 0
 """In float16, the largest magnitude of dO is between 2 to this power and twice as much.

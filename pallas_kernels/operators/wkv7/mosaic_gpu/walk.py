@@ -17,7 +17,6 @@ common. So x, A and S^ go into U as two bfloat16 tiles each, a high and a low ha
 have twice the digits of one.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.registers import are_between, halves_of, load, narrow, store, uniform
-from pallas_kernels.hopper.target import TILE
+from pallas_kernels.hopper.registers import are_between, halves_of, load, narrow, store
 from pallas_kernels.hopper.tiles import (
     Operand,
     load32,
@@ -38,59 +36,8 @@ from pallas_kernels.hopper.tiles import (
 from pallas_kernels.operators.wkv7.mosaic_gpu.carried_state import State
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import TileMasks
 
-# What the numbers of a chunk are.
-BFLOAT16, FLOAT16, FLOAT16_BUT_STATE = range(3)
-
-
-def may_choose(K: int) -> bool:
-    """Returns whether numbers may be float16. With 128 keys there are no registers for it."""
-    return K == TILE
-
-
 _LEAST_STATE, _MOST_STATE = 2.0**-10, 2.0**15
 """Range of S^ in float16. If its largest numbers were smaller, they would have fewer digits."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Formats:
-    """What the numbers of the chunks in a ring are, in shared memory.
-
-    Attributes:
-      vector: `[64]` float32, for each slot the format that PREPARE has chosen, then what CARRY has
-        made of it, then an exponent. The rest is free.
-      slots: number of slots.
-    """
-
-    vector: Any
-    slots: int
-
-    def choose(self, slot: jax.Array, number: int) -> None:
-        """Writes a format that PREPARE has chosen, which is that of CARRY until it changes."""
-        self.vector[slot] = self.vector[self.slots + slot] = jnp.float32(number)
-
-    def change(self, slot: jax.Array, number: int) -> None:
-        """Writes a format that CARRY has to take instead."""
-        self.vector[self.slots + slot] = jnp.float32(number)
-
-    def chosen(self, slot: jax.Array) -> jax.Array:
-        """Returns the format that PREPARE has chosen."""
-        return uniform(self.vector[slot].astype(jnp.int32))
-
-    def carried(self, slot: jax.Array) -> jax.Array:
-        """Returns the format in which CARRY leaves a chunk."""
-        return uniform(self.vector[self.slots + slot].astype(jnp.int32))
-
-    def choose_exponent(self, slot: jax.Array, exponent: jax.Array) -> None:
-        """Writes the exponent of a chunk."""
-        self.vector[2 * self.slots + slot] = exponent
-
-    def exponent(self, slot: jax.Array) -> jax.Array:
-        """Returns the exponent of a chunk."""
-        return uniform(self.vector[2 * self.slots + slot].astype(jnp.int32))
-
-    def free_entries(self, warpgroup: jax.Array) -> jax.Array:
-        """Returns the first of four entries of `vector` that one of two warpgroups may use."""
-        return 4 * (self.slots + warpgroup)
 
 
 class Chunk(NamedTuple):
