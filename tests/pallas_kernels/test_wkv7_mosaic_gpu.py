@@ -223,6 +223,8 @@ def test_interpreted_out_of_the_range_of_float16(name):
             bfloat16_case((1, 190, 1, 64, 64), lengths=(((1, 100), (0, 10), (2, 60), (3, 20)),)),
             marks=pytest.mark.slow,
         ),
+        # Each piece has more chunks than there are slots.
+        pytest.param(bfloat16_case((1, 1000, 1, 64, 64), "little"), marks=pytest.mark.slow),
     ],
 )
 def test_interpreted_in_pieces(case, monkeypatch):

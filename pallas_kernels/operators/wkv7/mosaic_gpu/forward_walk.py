@@ -194,7 +194,7 @@ class Barriers(NamedTuple):
     Attributes:
       sums_loaded: `prefix_sums` has arrived.
       loaded: a chunk has arrived.
-      decayed: r^, k^, b^ are ready.
+      decayed: r^, k^, b^ are ready; if there are outputs.
       prepared: X and a^ are ready too.
       carried: S^ and U are ready.
     """
@@ -383,7 +383,7 @@ class ForwardWalk:
             for_each_strip(functools.partial(self._decay, slot, j, warpgroup, jnp.bfloat16))
         if self.chooses:
             self.formats.choose(slot, BFLOAT16)
-        plgpu.barrier_arrive(self.barriers.decayed.at[slot])
+        self._arrive_decayed(slot)
         if self.gmem.X is None:
             self._invert(step, slot, warpgroup)
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
@@ -396,8 +396,12 @@ class ForwardWalk:
         if self.gmem.X is None:
             fits = self._invert(step, slot, warpgroup, in_float16=True)
             pl.when(~fits)(lambda: self._return_to_bfloat16(slot))
-        plgpu.barrier_arrive(self.barriers.decayed.at[slot])
+        self._arrive_decayed(slot)
         plgpu.barrier_arrive(self.barriers.prepared.at[slot])
+
+    def _arrive_decayed(self, slot: jax.Array) -> None:
+        if self.slots.r:  # else nobody waits for it
+            plgpu.barrier_arrive(self.barriers.decayed.at[slot])
 
     def _return_to_bfloat16(self, slot: jax.Array) -> None:
         """Converts a chunk that is prepared in float16, all but X."""
