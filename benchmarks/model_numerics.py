@@ -9,11 +9,11 @@ all pairs: two trainings on a GPU differ in their bits through XLA, too, and mor
 XLA that round at other places, as with another `remat`. One more training, in float32 with exact
 products, tells how far each curve is from the true one.
 
-Gradients: those in bfloat16 of the two models that each implementation has trained, beside float32
+Gradients: those in bfloat16 of two trained models, one by each implementation, beside float32
 through XLA with exact products, on text, on three tokens in turn, and on one repeated token. The
 error of a parameter is relative, in root mean square. It is the geometric mean over the models and,
-on text, over some batches: that of one batch depends on single roundings, and a model may be
-such that all of its batches do. XLA with another `remat`, which computes the same in another
+on text, over some batches: that of one batch depends on single roundings, and in some models
+that of every batch does. XLA with another `remat`, which computes the same in another
 program, tells how much of a ratio is chance, and so does the standard error of the mean.
 
 All programs are compiled before the first one runs.

@@ -115,7 +115,7 @@ def make_inputs(case: Case) -> dict[str, np.ndarray | None]:
         "initial_state": rng.normal(size=state_shape) if case.state else None,
     }
     for name, factor in case.factors:
-        if name in inputs:
+        if name not in ("do", "d_final"):  # those of `make_cotangents`
             inputs[name] = inputs[name] * factor
     for name, x in inputs.items():
         if x is not None:

@@ -25,7 +25,7 @@ row, and so products with X^T need the room.
 """
 
 
-def may_choose(K: int) -> bool:
+def may_be_float16(K: int) -> bool:
     """Returns whether numbers may be float16. With 128 keys there are no registers for it."""
     return K == TILE
 

@@ -72,7 +72,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.formats import (
     FLOAT16,
     FLOAT16_BUT_STATE,
     Formats,
-    may_choose,
+    may_be_float16,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.inverse import invert
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
@@ -97,6 +97,7 @@ _MOST_ROW = 8.0
 """Sum of magnitudes in a row of X. RWKV-7 keeps to 5."""
 
 _MOST_U = _MOST["v"]
+"""The gradients multiply U by what they multiply v by."""
 
 
 class Operands(NamedTuple):
@@ -290,7 +291,7 @@ class ForwardWalk:
     @property
     def chooses(self) -> bool:
         """Whether a chunk's numbers may be float16."""
-        return may_choose(TILE * len(self.slots.k))
+        return may_be_float16(TILE * len(self.slots.k))
 
     @property
     def formats(self) -> Formats:

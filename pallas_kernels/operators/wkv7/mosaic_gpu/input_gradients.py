@@ -147,8 +147,8 @@ class Format(NamedTuple):
     """What the numbers of a chunk are, int32 scalars.
 
     Attributes:
-      number: as in `state_gradients.Results.formats`.
-      exponent: likewise.
+      number: the first one of `state_gradients.Results.formats`.
+      exponent: the second one.
     """
 
     number: jax.Array

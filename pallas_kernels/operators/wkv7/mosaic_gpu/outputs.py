@@ -18,7 +18,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.chunk import (
     tokens_tile,
     values_tile,
 )
-from pallas_kernels.operators.wkv7.mosaic_gpu.formats import BFLOAT16, FLOAT16, may_choose
+from pallas_kernels.operators.wkv7.mosaic_gpu.formats import BFLOAT16, FLOAT16, may_be_float16
 from pallas_kernels.operators.wkv7.mosaic_gpu.forward_walk import (
     ForwardWalk,
     Operands,
@@ -86,7 +86,7 @@ def outputs(
             entries=saved(V, K),
             U=saved(TILE, V),
             X=saved(TILE, TILE) if X is None else None,
-            formats=formats if save and may_choose(K) else None,
+            formats=formats if save and may_be_float16(K) else None,
         ),
         _write_outputs,
         scale=scale,
@@ -163,7 +163,7 @@ def _save(
     place: Place,
     chunk: jax.Array,
 ) -> None:
-    """Starts the copies of what the backward needs of a chunk, given its format."""
+    """Starts the copies of what the backward needs of a chunk, and writes its format."""
     row, head, value_block = place
     t = walk.chunk_in(slot)
     plgpu.copy_smem_to_gmem(t.U, values_tile(results_gmem.U, row, head, chunk, value_block))

@@ -54,7 +54,7 @@ from pallas_kernels.operators.wkv7.mosaic_gpu.formats import (
     FLOAT16,
     FLOAT16_BUT_STATE,
     Formats,
-    may_choose,
+    may_be_float16,
 )
 from pallas_kernels.operators.wkv7.mosaic_gpu.masks import SegmentBounds, TileMasks, load_masks
 from pallas_kernels.operators.wkv7.mosaic_gpu.walk import (
@@ -547,7 +547,7 @@ def state_gradients(
             dW=jax.ShapeDtypeStruct((B, H, chunks, TILE, V), jnp.bfloat16),
             formats=(
                 jax.ShapeDtypeStruct((B, chunks, H, V // TILE, 2), jnp.int32)
-                if may_choose(K)
+                if may_be_float16(K)
                 else None
             ),
             d_initial=None if from_zero else jax.ShapeDtypeStruct(states, jnp.float32),

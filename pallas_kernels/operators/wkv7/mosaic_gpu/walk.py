@@ -239,7 +239,7 @@ def advance_in_float16(
     *,
     selecting: bool,
 ) -> State:
-    """Does `advance` in float16; with 64 keys.
+    """Does `advance` in float16, which takes 64 keys.
 
     Where S^ or U exceeds the range, both are bfloat16, with what they multiply.
 
@@ -247,7 +247,7 @@ def advance_in_float16(
       chunk: returns the chunk, with addresses that are computed anew.
       state: as for `advance`.
       masks: as for `advance`.
-      S_low_smem: returns the tile for the low half of S^, likewise.
+      S_low_smem: returns the tile for the low half of S^, with an address that is computed anew.
       XA: as for `advance`.
       most_U: largest magnitude of U in float16.
       to_bfloat16: is called if S^ and U are to be bfloat16.
