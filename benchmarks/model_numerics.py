@@ -6,15 +6,18 @@
 Curves: a model is trained on the bytes of Python's standard library, twice through each
 implementation, from the same parameters and on the same batches. The table has the differences of
 all pairs: two trainings on a GPU differ in their bits through XLA, too, and more so two programs of
-XLA that round at other places, as with another `remat`. One more training, in float32 with exact
-products, tells how far each curve is from the true one.
+XLA that round at other places. One more training, in float32 with exact products, tells how far
+each curve is from the true one.
 
-Gradients: those in bfloat16 of two trained models, one by each implementation, beside float32
-through XLA with exact products, on text, on three tokens in turn, and on one repeated token. The
-error of a parameter is relative, in root mean square. It is the geometric mean over the models and,
-on text, over some batches: that of one batch depends on single roundings, and in some models
-that of every batch does. XLA with another `remat`, which computes the same in another
-program, tells how much of a ratio is chance, and so does the standard error of the mean.
+Gradients: those in bfloat16 of trained models beside float32 through XLA with exact products, on
+text, on three tokens in turn, and on one repeated token. The error of a parameter is relative, in
+root mean square. A ratio is the geometric mean over models and batches. In a run of equal tokens
+each one is rounded alike, and most of an error can come from few such runs. So a ratio at one model
+is mostly chance, on every batch the same one. Each implementation trains models from several seeds,
+and the standard error is that of the mean over models.
+
+The other program of XLA is the same one without excess precision. XLA leaves out the rounding
+between operations that it fuses, unless it is told to round wherever the program does.
 
 All programs are compiled before the first one runs.
 """
@@ -59,7 +62,8 @@ class Settings:
       batch_size: sequences per step.
       length: tokens per sequence.
       steps: steps of each training.
-      gradients: batches of text that gradients are compared on.
+      seeds: of initial parameters; each implementation trains a model from each of them.
+      gradients: batches of text on which gradients of each model are compared.
       implementations: of the operators: the one to judge, and the one to judge it by.
       json: file to write the rows to, in the format of `results.py`.
     """
@@ -69,7 +73,8 @@ class Settings:
     batch_size: int = 8
     length: int = 128
     steps: int = 20
-    gradients: int = 4
+    seeds: int = 2
+    gradients: int = 2
     implementations: tuple[str, str] = ("mosaic_gpu", "xla")
     json: pathlib.Path | None = None
 
@@ -81,16 +86,17 @@ class Way:
     Attributes:
       config: of the model.
       precision: of matrix products, a name of JAX; None for that of the operands.
+      excess_precision: whether XLA may leave out roundings between operations that it fuses.
     """
 
     config: RWKV7Config
     precision: str | None = None
+    excess_precision: bool = True
 
     def compile_step(self, recipe: OptimizerConfig, batch: Batch) -> Any:
         """Returns the compiled training step."""
         step = make_train_step(abstract_model(self.config), recipe)
-        with jax.default_matmul_precision(self.precision):
-            return step.lower(jax.eval_shape(lambda: self.start(recipe)), batch).compile()
+        return self._compile(step, jax.eval_shape(lambda: self.start(recipe, 0)), batch)
 
     def compile_gradient(self, recipe: OptimizerConfig, batch: Batch) -> Any:
         """Returns the compiled gradient of the mean loss."""
@@ -99,25 +105,29 @@ class Way:
         def mean(params: Any, batch: Batch) -> jax.Array:
             return loss(params, {}, batch) / batch.inputs.size
 
-        params = jax.eval_shape(lambda: self.start(recipe)).params
-        with jax.default_matmul_precision(self.precision):
-            return jax.jit(jax.grad(mean)).lower(params, batch).compile()
+        params = jax.eval_shape(lambda: self.start(recipe, 0)).params
+        return self._compile(jax.jit(jax.grad(mean)), params, batch)
 
-    def start(self, recipe: OptimizerConfig) -> TrainState:
+    def start(self, recipe: OptimizerConfig, seed: int) -> TrainState:
         """Returns the state before the first step, the same one for all ways."""
-        return init_train_state(RWKV7(self.config, rngs=nnx.Rngs(0)), recipe)
+        return init_train_state(RWKV7(self.config, rngs=nnx.Rngs(seed)), recipe)
+
+    def _compile(self, program: Any, *args: Any) -> Any:
+        with jax.default_matmul_precision(self.precision):
+            lowered = program.lower(*args)
+        return lowered.compile({"xla_allow_excess_precision": self.excess_precision})
 
 
 def main(settings: Settings) -> None:
     ours, theirs = settings.implementations
-    other = f'{theirs}, remat="none"'
+    other = f"{theirs} without excess precision"
     config = RWKV7Config(
         vocab_size=BYTES, hidden_size=settings.hidden_size, num_layers=settings.num_layers
     )
     by_theirs = dataclasses.replace(config, implementation=theirs)
     ways = {
         EXACT: Way(dataclasses.replace(by_theirs, compute_dtype="float32"), "highest"),
-        other: Way(dataclasses.replace(by_theirs, remat="none")),
+        other: Way(by_theirs, excess_precision=False),
         ours: Way(dataclasses.replace(config, implementation=ours)),
         theirs: Way(by_theirs),
     }
@@ -129,23 +139,29 @@ def main(settings: Settings) -> None:
             for name, w in ways.items()
         }
         compiled = {name: [part.result() for part in parts] for name, parts in pending.items()}
-    runs, trained = {}, []
-    for name, way in ways.items():
-        times = 2 if name in (ours, theirs) else 1
-        for run in range(1, times + 1):
-            curve, params = train(compiled[name][0], way.start(recipe), batches[: settings.steps])
-            print(f"{name}: loss {curve[0]:.4f} to {curve[-1]:.4f}", flush=True)
-            if run == 2:
-                trained.append(params)
-            del params
-            runs[f"{name} {run}" if times > 1 else name] = curve
+    trained: list[Any] = []
+
+    def train(name: str, seed: int, *, keep: bool) -> np.ndarray:
+        state = ways[name].start(recipe, seed)
+        curve, params = run_steps(compiled[name][0], state, batches[: settings.steps])
+        print(f"{name}, seed {seed}: loss {curve[0]:.4f} to {curve[-1]:.4f}", flush=True)
+        if keep:
+            trained.append(params)
+        return curve
+
+    curves = {name: train(name, 0, keep=False) for name in (EXACT, other)}
+    for name in (ours, theirs):
+        curves[f"{name} 1"] = train(name, 0, keep=True)
+        curves[f"{name} 2"] = train(name, 0, keep=False)
+        for seed in range(1, settings.seeds):
+            train(name, seed, keep=True)
     rows = [
         {
             "curves": f"{one}, {another}",
-            "mean_difference": float(np.abs(runs[one] - runs[another]).mean()),
-            "largest_difference": float(np.abs(runs[one] - runs[another]).max()),
+            "mean_difference": float(np.abs(curves[one] - curves[another]).mean()),
+            "largest_difference": float(np.abs(curves[one] - curves[another]).max()),
         }
-        for one, another in itertools.combinations(runs, 2)
+        for one, another in itertools.combinations(curves, 2)
     ]
     for row in rows:
         print(f"{row['curves']}: {row['mean_difference']:.5f}, {row['largest_difference']:.5f}")
@@ -173,7 +189,7 @@ def text_batches(settings: Settings) -> list[Batch]:
     return [next_token_batch(text[x + np.arange(settings.length + 1)]) for x in starts]
 
 
-def train(step: Any, state: TrainState, batches: list[Batch]) -> tuple[np.ndarray, Any]:
+def run_steps(step: Any, state: TrainState, batches: list[Batch]) -> tuple[np.ndarray, Any]:
     """Returns the losses of a training, and the parameters after it."""
     losses = []
     for batch in batches:
@@ -206,38 +222,52 @@ def compare_gradients(
             for parameter, error in errors.items():
                 logs[name].setdefault(parameter, []).append(np.log(error))
     ours, theirs, other = (
-        {parameter: float(np.exp(np.mean(x))) for parameter, x in logs[name].items()}
-        for name in judged
+        {parameter: np.reshape(x, (len(trained), len(batches))) for parameter, x in of_way.items()}
+        for of_way in logs.values()
     )
-    ratios = {name: ours[name] / theirs[name] for name in ours}
+    ratios = {name: geometric_mean(ours[name] - theirs[name]) for name in ours}
+    of_other = {name: geometric_mean(other[name] - theirs[name]) for name in ours}
     median = float(np.median(list(ratios.values())))
     rows = []
     for name in sorted(ratios, key=lambda name: -ratios[name])[:5]:
-        of_batches = np.subtract(*(logs[way][name] for way in judged[:2]))
-        standard_error = of_batches.std(ddof=1) / np.sqrt(len(of_batches))
+        of_models = (ours[name] - theirs[name]).mean(1)
         row = {
             "tokens": kind,
             "parameter": name,
             "models": len(trained),
             "batches": len(batches),
-            "error": ours[name],
-            "error_to_judge_by": theirs[name],
+            "error": geometric_mean(ours[name]),
+            "error_to_judge_by": geometric_mean(theirs[name]),
             "ratio": ratios[name],
-            "ratio_standard_error": float(standard_error * ratios[name]),
-            "largest_ratio": float(np.exp(of_batches.max())),
+            "ratio_standard_error": ratios[name] * standard_error(of_models),
+            "smallest_ratio": float(np.exp(of_models.min())),
+            "largest_ratio": float(np.exp(of_models.max())),
             "median_ratio": median,
-            "ratio_of_chance": other[name] / theirs[name],
+            "ratio_of_other": of_other[name],
+            "ratio_of_other_standard_error": of_other[name]
+            * standard_error((other[name] - theirs[name]).mean(1)),
         }
         rows.append(row)
         print(
             f"{kind}: {name} {row['error']:.2e} / {row['error_to_judge_by']:.2e} = "
-            f"{row['ratio']:.2f} +- {row['ratio_standard_error']:.2f}, at most "
-            f"{row['largest_ratio']:.2f}, median {median:.2f}, "
-            f"by chance {row['ratio_of_chance']:.2f}"
+            f"{row['ratio']:.2f} +- {row['ratio_standard_error']:.2f}, of models "
+            f"{row['smallest_ratio']:.2f} to {row['largest_ratio']:.2f}, median {median:.2f}; "
+            f"of the other program {row['ratio_of_other']:.2f} "
+            f"+- {row['ratio_of_other_standard_error']:.2f}"
         )
-    largest = max(other[name] / theirs[name] for name in other)
-    print(f"{kind}: the largest ratio by chance is {largest:.2f}", flush=True)
+    largest = max(of_other, key=lambda name: of_other[name])
+    print(f"{kind}: the other program's largest ratio is {of_other[largest]:.2f}, of {largest}")
     return rows
+
+
+def geometric_mean(logs: np.ndarray) -> float:
+    """Returns the geometric mean of numbers whose logarithms are given."""
+    return float(np.exp(np.mean(logs)))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean of at least two values."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def relative_errors(gradients: Any, expected: Any) -> dict[str, float]:
