@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import functools
 import importlib
 
 import jax
@@ -103,6 +104,27 @@ def test_mixes_after_a_norm_equal_those_of_the_norm():
         assert handed_on is x or relative_rms(handed_on, x) == 0
         for found, of_call in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert relative_rms(found, of_call) < 1e-5
+
+
+def test_a_block_rounds_the_residual_stream_once():
+    """In bfloat16. Gradients do not depend on the dtype, so tests in float32 judge them."""
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    graphdef, params = nnx.split(nnx.jit(lambda: Block(config, layer=0, rngs=nnx.Rngs(0)))())
+    params.time_mix.output[...] = params.time_mix.receptance[...]  # initially zero
+    params.channel_mix.value[...] = params.channel_mix.key[...].T
+
+    @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    def run(params, x):
+        block = nnx.merge(graphdef, params)
+        y = block.time_mix.after_norm(block.time_mix_norm, x)[0]
+        z = block.channel_mix.after_norm(block.channel_mix_norm, x + y)[0]
+        exact = sum(term.astype("float32") for term in (x, y, z))
+        return block(x)[0], exact.astype(x.dtype), x + y + z
+
+    x = jax.random.normal(jax.random.key(1), (2, 20, 128)).astype("bfloat16")
+    actual, once, twice = run(params, x)
+    np.testing.assert_array_equal(actual, once)
+    assert np.mean(np.asarray(actual != twice)) > 0.1
 
 
 X = jnp.ones((2, 3, 128))
