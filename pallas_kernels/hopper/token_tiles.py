@@ -41,6 +41,12 @@ HEAD = 64
 _LANES = 32
 _WARPS = 4
 
+_GOLDEN = 40503
+"""The fraction of the golden ratio, times 65536.
+
+Its multiples modulo 65536 are spread evenly, and so is every second of them, every third, and so on.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -204,21 +210,28 @@ def load(x_gmem: Any, positions: jax.Array) -> jax.Array:
     return inline(functools.partial(_load, width=width))(x_gmem, positions)
 
 
-def store(x_gmem: Any, positions: jax.Array, tile: jax.Array) -> None:
+def store(x_gmem: Any, positions: jax.Array, tile: jax.Array, *, dithered: bool = False) -> None:
     """Rounds a float32 tile to bfloat16 and writes it.
+
+    Rounding to nearest rounds equal tokens alike. A sum over tokens, such as the state of `wkv7`,
+    then has the same error many times. With `dithered`, the token's position helps to decide
+    whether a number is rounded up or down, so that errors of equal tokens cancel. A single error is
+    up to twice as large. Numbers that bfloat16 has stay as they are.
 
     Args:
       x_gmem: `[T, channels]` bfloat16 in global memory.
       positions: of the tile. Rows whose position is below 0 are not written.
       tile: float32.
+      dithered: whether to round by position.
     """
     if is_interpreted():
+        tile = _dithered(tile, positions) if dithered else tile
         for row in range(tile.shape[0]):
             _store_row(x_gmem, positions[row], tile[row])
         return
     layout = _layout(tile.shape[1])
     inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout.reduce(1), layout))
-    inline(_store)(x_gmem, positions, tile)
+    inline(functools.partial(_store, dithered=dithered))(x_gmem, positions, tile)
 
 
 def store_sums(sums_gmem: Any, tile: jax.Array) -> None:
@@ -257,6 +270,14 @@ def _layout(width: int) -> Any:
 def _tile_type(width: int) -> plgpu.ShapeDtypeStruct:
     height = _WARPS * _LANES * VECTOR // width
     return plgpu.ShapeDtypeStruct((height, width), jnp.float32, layout=_layout(width))
+
+
+def _dithered(tile: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rounds a tile as `_dither_to_bits` does, for the interpreter."""
+    bits = jax.lax.bitcast_convert_type(tile, jnp.int32)
+    threshold = (positions * _GOLDEN) & 0xFFFF
+    rounded = (bits + threshold[:, None]) & -0x10000
+    return jnp.where(jnp.isnan(tile), tile, jax.lax.bitcast_convert_type(rounded, jnp.float32))
 
 
 def _store_row(x_gmem: Any, position: jax.Array, row: jax.Array) -> None:
@@ -319,11 +340,32 @@ def _load_parameter(_: Any, ref: Any, width: int) -> Any:
     return _tile([utils.bitcast(word, f32) for word in words], width)
 
 
-def _store(_: Any, ref: Any, positions: Any, tile: Any) -> None:
+def _store(_: Any, ref: Any, positions: Any, tile: Any, dithered: bool) -> None:
     position, values = _position(positions), _values(tile)
     exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
-    words = [narrow_to_bits(*values[i : i + 2]) for i in range(0, VECTOR, 2)]
+    if dithered:
+        threshold = arith.andi(arith.muli(position, integer(_GOLDEN)), integer(0xFFFF))
+        to_bits = functools.partial(_dither_to_bits, threshold)
+    else:
+        to_bits = narrow_to_bits
+    words = [to_bits(*values[i : i + 2]) for i in range(0, VECTOR, 2)]
     store_if(exists, _pointer(ref, position, tile.shape[1]), words)
+
+
+def _dither_to_bits(threshold: Any, first: Any, second: Any) -> Any:
+    """Rounds two float32 numbers to a pair of bfloat16.
+
+    Adding the threshold carries into the bits of bfloat16 if the bits below them are large enough.
+    """
+    # NaN stays as it is: a carry could make it a number.
+    add = "add.u32 {0}, ${1}, $3; setp.nan.f32 nan, ${1}, ${1}; selp.b32 {0}, ${1}, {0}, nan;"
+    ptx = (
+        "{ .reg .pred nan; .reg .b32 low, high;"
+        f" {add.format('low', 1)} {add.format('high', 2)}"
+        " prmt.b32 $0, low, high, 0x7632; }"
+    )
+    bits = [utils.bitcast(value, integer(0).type) for value in (first, second)]
+    return utils.inline_ptx(ptx, *bits, threshold, result_types=integer(0).type)
 
 
 def _store_sums(_: Any, ref: Any, tile: Any) -> None:

@@ -26,8 +26,9 @@ from pallas_kernels import (
     wkv7_inputs,
 )
 from pallas_kernels.hopper.target import Target, compile_for
-from tests.helpers import count_kernels
+from tests.helpers import count_kernels, relative_rms
 from tests.pallas_kernels.operator_checks import Arrays, draw, judge, kernels_for_cuda
+from tests.pallas_kernels.tile_kernels import on_each_device
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter is for CPUs")
 PARAMETERS = (
@@ -173,6 +174,59 @@ def test_interpreted_equals_the_reference(name, C):
     limits = (1e-2, 1e-2) if name == "channel mix" else None
     with compile_for(Target(multiprocessors=1, interpret=True)):
         judge_kernels(CALLS[name], CALLS[name].inputs(B, T, C), limits)
+
+
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@on_each_device
+@pytest.mark.parametrize(
+    ("name", "period"),
+    [
+        ("key update", 1),
+        pytest.param("key update", 3, marks=pytest.mark.slow),
+        pytest.param("inputs of wkv7", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_errors_of_equal_tokens_cancel(name, period, interpret):
+    """What a state adds up is as exact as many roundings up and down make it."""
+    call, tokens = CALLS[name], 63
+    arrays = {
+        n: jnp.asarray(x, jnp.float32)
+        if n in PARAMETERS
+        else jnp.asarray(x[:, np.arange(tokens) % period], jnp.bfloat16)
+        for n, x in call.inputs(1, period, 64).items()
+    }
+
+    def keys(implementation, arrays):
+        results = jax.jit(functools.partial(call.function, implementation=implementation))(**arrays)
+        return results if name == "key update" else (results.k, results.a, results.b)
+
+    with compile_for(Target(multiprocessors=1, interpret=interpret)):
+        actual = keys("mosaic_gpu", arrays)
+    exact = keys("reference", jax.tree.map(lambda x: x.astype("float32"), arrays))
+    for found, expected in zip(actual, exact, strict=True):
+        found, expected = (
+            np.asarray(x, np.float64).reshape(-1, period, 64) for x in (found, expected)
+        )
+        assert (np.abs(found - expected) <= 2**-7 * np.abs(expected)).all()
+        assert relative_rms(found, expected) > 1.9e-3  # to nearest: 1.7e-3
+        assert relative_rms(found.mean(0), expected.mean(0)) < 2e-4
+
+
+@pytest.mark.usefixtures("no_races_and_no_hanging")
+@on_each_device
+def test_dithering_keeps_what_is_exact(interpret):
+    """Numbers of bfloat16, zeros, infinities, and NaN."""
+    k = np.random.default_rng(0).normal(size=(1, 9, 1, 64))
+    k[0, 2], k[0, 4, 0, 3], k[0, 5, 0, 4], k[0, 6, 0, 5] = 0, np.inf, -np.inf, np.nan
+    k, ones = jnp.asarray(k, jnp.bfloat16), jnp.ones((1, 64))
+    with compile_for(Target(multiprocessors=1, interpret=interpret)):
+        results = key_update(k, jnp.ones_like(k), ones, ones, implementation="mosaic_gpu")
+    new_k, a, b = (np.asarray(x, np.float32) for x in results)
+    np.testing.assert_array_equal(new_k, np.asarray(k, np.float32))
+    for x in (a, b):
+        np.testing.assert_array_equal(x[0, 2], 0)
+        assert np.isfinite(x[0, [0, 1, 2, 3, 7, 8]]).all()
+        assert np.isnan(x[0, 6]).all()
 
 
 def bfloat16_shapes(call: Call, B: int, T: int, C: int) -> dict[str, jax.ShapeDtypeStruct]:

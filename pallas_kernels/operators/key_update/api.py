@@ -45,6 +45,9 @@ def key_update(
     float64 inputs) and differentiable in all arrays. Where the norm is below 1e-12 the divisor
     counts as a constant, so that the gradient of a zero key is finite (but large).
 
+    Kernels round the results up or down by the token's position, so that the state of `wkv7` does
+    not add up the same error for each of many equal tokens.
+
     Args:
       k: `[B, T, H, K]`, projected keys.
       alpha: `[B, T, H, K]`, in-context learning rates, in (0, 1). It may have a dtype of its own.

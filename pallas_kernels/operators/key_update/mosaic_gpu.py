@@ -26,7 +26,7 @@ def key_update_mosaic_gpu(
     token_tiles.check_heads(k=k, alpha=alpha)
     inputs = _flatten(k, alpha)
     target = target_in_context()
-    tiles = token_tiles.tiles_of(target, inputs[0], registers=56)
+    tiles = token_tiles.tiles_of(target, inputs[0], registers=64)
 
     def body(inputs_gmem, parameters_gmem, *results_gmem):
         channels = tiles.channels_of_block()
@@ -40,7 +40,7 @@ def key_update_mosaic_gpu(
             kk = scaled * inverse_norm(sum_over_heads(scaled * scaled))
             results = replacement_key(k, alpha, replacement_mix), -kk, kk * alpha
             for gmem, result in zip(results_gmem, results, strict=True):
-                token_tiles.store(gmem.at[row, :, channels], positions, result)
+                token_tiles.store(gmem.at[row, :, channels], positions, result, dithered=True)
 
         tiles.for_each(update, None)
 

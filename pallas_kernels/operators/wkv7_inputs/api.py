@@ -57,7 +57,7 @@ def wkv7_inputs(
 
     It fuses these operators: logits plus bases, log decays and learning rates are never in memory
     in float32. It is computed in float32 (float64 for float64 inputs) and differentiable in all
-    arrays.
+    arrays. Kernels round k, a and b by the token's position, as in `key_update`.
 
     Args:
       k: `[B, T, H, K]`, projected keys.

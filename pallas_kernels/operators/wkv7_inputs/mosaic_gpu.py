@@ -15,7 +15,11 @@ from pallas_kernels.operators.wkv7_inputs.reference import Inputs, WKV7Inputs
 
 _TOKENS = Inputs._fields[:6]
 _PARAMETERS = Inputs._fields[6:]
-_MADE = WKV7Inputs._fields[:5]
+_MADE = ("a", "b", "k", "v", "log_decay")
+"""What the kernel writes. Other orders need more registers."""
+
+_DITHERED = ("a", "b", "k")
+"""If rounding turns k or a of a repeated token, the state keeps a part of k each time."""
 
 
 def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> WKV7Inputs:
@@ -43,7 +47,10 @@ def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> WKV7Inputs:
             tokens = _load_tokens(x_gmem, row, positions, channels)
             results = _results(Inputs(**tokens, **parameters))
             for name, gmem in zip(written, results_gmem, strict=True):
-                token_tiles.store(gmem.at[row, :, channels], positions, results[name])
+                dithered = name in _DITHERED
+                token_tiles.store(
+                    gmem.at[row, :, channels], positions, results[name], dithered=dithered
+                )
 
         tiles.for_each(compute, None)
 
