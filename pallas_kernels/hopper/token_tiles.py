@@ -44,7 +44,7 @@ _WARPS = 4
 _GOLDEN = 40503
 """The fraction of the golden ratio, times 65536.
 
-Its multiples modulo 65536 are spread evenly, and so is every second of them, every third, and so on.
+Its multiples modulo 65536 are spread evenly, and so is every second, every third, and so on.
 """
 
 
@@ -343,16 +343,16 @@ def _load_parameter(_: Any, ref: Any, width: int) -> Any:
 def _store(_: Any, ref: Any, positions: Any, tile: Any, dithered: bool) -> None:
     position, values = _position(positions), _values(tile)
     exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
+    pairs = [values[i : i + 2] for i in range(0, VECTOR, 2)]
     if dithered:
         threshold = arith.andi(arith.muli(position, integer(_GOLDEN)), integer(0xFFFF))
-        to_bits = functools.partial(_dither_to_bits, threshold)
+        words = [_dither_to_bits(*pair, threshold) for pair in pairs]
     else:
-        to_bits = narrow_to_bits
-    words = [to_bits(*values[i : i + 2]) for i in range(0, VECTOR, 2)]
+        words = [narrow_to_bits(*pair) for pair in pairs]
     store_if(exists, _pointer(ref, position, tile.shape[1]), words)
 
 
-def _dither_to_bits(threshold: Any, first: Any, second: Any) -> Any:
+def _dither_to_bits(first: Any, second: Any, threshold: Any) -> Any:
     """Rounds two float32 numbers to a pair of bfloat16.
 
     Adding the threshold carries into the bits of bfloat16 if the bits below them are large enough.
