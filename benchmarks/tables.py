@@ -139,10 +139,12 @@ TABLES = {
             "tokens": "{tokens}",
             "parameter": "{parameter}",
             "error with kernels": "{error:.1e}",
-            "ratio to XLA": "{ratio:.2f}",
-            "by chance": "{ratio_of_chance:.2f}",
-            "largest ratio of a batch": "{largest_ratio:.2f}",
-            "median ratio of all parameters": "{median_ratio:.2f}",
+            "ratio to XLA": "{ratio:.2f} ± {ratio_standard_error:.2f}",
+            "of single models": "{smallest_ratio:.2f} to {largest_ratio:.2f}",
+            "median of all parameters": "{median_ratio:.2f}",
+            "XLA without excess precision": (
+                "{ratio_of_other:.2f} ± {ratio_of_other_standard_error:.2f}"
+            ),
         },
         has(parameter=...),
     ),

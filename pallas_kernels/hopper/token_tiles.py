@@ -343,12 +343,12 @@ def _load_parameter(_: Any, ref: Any, width: int) -> Any:
 def _store(_: Any, ref: Any, positions: Any, tile: Any, dithered: bool) -> None:
     position, values = _position(positions), _values(tile)
     exists = arith.cmpi(arith.CmpIPredicate.sge, position, integer(0))
-    pairs = [values[i : i + 2] for i in range(0, VECTOR, 2)]
+    pairs = list(zip(values[::2], values[1::2], strict=True))
     if dithered:
         threshold = arith.andi(arith.muli(position, integer(_GOLDEN)), integer(0xFFFF))
-        words = [_dither_to_bits(*pair, threshold) for pair in pairs]
+        words = [_dither_to_bits(first, second, threshold) for first, second in pairs]
     else:
-        words = [narrow_to_bits(*pair) for pair in pairs]
+        words = [narrow_to_bits(first, second) for first, second in pairs]
     store_if(exists, _pointer(ref, position, tile.shape[1]), words)
 
 
