@@ -12,9 +12,9 @@ each curve is from the true one.
 Gradients: those in bfloat16 of trained models beside float32 through XLA with exact products, on
 text, on three tokens in turn, and on one repeated token. The error of a parameter is relative, in
 root mean square. A ratio is the geometric mean over models and batches. In a run of equal tokens
-each one is rounded alike, and most of an error can come from few such runs. So a ratio at one model
-is mostly chance, on every batch the same one. Each implementation trains models from several seeds,
-and the standard error is that of the mean over models.
+each one is rounded alike, and most of an error can come from few such runs. So the ratio at one
+model is mostly chance, and more batches do not help. Each implementation trains models from several
+seeds, and the standard error is that of the mean over models.
 
 The other program of XLA is the same one without excess precision. XLA leaves out the rounding
 between operations that it fuses, unless it is told to round wherever the program does.
@@ -256,7 +256,10 @@ def compare_gradients(
             f"+- {row['ratio_of_other_standard_error']:.2f}"
         )
     largest = max(of_other, key=lambda name: of_other[name])
-    print(f"{kind}: the other program's largest ratio is {of_other[largest]:.2f}, of {largest}")
+    print(
+        f"{kind}: the other program's largest ratio is {of_other[largest]:.2f}, of {largest}",
+        flush=True,
+    )
     return rows
 
 
