@@ -216,7 +216,7 @@ def store(x_gmem: Any, positions: jax.Array, tile: jax.Array, *, dithered: bool 
     Rounding to nearest rounds equal tokens alike. A sum over tokens, such as the state of `wkv7`,
     then has the same error many times. With `dithered`, the token's position helps to decide
     whether a number is rounded up or down, so that errors of equal tokens cancel. A single error is
-    up to twice as large. Numbers that bfloat16 has stay as they are.
+    up to twice as large. Numbers that bfloat16 holds do not change.
 
     Args:
       x_gmem: `[T, channels]` bfloat16 in global memory.

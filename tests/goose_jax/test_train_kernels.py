@@ -128,7 +128,7 @@ def test_gradients_are_about_as_exact_as_those_of_xla(text):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 def test_one_token_through_all_kernels_is_as_exact_as_through_xla():
-    """Its keys round by position; rounded to nearest they make it 2.2 times the error of XLA."""
+    """With k, a and b rounded to nearest, not by position, the largest ratio would be 2.2."""
     errors = errors_of_gradients("one token", 0, Target(interpret=True), HOPPER)
     for name, (error, of_xla) in errors.items():
         assert error < OF_DRAWS * of_xla, (name, error, of_xla)  # measured: 1.1

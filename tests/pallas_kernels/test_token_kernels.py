@@ -188,7 +188,7 @@ def test_interpreted_equals_the_reference(name, C):
     ],
 )
 def test_errors_of_equal_tokens_cancel(name, period, interpret):
-    """What a state adds up is as exact as many roundings up and down make it."""
+    """A single token errs by up to a unit in the last place, the mean of equal tokens hardly."""
     call, tokens = CALLS[name], 63
     arrays = {
         n: jnp.asarray(x, jnp.float32)

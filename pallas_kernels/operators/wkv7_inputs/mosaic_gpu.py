@@ -19,7 +19,7 @@ _MADE = ("a", "b", "k", "v", "log_decay")
 """What the kernel writes. Other orders need more registers."""
 
 _DITHERED = ("a", "b", "k")
-"""If rounding turns k or a of a repeated token, the state keeps a part of k each time."""
+"""Errors of these, if equal tokens have them in common, add up in the state."""
 
 
 def wkv7_inputs_mosaic_gpu(*inputs: jax.Array | None) -> WKV7Inputs:
